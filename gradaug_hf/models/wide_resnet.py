@@ -5,8 +5,7 @@ from timm.layers import create_classifier, get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
-CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+from gradaug_hf.models.cifar import cifar_cfg
 
 
 class PreActivationBlock(nn.Module):
@@ -160,22 +159,9 @@ class WideResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-_DEFAULT_CFG = {
-    "url": "",
-    "num_classes": 100,
-    "input_size": (3, 32, 32),
-    "min_input_size": (3, 8, 8),
-    "pool_size": (8, 8),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "mean": CIFAR_MEAN,
-    "std": CIFAR_STD,
-    "first_conv": "conv1",
-    "classifier": "fc",
-    "paper_ids": "arXiv:1605.07146",
-}
-
-default_cfgs = generate_default_cfgs(dict.fromkeys(("wrn28_10", "wrn28_2", "wrn16_4", "wrn16_2"), _DEFAULT_CFG))
+default_cfgs = generate_default_cfgs(
+    dict.fromkeys(("wrn28_10", "wrn28_2", "wrn16_4", "wrn16_2"), cifar_cfg(paper_ids="arXiv:1605.07146"))
+)
 
 
 def _wide_resnet(name: str, pretrained: bool, depth: int, widen_factor: int, **kwargs) -> WideResNet:
