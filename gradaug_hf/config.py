@@ -1,0 +1,169 @@
+"""GradAugConfig: the settings of GradAugTrainer."""
+
+from dataclasses import dataclass, field, fields
+
+from transformers import TrainingArguments
+
+from gradaug_hf.subnets import SubnetSampler
+
+SUBNET_BACKWARDS = ("sequential", "joint")
+SUBNET_MODES = ("width",)
+
+
+@dataclass
+class GradAugConfig(TrainingArguments):
+    """Settings of GradAugTrainer: the following, and those of `transformers.TrainingArguments`.
+
+    Training on images needs three defaults that differ from `TrainingArguments`: `remove_unused_columns=False`,
+    `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`.
+
+    Args:
+        num_subnets: Number of sub-networks in each training step, at least 0; 0 is plain training.
+        min_width: Width multiplier of the narrowest sub-network, which is in every step; in (0, 1].
+        max_width: Upper end of the widths that the other sub-networks draw; in [min_width, 1].
+        resolutions: Sides in pixels, one of which is drawn for each sub-network; by default 1, 6/7, 5/7 and 4/7 of
+            the input side.
+        subnet_mode: What a sub-network leaves out of the network; "width": its last channels.
+        min_survival: Survival probability of the last block where blocks are dropped at random; in (0, 1].
+        width_divisor: Channel counts are rounded to the nearest multiple of it, at least 1; 1 is exact to the paper,
+            8 suits tensor cores.
+        width_levels: Number of evenly spaced widths to draw from, at least 2; by default widths are drawn
+            continuously, as in the paper.
+        kl_weight: Weight of the sub-networks' KL divergences in the loss, at least 0.
+        subnet_backward: "sequential" runs the backward of each pass before the next one, in the memory of plain
+            training; "joint" runs one for all of them.
+        mixup_alpha: Parameter of Mixup's beta distribution, at least 0; 0 turns Mixup off.
+        cutmix_alpha: Parameter of CutMix's beta distribution, at least 0; 0 turns CutMix off.
+        mix_prob: Probability with which a batch is mixed, in [0, 1].
+        eval_widths: Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in
+            (0, 1].
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    num_subnets: int = field(
+        default=3,
+        metadata={"help": "Number of sub-networks in each training step, at least 0; 0 is plain training."},
+    )
+    min_width: float = field(
+        default=0.9,
+        metadata={"help": "Width multiplier of the narrowest sub-network, which is in every step; in (0, 1]."},
+    )
+    max_width: float = field(
+        default=1.0,
+        metadata={"help": "Upper end of the widths that the other sub-networks draw; in [min_width, 1]."},
+    )
+    resolutions: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Sides in pixels, one of which is drawn for each sub-network; by default 1, 6/7, 5/7 and 4/7 of "
+                "the input side."
+            )
+        },
+    )
+    subnet_mode: str = field(
+        default="width",
+        metadata={"help": 'What a sub-network leaves out of the network; "width": its last channels.'},
+    )
+    min_survival: float = field(
+        default=0.8,
+        metadata={"help": "Survival probability of the last block where blocks are dropped at random; in (0, 1]."},
+    )
+    width_divisor: int = field(
+        default=1,
+        metadata={
+            "help": (
+                "Channel counts are rounded to the nearest multiple of it, at least 1; 1 is exact to the paper, "
+                "8 suits tensor cores."
+            )
+        },
+    )
+    width_levels: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Number of evenly spaced widths to draw from, at least 2; by default widths are drawn "
+                "continuously, as in the paper."
+            )
+        },
+    )
+    kl_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the sub-networks' KL divergences in the loss, at least 0."},
+    )
+    subnet_backward: str = field(
+        default="sequential",
+        metadata={
+            "help": (
+                '"sequential" runs the backward of each pass before the next one, in the memory of plain '
+                'training; "joint" runs one for all of them.'
+            )
+        },
+    )
+    mixup_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Parameter of Mixup's beta distribution, at least 0; 0 turns Mixup off."},
+    )
+    cutmix_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Parameter of CutMix's beta distribution, at least 0; 0 turns CutMix off."},
+    )
+    mix_prob: float = field(
+        default=1.0,
+        metadata={"help": "Probability with which a batch is mixed, in [0, 1]."},
+    )
+    eval_widths: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": (
+                "Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in (0, 1]."
+            )
+        },
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Whether to remove columns that the network's forward does not name."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Passed to DistributedDataParallel; every pass uses every parameter."}
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Passed to DistributedDataParallel; each step has several forward passes."}
+    )
+
+    def __post_init__(self) -> None:
+        SubnetSampler(self.num_subnets, self.min_width, self.max_width, self.resolutions, self.width_levels)
+        self._check_choice("subnet_mode", SUBNET_MODES)
+        self._check_choice("subnet_backward", SUBNET_BACKWARDS)
+        self._check("min_survival", 0 < self.min_survival <= 1, "in (0, 1]")
+        self._check("width_divisor", isinstance(self.width_divisor, int) and self.width_divisor >= 1, "at least 1")
+        for name in ("kl_weight", "mixup_alpha", "cutmix_alpha"):
+            self._check(name, getattr(self, name) >= 0, "at least 0")
+        self._check("mix_prob", 0 <= self.mix_prob <= 1, "in [0, 1]")
+        self._check("eval_widths", all(0 < width <= 1 for width in self.eval_widths), "a list of widths in (0, 1]")
+        super().__post_init__()
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
+
+    def _check(self, name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
+
+
+def as_gradaug_config(args: TrainingArguments) -> GradAugConfig:
+    """Training arguments as a GradAugConfig, whose defaults hold for what `TrainingArguments` does not have.
+
+    Args:
+        args: returned as they are if they are a GradAugConfig already. Else the three defaults in which the classes
+            differ are GradAugConfig's, where `args` has those of `TrainingArguments`.
+    """
+    if isinstance(args, GradAugConfig):
+        return args
+    plain = {f.name: f for f in fields(args) if f.init}
+    own = {f.name: f.default for f in fields(GradAugConfig) if f.name in plain and f.default != plain[f.name].default}
+    kept = {
+        name: getattr(args, name) for name in plain if name not in own or getattr(args, name) != plain[name].default
+    }
+    return GradAugConfig(**kept)

@@ -1,0 +1,47 @@
+"""Accuracy for evaluation, and running means for the log."""
+
+import numpy as np
+from torch import Tensor
+from transformers import EvalPrediction
+
+
+def topk_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Top-1 and top-5 accuracy, to be given to a Trainer as `compute_metrics`.
+
+    Args:
+        prediction: logits (N, classes), or a tuple that starts with them, and class indices (N,).
+
+    Returns:
+        `top1` and `top5`, shares in 0..1. With fewer than five classes `top5` counts all of them.
+
+    Raises:
+        ValueError: the shapes are others.
+    """
+    logits = prediction.predictions
+    logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
+    labels = np.asarray(prediction.label_ids)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"logits {logits.shape} and labels {labels.shape}; expected (N, classes) and (N,)")
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    hits = best == labels[:, None]
+    return {"top1": float(hits[:, :1].any(axis=1).mean()), "top5": float(hits.any(axis=1).mean())}
+
+
+class RunningMeans:
+    """Means of named values since they were last taken; tensors stay on their device until then."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        """Count one more value of each name."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, Tensor | float]:
+        """The means, after which counting starts again."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means

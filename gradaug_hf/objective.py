@@ -1,0 +1,194 @@
+"""The GradAug objective: the full network learns the labels, its sub-networks learn from the full network."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradaug_hf.losses import check_logits, cross_entropy, soft_target_divergence
+from gradaug_hf.resolutions import default_resolutions
+from gradaug_hf.slimming import make_slimmable, subnet_pass
+from gradaug_hf.slimming.patching import width_state
+from gradaug_hf.subnets import Subnet, SubnetSampler
+from gradaug_hf.transforms import ImageTransform, check_images, transform_for_subnet
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of a step.
+
+    Args:
+        loss: its part of the objective, a scalar with its graph.
+        logits: (N, classes), detached.
+        subnet: the sub-network; None for the full network.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    subnet: Subnet | None = None
+
+
+class GradAug:
+    """The objective of GradAug (arXiv 2006.07989) for a training loop of one's own.
+
+    The cross-entropy of the full network, plus for each sub-network the KL divergence from the full network's detached
+    prediction to its own on transformed images. Only the full network's pass updates batch-norm statistics.
+
+        gradaug = GradAug(model, resolutions=[224, 192, 160, 128])
+        for images, labels in loader:
+            optimizer.zero_grad()
+            loss = gradaug.backward(images, labels)
+            optimizer.step()
+
+    Args:
+        model: a network in training mode, wrapped or not; made slimmable if it is not yet.
+        num_subnets: number of sub-networks, at least 0.
+        min_width: width multiplier of the narrowest sub-network, in (0, 1].
+        max_width: upper end of the widths of the others, in [min_width, 1].
+        resolutions: sides in pixels, one of which is drawn for each sub-network; None: 1, 6/7, 5/7 and 4/7 of the side
+            of the first batch.
+        width_levels: None draws widths uniformly from [min_width, max_width]; k draws from k evenly spaced ones.
+        kl_weight: weight of the sub-networks' divergences, at least 0.
+        label_smoothing: of the full network's cross-entropy, in [0, 1].
+        seed: of the sub-networks that are drawn.
+        sampler: draws the sub-networks; the settings above that are about them then have no effect.
+        transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_subnets: int = 3,
+        min_width: float = 0.9,
+        max_width: float = 1.0,
+        resolutions: Sequence[int] | None = None,
+        width_levels: int | None = None,
+        kl_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+        sampler: SubnetSampler | None = None,
+        transform: ImageTransform | None = None,
+    ) -> None:
+        if not kl_weight >= 0:
+            raise ValueError(f"kl_weight is {kl_weight!r}; it must be at least 0")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 1]")
+        self.sampler = sampler or SubnetSampler(num_subnets, min_width, max_width, resolutions, width_levels, seed)
+        self._use_default_resolutions = sampler is None and resolutions is None
+        self.kl_weight = kl_weight
+        self.label_smoothing = label_smoothing
+        self.transform = transform
+        self.step = 0
+        self.model = _slimmable(model)
+
+    def loss(self, images: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
+        """The objective with the graphs of all passes, for one joint backward.
+
+        Args:
+            images: (N, C, H, W).
+            labels: class indices (N,), or probabilities (N, classes).
+            step: number of the optimiser step, of which the sub-networks are a function; None counts the calls.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: images, labels or the network's logits have a wrong shape, or a label is out of range.
+        """
+        return sum(p.loss for p in self.passes(images, labels, self._sample(images, step)))
+
+    def backward(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        step: int | None = None,
+        backward: Callable[[Tensor], Any] = Tensor.backward,
+    ) -> Tensor:
+        """Add the gradients of the objective pass by pass, so that only one graph is alive at a time.
+
+        Args:
+            images: (N, C, H, W).
+            labels: class indices (N,), or probabilities (N, classes).
+            step: number of the optimiser step, of which the sub-networks are a function; None counts the calls.
+            backward: runs the backward of one pass's loss, for example `accelerator.backward`.
+
+        Returns:
+            The objective, a scalar without a graph.
+
+        Raises:
+            ValueError: images, labels or the network's logits have a wrong shape, or a label is out of range.
+        """
+        parts = []
+        with closing(self.passes(images, labels, self._sample(images, step))) as passes:
+            for p in passes:
+                backward(p.loss)
+                parts.append(p.loss.detach())
+        return sum(parts)
+
+    def passes(self, images: Tensor, labels: Tensor, subnets: Sequence[Subnet], **inputs: Any) -> Iterator[Pass]:
+        """Run the passes of one step, the full network's first.
+
+        A sub-network stays in place until the next pass is asked for, so that layers which are computed anew in the
+        backward (activation checkpointing) are so at its width. Exhaust or close the iterator to have the full network
+        back.
+
+        Args:
+            images: (N, C, H, W).
+            labels: class indices (N,), or probabilities (N, classes).
+            subnets: the sub-networks.
+            inputs: further keyword arguments of the network.
+        """
+        check_images(images)
+        logits = logits_of(self.model(images, **inputs), len(labels))
+        target = logits.detach()
+        yield Pass(cross_entropy(logits, labels, self.label_smoothing), target)
+        del logits
+        for subnet in subnets:
+            transformed = transform_for_subnet(images, subnet, self.transform)
+            with subnet_pass(self.model, subnet.width):
+                logits = logits_of(self.model(transformed, **inputs), len(labels))
+                yield Pass(self.kl_weight * soft_target_divergence(logits, target), logits.detach(), subnet)
+                del logits
+
+    def _sample(self, images: Tensor, step: int | None) -> list[Subnet]:
+        if self._use_default_resolutions:
+            check_images(images)
+            self.sampler.resolutions = tuple(default_resolutions(min(images.shape[2:])))
+            self._use_default_resolutions = False
+        if step is None:
+            step = self.step
+            self.step += 1
+        return self.sampler.sample(step)
+
+
+def logits_of(output: Any, batch_size: int) -> Tensor:
+    """The logits in what a network returned: the tensor itself, `.logits`, or the first of a tuple.
+
+    Args:
+        output: of a timm network or a transformers classifier.
+        batch_size: number of images.
+
+    Raises:
+        ValueError: there are none of shape (batch_size, classes).
+    """
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, (tuple, list)) and logits:
+        logits = logits[0]
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the network returned a {type(output).__name__} without logits; expected a tensor of them")
+    check_logits(logits, batch_size)
+    return logits
+
+
+def _slimmable(model: nn.Module) -> nn.Module:
+    try:
+        width_state(model)
+    except ValueError:
+        make_slimmable(model)
+    return model
