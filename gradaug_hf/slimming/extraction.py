@@ -1,0 +1,79 @@
+"""A sub-network as a dense module of its own."""
+
+import copy
+
+import torch
+from torch import nn
+
+from gradaug_hf.slimming.patching import SlimModule, Slices, check_width, unpatch, width_state
+from gradaug_hf.slimming.patterns import Width, pattern_size, take_pattern
+
+
+def extract_subnet(model: nn.Module, width: float) -> nn.Module:
+    """Copy the sub-network of a width multiplier into a dense, narrower network that runs without gradaug_hf.
+
+    Args:
+        model: a network that `make_slimmable` was called on.
+        width: width multiplier in (0, 1].
+
+    Returns:
+        A module of the same classes with smaller parameters. Its outputs are those of `at_width(model, width)`; its
+        batch-norm statistics are the kept channels of the full network's, or the recalibrated ones where it is called
+        inside `recalibrate_batchnorm(model, width, ...)`.
+
+    Raises:
+        ValueError: the width is out of range, or the model is not slimmable.
+    """
+    width = check_width(width)
+    state = width_state(model)
+    slices = {name: module._slices for name, module in model.named_modules() if isinstance(module, SlimModule)}
+    overrides = {
+        name: dict(module._overrides)
+        for name, module in model.named_modules()
+        if isinstance(module, SlimModule) and module._overrides
+    }
+    subnet = copy.deepcopy(model)
+    unpatch(subnet)
+    narrow(subnet, slices, Width(width, state.width.divisor))
+    if state.width.multiplier == width:
+        _store_overrides(subnet, overrides)
+    return subnet
+
+
+def narrow(network: nn.Module, slices: dict[str, Slices], width: Width) -> None:
+    """Replace the parameters, buffers and sizes of an unpatched network by their kept parts, in place."""
+    replaced: dict[int, nn.Parameter] = {}
+    for module_name, own in slices.items():
+        module = network.get_submodule(module_name)
+        for name, patterns in own.tensors.items():
+            if name in module._parameters:
+                parameter = module._parameters[name]
+                if id(parameter) not in replaced:
+                    replaced[id(parameter)] = _narrow_parameter(parameter, patterns, width)
+                module._parameters[name] = replaced[id(parameter)]
+            else:
+                module._buffers[name] = _narrow_tensor(module._buffers[name], patterns, width)
+        for name, patterns in own.attributes.items():
+            sizes = tuple(pattern_size(pattern, width) for pattern in patterns)
+            vars(module)[name] = sizes if isinstance(vars(module)[name], tuple) else sizes[0]
+
+
+def _narrow_parameter(parameter: nn.Parameter, patterns: tuple, width: Width) -> nn.Parameter:
+    narrowed = nn.Parameter(_narrow_tensor(parameter, patterns, width), parameter.requires_grad)
+    # Parameters of another class or with marks on them (sharding, no weight decay) keep these.
+    vars(narrowed).update(vars(parameter))
+    return narrowed
+
+
+def _narrow_tensor(tensor: torch.Tensor, patterns: tuple, width: Width) -> torch.Tensor:
+    tensor = tensor.detach()
+    for dim, pattern in enumerate(patterns):
+        tensor = take_pattern(tensor, dim, pattern, width)
+    return tensor.clone(memory_format=torch.preserve_format)
+
+
+def _store_overrides(subnet: nn.Module, overrides: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Keep recalibrated statistics; the other overrides belong to their measurement."""
+    for module_name, own in overrides.items():
+        buffers = subnet.get_submodule(module_name)._buffers
+        buffers.update({name: value.clone() for name, value in own.items() if name in buffers})

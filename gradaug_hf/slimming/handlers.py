@@ -1,0 +1,439 @@
+"""One small handler per kind of ATen operation: how its result's axes follow from those of its arguments."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from gradaug_hf.slimming.axes import (
+    Axis,
+    Unit,
+    axis_of,
+    axis_size,
+    concat,
+    fix,
+    fixed,
+    free_units,
+    product,
+    split,
+    tie,
+    unflatten,
+)
+from gradaug_hf.slimming.tracing import Axes, Call, Product, Trace, refuse, tensors_in
+
+aten = torch.ops.aten
+Handler = Callable[[Trace, Call], None]
+HANDLERS: dict[torch._ops.OpOverloadPacket, Handler] = {}
+
+
+def handles(*operations: torch._ops.OpOverloadPacket) -> Callable[[Handler], Handler]:
+    """Register the decorated function as the handler of some ATen operations."""
+
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(operations, handler))
+        return handler
+
+    return register
+
+
+def find_handler(operation: torch._ops.OpOverload) -> Handler | None:
+    """The handler of an operation; every operation that PyTorch tags as pointwise has one."""
+    handler = HANDLERS.get(operation.overloadpacket)
+    if handler is None and torch.Tag.pointwise in operation.tags:
+        return pointwise
+    return handler
+
+
+def operations(*names: str) -> list[torch._ops.OpOverloadPacket]:
+    """The operations of these names that the installed PyTorch has."""
+    return [getattr(aten, name) for name in names if hasattr(aten, name)]
+
+
+def _set_out(trace: Trace, call: Call, *axes: Axis) -> None:
+    trace.set_axes(tensors_in(call.out)[0], axes)
+
+
+def _fix_others(trace: Trace, call: Call, kept: Sequence[int], axes: Axes, why: str) -> None:
+    """Keep all dimensions whole but the named ones."""
+    for dim, axis in enumerate(axes):
+        if dim not in kept:
+            fix(axis, f"{why} ({call.reason})")
+
+
+def _fresh_like(size: int) -> Axis:
+    return axis_of(Unit(size))
+
+
+# Same shape ----------------------------------------------------------------------------------------------------------
+
+
+def pointwise(trace: Trace, call: Call) -> None:
+    """Broadcast arguments: dimensions that meet are tied, a dimension of size one adapts."""
+    results = tensors_in(call.out)
+    axes = join(trace, call, call.tensors(), results[0].shape)
+    for result in results:
+        trace.set_axes(result, axes)
+
+
+def join(trace: Trace, call: Call, tensors: Sequence[torch.Tensor], shape: Sequence[int]) -> Axes:
+    joined: list[Axis | None] = [None] * len(shape)
+    for tensor in tensors:
+        offset = len(shape) - tensor.ndim
+        for dim, axis in enumerate(trace.axes(tensor)):
+            if tensor.shape[dim] == 1 and shape[offset + dim] != 1:
+                continue
+            present = joined[offset + dim]
+            if present is None:
+                joined[offset + dim] = axis
+            else:
+                tie(present, axis, f"meets something whole in {call.reason}")
+    return tuple(fixed(size) if axis is None else axis for axis, size in zip(joined, shape, strict=True))
+
+
+handles(
+    *operations("clone", "detach", "alias", "lift_fresh", "_to_copy", "contiguous", "as_strided_", "flip", "roll"),
+    *operations("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "new_empty_strided"),
+    *operations("bernoulli_", "bernoulli", "native_dropout", "uniform_", "normal_", "fill_", "zero_", "where"),
+    *operations("hardswish", "hardswish_", "mish_", "masked_fill", "masked_fill_", "log_sigmoid_forward"),
+)(pointwise)
+
+
+@handles(*operations("copy_"))
+def copy(trace: Trace, call: Call) -> None:
+    target, source = call.args[:2]
+    _set_out(trace, call, *join(trace, call, [target, source], target.shape))
+
+
+@handles(*operations("empty", "zeros", "ones", "full", "arange", "rand", "randn", "scalar_tensor", "linspace", "eye"))
+def factory(trace: Trace, call: Call) -> None:
+    """A tensor made from numbers: whole wherever it meets channels."""
+    _set_out(trace, call, *(fixed(size, f"a constant of {call.reason}") for size in call.out.shape))
+
+
+handles(*operations("new_empty", "new_zeros", "new_ones", "new_full"))(factory)
+
+
+# Other shape, same positions -----------------------------------------------------------------------------------------
+
+
+@handles(*operations("view", "_unsafe_view", "reshape", "_reshape_alias"))
+def view(trace: Trace, call: Call) -> None:
+    source = call.args[0]
+    axes, shape = list(trace.axes(source)), list(call.out.shape)
+    _set_out(trace, call, *regroup(axes, list(source.shape), shape, f"viewed in another shape by {call.reason}"))
+
+
+def regroup(axes: list[Axis], shape: list[int], new_shape: list[int], reason: str) -> list[Axis]:
+    """The axes after a view: runs of dimensions of equal size are flattened together and unflattened anew."""
+    result: list[Axis] = []
+    taken = 0
+    start = 0
+    while start < len(new_shape):
+        old, new = [], []
+        old_size = new_size = 1
+        while True:
+            if old_size <= new_size and taken < len(shape) and (old_size < new_size or not old):
+                old.append(axes[taken])
+                old_size *= shape[taken]
+                taken += 1
+            elif start + len(new) < len(new_shape) and (new_size < old_size or not new):
+                new.append(new_shape[start + len(new)])
+                new_size *= new[-1]
+            else:
+                break
+        start += len(new)
+        if len(old) == len(new) == 1:
+            result.append(old[0])
+        else:
+            result.extend(unflatten(product(old), new, reason))
+    return result
+
+
+@handles(*operations("permute"))
+def permute(trace: Trace, call: Call) -> None:
+    axes = trace.axes(call.args[0])
+    _set_out(trace, call, *(axes[dim] for dim in call.args[1]))
+
+
+@handles(*operations("transpose", "t", "transpose_"))
+def transpose(trace: Trace, call: Call) -> None:
+    axes = list(trace.axes(call.args[0]))
+    if axes:
+        first, second = call.args[1:3] if len(call.args) > 1 else (0, len(axes) - 1)
+        axes[first], axes[second] = axes[second], axes[first]
+    _set_out(trace, call, *axes)
+
+
+@handles(*operations("unsqueeze", "unsqueeze_"))
+def unsqueeze(trace: Trace, call: Call) -> None:
+    axes = list(trace.axes(call.args[0]))
+    axes.insert(call.args[1] % (len(axes) + 1), fixed(1))
+    _set_out(trace, call, *axes)
+
+
+@handles(*operations("squeeze", "squeeze_"))
+def squeeze(trace: Trace, call: Call) -> None:
+    source = call.args[0]
+    dims = call.args[1] if len(call.args) > 1 else range(source.ndim)
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = {dim % source.ndim for dim in dims if source.shape[dim] == 1}
+    _set_out(trace, call, *(axis for dim, axis in enumerate(trace.axes(source)) if dim not in gone))
+
+
+@handles(*operations("expand", "repeat"))
+def expand(trace: Trace, call: Call) -> None:
+    source = call.args[0]
+    axes = (*[fixed(1)] * (call.out.ndim - source.ndim), *trace.axes(source))
+    _set_out(
+        trace,
+        call,
+        *(
+            axis if axis_size(axis) == size else product([fixed(size // axis_size(axis), f"by {call.reason}"), axis])
+            for axis, size in zip(axes, call.out.shape, strict=True)
+        ),
+    )
+
+
+# Pieces of a dimension -----------------------------------------------------------------------------------------------
+
+
+@handles(*operations("cat"))
+def cat(trace: Trace, call: Call) -> None:
+    tensors = [tensor for tensor in call.args[0] if tensor.ndim == call.out.ndim]
+    dim = call.arg(1, "dim", 0) % call.out.ndim
+    each = [trace.axes(tensor) for tensor in tensors]
+    for axes in each[1:]:
+        for other in set(range(call.out.ndim)) - {dim}:
+            tie(each[0][other], axes[other], f"meets something whole in {call.reason}")
+    _set_out(trace, call, *each[0][:dim], concat([axes[dim] for axes in each]), *each[0][dim + 1 :])
+
+
+@handles(*operations("stack"))
+def stack(trace: Trace, call: Call) -> None:
+    tensors = call.args[0]
+    axes = list(join(trace, call, tensors, tensors[0].shape))
+    axes.insert(call.arg(1, "dim", 0) % call.out.ndim, fixed(len(tensors)))
+    _set_out(trace, call, *axes)
+
+
+@handles(*operations("select", "unbind"))
+def select(trace: Trace, call: Call) -> None:
+    """One position, or every single one, of a dimension."""
+    source = call.args[0]
+    dim = call.arg(1, "dim", 0) % source.ndim
+    axes = trace.axes(source)
+    fix(axes[dim], f"single positions are taken by {call.reason}")
+    for piece in tensors_in(call.out):
+        trace.set_axes(piece, (*axes[:dim], *axes[dim + 1 :]))
+
+
+@handles(*operations("slice"))
+def take_slice(trace: Trace, call: Call) -> None:
+    source = call.args[0]
+    dim = call.arg(1, "dim", 0) % source.ndim
+    size, kept = source.shape[dim], call.out.shape[dim]
+    start = call.arg(2, "start") or 0
+    start = max(0, start + size) if start < 0 else min(start, size)
+    axes = list(trace.axes(source))
+    if call.arg(4, "step", 1) != 1 and kept != size:
+        fix(axes[dim], f"every n-th position is taken by {call.reason}")
+        axes[dim] = fixed(kept)
+    elif kept != size:
+        sizes = [start, kept, size - start - kept]
+        pieces = split(axes[dim], [n for n in sizes if n], f"cut by {call.reason}")
+        axes[dim] = pieces[1 if start else 0] if kept else fixed(0)
+    _set_out(trace, call, *axes)
+
+
+@handles(*operations("split", "split_with_sizes", "chunk"))
+def take_pieces(trace: Trace, call: Call) -> None:
+    source = call.args[0]
+    dim = call.arg(2, "dim", 0) % source.ndim
+    axes = trace.axes(source)
+    pieces = split(axes[dim], [piece.shape[dim] for piece in call.out], f"cut by {call.reason}")
+    for tensor, piece in zip(call.out, pieces, strict=True):
+        trace.set_axes(tensor, (*axes[:dim], piece, *axes[dim + 1 :]))
+
+
+@handles(*operations("index"))
+def index(trace: Trace, call: Call) -> None:
+    """Look up positions: the dimensions that are looked up stay whole, the others pass through."""
+    source, indices = call.args
+    axes = trace.axes(source)
+    looked_up = [dim for dim, idx in enumerate(indices) if idx is not None]
+    _fix_others(trace, call, [dim for dim in range(source.ndim) if dim not in looked_up], axes, "looked up")
+    consecutive = looked_up == list(range(looked_up[0], looked_up[-1] + 1))
+    rest = [axis for dim, axis in enumerate(axes) if dim not in looked_up]
+    new = [fixed(size) for size in torch.broadcast_shapes(*(indices[dim].shape for dim in looked_up))]
+    at = looked_up[0] if consecutive else 0
+    _set_out(trace, call, *rest[:at], *new, *rest[at:])
+
+
+@handles(*operations("constant_pad_nd"))
+def pad(trace: Trace, call: Call) -> None:
+    """Padding of space; of channels it is followed where the network computes it from the narrower tensor's size."""
+    source, amounts = call.args[:2]
+    axes = list(trace.axes(source))
+    for dim, axis in enumerate(axes):
+        place = 2 * (source.ndim - 1 - dim)
+        before, after = amounts[place : place + 2] if place < len(amounts) else (0, 0)
+        if before:
+            fix(axis, f"padded in front by {call.reason}")
+        if (before or after) and not free_units([axis]):
+            axes[dim] = fixed(call.out.shape[dim])
+        elif after:
+            axes[dim] = _fresh_like(call.out.shape[dim])
+    _set_out(trace, call, *axes)
+
+
+# Reductions and space ------------------------------------------------------------------------------------------------
+
+
+@handles(
+    *operations("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "linalg_vector_norm", "argmax")
+)
+def reduce(trace: Trace, call: Call) -> None:
+    """Reductions over batch and space; a reduction over channels would change with their number."""
+    source = call.args[0]
+    position, name = (2, "dim") if call.name == "linalg_vector_norm" else (1, "dim")
+    dims = call.arg(position, name)
+    dims = list(range(source.ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    gone = {dim % source.ndim for dim in dims} if source.ndim else set()
+    axes = trace.axes(source)
+    _fix_others(trace, call, [dim for dim in range(source.ndim) if dim not in gone], axes, "reduced over channels")
+    for result in tensors_in(call.out):
+        keepdim = result.ndim == source.ndim
+        kept = [fixed(1) if dim in gone else axis for dim, axis in enumerate(axes) if keepdim or dim not in gone]
+        trace.set_axes(result, tuple(kept))
+
+
+@handles(*operations("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "softmax", "log_softmax", "sort", "topk"))
+def along(trace: Trace, call: Call) -> None:
+    """Operations along one dimension, which must be whole."""
+    source = call.args[0]
+    dim = call.arg(2 if call.name == "topk" else 1, "dim", -1) % source.ndim
+    fix(trace.axes(source)[dim], f"normalised or sorted over channels ({call.reason})")
+    for result in tensors_in(call.out):
+        axes = list(trace.axes(source))
+        if result.shape[dim] != source.shape[dim]:
+            axes[dim] = fixed(result.shape[dim])
+        trace.set_axes(result, tuple(axes))
+
+
+@handles(
+    *operations("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d"),
+    *operations("upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "_upsample_bicubic2d_aa"),
+    *operations("_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d", "_adaptive_avg_pool3d"),
+)
+def spatial(trace: Trace, call: Call) -> None:
+    """Pooling, resizing and padding of the last two dimensions."""
+    axes = trace.axes(call.args[0])
+    _fix_others(trace, call, range(len(axes) - 2), axes, "pooled or resized over channels")
+    for result in tensors_in(call.out):
+        trace.set_axes(result, (*axes[:-2], *(fixed(size) for size in result.shape[-2:])))
+
+
+# Layers --------------------------------------------------------------------------------------------------------------
+
+
+@handles(*operations("convolution"))
+def convolution(trace: Trace, call: Call) -> None:
+    source, weight, bias = call.args[:3]
+    transposed, groups = call.args[6], call.args[8]
+    if transposed and groups > 1:
+        return refuse(trace, call, "a transposed convolution with groups is not followed")
+    axes, weight_axes = trace.axes(source), trace.axes(weight)
+    _fix_others(trace, call, (0, 1), axes, "convolved over")
+    _fix_others(trace, call, (0, 1), weight_axes, "")
+    if transposed:
+        weight_axes = (weight_axes[1], weight_axes[0], *weight_axes[2:])
+    if groups == 1:
+        tie(axes[1], weight_axes[1], call.reason)
+    else:
+        _tie_groups(trace, call, axes[1], weight_axes, groups)
+    if bias is not None:
+        tie(trace.axes(bias)[0], weight_axes[0], call.reason)
+    trace.bind("in_channels", axes[1])
+    trace.bind("out_channels", weight_axes[0])
+    _set_out(trace, call, axes[0], weight_axes[0], *(fixed(size) for size in call.out.shape[2:]))
+    space = source.shape[2:] if transposed else call.out.shape[2:]
+    sizes = [fixed(size) for size in (*space, *weight.shape[2:])]
+    trace.products.append(Product(call.module_name, [axes[0], weight_axes[0], weight_axes[1], *sizes]))
+
+
+def _tie_groups(trace: Trace, call: Call, channels: Axis, weight_axes: Axes, groups: int) -> None:
+    """Depthwise: an output channel goes with its input. Otherwise the same positions are kept in every group."""
+    out_size, group_size = axis_size(weight_axes[0]), axis_size(weight_axes[1])
+    if group_size == 1:
+        multiplier = fixed(out_size // groups, "channels that share an input of a depthwise convolution")
+        tie(weight_axes[0], product([channels, multiplier]), call.reason)
+        trace.bind("groups", channels)
+        return
+    whole = fixed(groups, "groups of a convolution")
+    tie(channels, product([whole, weight_axes[1]]), call.reason)
+    tie(weight_axes[0], product([whole, _fresh_like(out_size // groups)]), call.reason)
+
+
+@handles(*operations("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"))
+def batch_norm(trace: Trace, call: Call) -> None:
+    axes = trace.axes(call.args[0])
+    for tensor in call.args[1:5]:
+        if isinstance(tensor, torch.Tensor):
+            tie(axes[1], trace.axes(tensor)[0], call.reason)
+    trace.bind("num_features", axes[1])
+    result, *statistics = tensors_in(call.out)
+    trace.set_axes(result, axes)
+    for statistic in statistics:
+        trace.set_axes(statistic, (axes[1],) if statistic.numel() else (fixed(0),))
+
+
+@handles(*operations("native_layer_norm", "_fused_rms_norm"))
+def layer_norm(trace: Trace, call: Call) -> None:
+    """Layer and RMS norm, taken over the kept channels."""
+    source, shape = call.args[:2]
+    axes = trace.axes(source)
+    for tensor in call.args[2:4]:
+        if isinstance(tensor, torch.Tensor):
+            for axis, other in zip(axes[-len(shape) :], trace.axes(tensor), strict=True):
+                tie(axis, other, call.reason)
+    trace.bind("normalized_shape", *axes[-len(shape) :])
+    result, *statistics = tensors_in(call.out)
+    trace.set_axes(result, axes)
+    for statistic in statistics:
+        trace.set_axes(statistic, (*axes[: -len(shape)], *[fixed(1)] * len(shape))[: statistic.ndim])
+
+
+@handles(*operations("native_group_norm"))
+def group_norm(trace: Trace, call: Call) -> None:
+    """The same positions are kept in every group; with one channel a group, the first groups."""
+    source, weight, bias = call.args[:3]
+    groups = call.args[6]
+    axes = trace.axes(source)
+    size = source.shape[1] // groups
+    if size > 1:
+        tie(axes[1], product([fixed(groups, "groups of a norm"), _fresh_like(size)]), call.reason)
+    else:
+        trace.bind("num_groups", axes[1])
+    for tensor in (weight, bias):
+        if tensor is not None:
+            tie(axes[1], trace.axes(tensor)[0], call.reason)
+    trace.bind("num_channels", axes[1])
+    result, *statistics = tensors_in(call.out)
+    trace.set_axes(result, axes)
+    for statistic in statistics:
+        trace.set_axes(statistic, (axes[0], axes[1] if size == 1 else fixed(groups)))
+
+
+@handles(*operations("mm", "addmm", "bmm", "baddbmm"))
+def matrix_product(trace: Trace, call: Call) -> None:
+    added, (left, right) = call.args[:-2], call.args[-2:]
+    left_axes, right_axes = trace.axes(left), trace.axes(right)
+    for a, b in zip(left_axes[:-2], right_axes[:-2], strict=True):
+        tie(a, b, call.reason)
+    tie(left_axes[-1], right_axes[-2], call.reason)
+    axes = (*left_axes[:-1], right_axes[-1])
+    trace.set_axes(call.out, axes)
+    for tensor in added:
+        join(trace, call, [call.out, tensor], call.out.shape)
+    trace.bind("in_features", left_axes[-1])
+    trace.bind("out_features", right_axes[-1])
+    trace.products.append(Product(call.module_name, [*axes, left_axes[-1]]))

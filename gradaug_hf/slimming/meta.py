@@ -1,0 +1,89 @@
+"""Copies of networks on the meta device, on which they are run without computing anything."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from gradaug_hf.slimming.patching import unpatch
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Copy the structure of a network to the meta device, without its values, hooks and slicing.
+
+    Args:
+        model: any module; it is left as it is.
+
+    Returns:
+        A copy whose parameters and buffers have shapes and dtypes, but no values.
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for hooks in HOOKS:
+            memo[id(getattr(module, hooks))] = OrderedDict()
+        for leaf in (*module.parameters(recurse=False), *module.buffers(recurse=False), *tree_leaves(vars(module))):
+            if isinstance(leaf, torch.Tensor):
+                memo[id(leaf)] = _without_values(leaf)
+    # The memo also keeps the originals' ids valid while they are copied.
+    copied = copy.deepcopy(model, memo)
+    unpatch(copied)
+    return copied
+
+
+def _without_values(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty.detach()
+
+
+def example_sizes(model: nn.Module, input_size: int | Sequence[int] | None) -> Iterator[tuple[int, int, int]]:
+    """Input sizes (channels, height, width) to try a network at, the most likely first.
+
+    Args:
+        model: a timm network, a transformers classifier, or any module.
+        input_size: side in pixels, (height, width) or (channels, height, width); None finds it out.
+    """
+    channels = _input_channels(model)
+    if input_size is not None:
+        yield _full_size(input_size, channels)
+        return
+    network = getattr(model, "timm_model", model)
+    config = getattr(model, "config", None)
+    cfg = getattr(network, "pretrained_cfg", None) or {}
+    candidates = [
+        getattr(getattr(network, "patch_embed", None), "img_size", None),
+        getattr(network, "img_size", None),
+        getattr(config, "image_size", None),
+        cfg.get("input_size"),
+        224,
+        32,
+    ]
+    seen = set()
+    for candidate in candidates:
+        if isinstance(candidate, (int, tuple, list)) and candidate:
+            size = _full_size(candidate, channels)
+            if size not in seen:
+                seen.add(size)
+                yield size
+
+
+def _full_size(size: int | Sequence[int], channels: int) -> tuple[int, int, int]:
+    sides = (size,) if isinstance(size, int) else tuple(size)
+    if not 1 <= len(sides) <= 3 or any(not isinstance(side, int) or side < 1 for side in sides):
+        raise ValueError(
+            f"input_size is {size!r}; give a side, (height, width) or (channels, height, width) in pixels"
+        )
+    if len(sides) == 3:
+        return (channels, *sides[1:]) if sides[0] == 3 else sides
+    return (channels, *sides) if len(sides) == 2 else (channels, *sides, *sides)
+
+
+def _input_channels(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    return 3

@@ -1,0 +1,229 @@
+"""Gives leaf modules views of their own parameters at the current width, without touching the state dict.
+
+A module's class is exchanged for a subclass whose `weight`, `bias`, `groups`, ... are properties. They read the stored
+parameter and return the part that the current width keeps, so that the module's own forward, autograd, the optimiser,
+`state_dict` and DDP work unmodified.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradaug_hf.slimming.patterns import Pattern, Width, is_sliced, pattern_size, take_pattern
+
+BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked", "momentum")
+
+
+@dataclass
+class WidthState:
+    """The width that all sliced modules of one network share, and whether a sub-network pass is under way."""
+
+    width: Width = field(default_factory=Width)
+    subnet_pass: bool = False
+
+    @property
+    def is_subnet(self) -> bool:
+        return self.subnet_pass or self.width.multiplier < 1
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What of one module is sliced.
+
+    Args:
+        tensors: name of a parameter or buffer -> the pattern of each dimension.
+        attributes: name of an attribute -> the patterns whose sizes it holds.
+        written: names of buffers that the module writes to while training; a sub-network writes to a copy.
+    """
+
+    tensors: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
+    attributes: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
+    written: frozenset[str] = frozenset()
+
+
+class SlimModule(nn.Module):
+    """Base of the classes that sliced modules are given. Never instantiated by itself."""
+
+    _slices: Slices
+    _state: WidthState
+    _overrides: dict[str, Any]
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        cls = type(self)
+        return _rebuild, (cls._unsliced, cls._sliced_tensors, cls._sliced_attributes), self.__dict__
+
+
+def _rebuild(base: type[nn.Module], tensors: tuple[str, ...], attributes: tuple[str, ...]) -> nn.Module:
+    cls = _slim_class(base, tensors, attributes)
+    return cls.__new__(cls)
+
+
+@lru_cache(maxsize=None)
+def _slim_class(base: type[nn.Module], tensors: tuple[str, ...], attributes: tuple[str, ...]) -> type[nn.Module]:
+    properties = {name: _tensor_property(name) for name in tensors}
+    properties |= {name: _attribute_property(name) for name in attributes}
+    if issubclass(base, _BatchNorm):
+        properties |= {name: _tensor_property(name) for name in BATCH_NORM_STATE[:3]}
+        properties |= {"momentum": _override_property("momentum"), "track_running_stats": _tracking_property()}
+    names = {"_unsliced": base, "_sliced_tensors": tensors, "_sliced_attributes": attributes}
+    return type(base.__name__, (SlimModule, base), {**properties, **names, "__module__": base.__module__})
+
+
+def _tensor_property(name: str) -> property:
+    def get(self: SlimModule) -> torch.Tensor | None:
+        if name in self._overrides:
+            return self._overrides[name]
+        parameters = self.__dict__["_parameters"]
+        tensor = parameters[name] if name in parameters else self.__dict__["_buffers"][name]
+        state = self._state
+        if tensor is None or not state.is_subnet:
+            return tensor
+        for dim, pattern in enumerate(self._slices.tensors.get(name, ())):
+            if state.width.multiplier < 1 and is_sliced(pattern):
+                tensor = take_pattern(tensor, dim, pattern, state.width)
+        return tensor.clone() if self.training and name in self._slices.written else tensor
+
+    return property(get)
+
+
+def _attribute_property(name: str) -> property:
+    def get(self: SlimModule) -> int | tuple[int, ...]:
+        value = self.__dict__[name]
+        width = self._state.width
+        if width.multiplier >= 1:
+            return value
+        sizes = tuple(pattern_size(pattern, width) for pattern in self._slices.attributes[name])
+        return sizes if isinstance(value, tuple) else sizes[0]
+
+    return property(get, _set_in_dict(name))
+
+
+def _override_property(name: str) -> property:
+    return property(
+        lambda self: self._overrides[name] if name in self._overrides else self.__dict__[name], _set_in_dict(name)
+    )
+
+
+def _tracking_property() -> property:
+    """A training sub-network uses batch statistics and writes none, unless its own are being measured."""
+
+    def get(self: SlimModule) -> bool:
+        if self._overrides or not (self.training and self._state.is_subnet):
+            return self.__dict__["track_running_stats"]
+        return False
+
+    return property(get, _set_in_dict("track_running_stats"))
+
+
+def _set_in_dict(name: str) -> Any:
+    def set_value(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return set_value
+
+
+def patch(network: nn.Module, slices: dict[str, Slices], state: WidthState) -> None:
+    """Make modules slimmable in place.
+
+    Args:
+        network: the network; gets an attribute `_width_state`.
+        slices: module name -> what of it is sliced. Every batch norm is patched, sliced or not.
+        state: the width that they share.
+    """
+    for name, module in network.named_modules():
+        own = slices.get(name)
+        if own is None and not isinstance(module, _BatchNorm):
+            continue
+        own = own or Slices()
+        tensors = tuple(sorted({*own.tensors, *own.written}))
+        module.__class__ = _slim_class(type(module), tensors, tuple(sorted(own.attributes)))
+        module._slices, module._state, module._overrides = own, state, {}
+    network._width_state = state
+
+
+def unpatch(network: nn.Module) -> None:
+    """Give sliced modules their own classes back."""
+    for module in network.modules():
+        if isinstance(module, SlimModule):
+            module.__class__ = type(module)._unsliced
+            del module._slices, module._state, module._overrides
+        vars(module).pop("_width_state", None)
+
+
+def width_state(model: nn.Module) -> WidthState:
+    """The width state of a slimmable network, also inside a wrapper such as DDP.
+
+    Raises:
+        ValueError: `make_slimmable` was not called on the model.
+    """
+    for module in model.modules():
+        if "_width_state" in vars(module):
+            return module._width_state
+    raise ValueError(f"{type(model).__name__} is not slimmable: call gradaug_hf.make_slimmable(model) first")
+
+
+def check_width(width: float) -> float:
+    if not 0 < width <= 1:
+        raise ValueError(f"width is {width!r}; a width multiplier lies in (0, 1]")
+    return float(width)
+
+
+def set_width(model: nn.Module, width: float) -> None:
+    """Set the width multiplier of a slimmable network.
+
+    Args:
+        model: a network that `make_slimmable` was called on, or a wrapper of one.
+        width: width multiplier in (0, 1]; 1 is the full network.
+
+    Raises:
+        ValueError: the width is out of range, or the model is not slimmable.
+    """
+    state = width_state(model)
+    state.width = Width(check_width(width), state.width.divisor)
+
+
+@contextmanager
+def at_width(model: nn.Module, width: float) -> Iterator[nn.Module]:
+    """Use a slimmable network at a width multiplier; the width it had comes back, also after an exception.
+
+    Args:
+        model: a network that `make_slimmable` was called on, or a wrapper of one.
+        width: width multiplier in (0, 1].
+
+    Raises:
+        ValueError: the width is out of range, or the model is not slimmable.
+    """
+    state = width_state(model)
+    before = state.width
+    set_width(model, width)
+    try:
+        yield model
+    finally:
+        state.width = before
+
+
+@contextmanager
+def subnet_pass(model: nn.Module, width: float) -> Iterator[nn.Module]:
+    """`at_width` for the training pass of a sub-network: no statistics are written, also at width 1.
+
+    Args:
+        model: a network that `make_slimmable` was called on, or a wrapper of one.
+        width: width multiplier in (0, 1].
+
+    Raises:
+        ValueError: the width is out of range, or the model is not slimmable.
+    """
+    state = width_state(model)
+    before = state.subnet_pass
+    with at_width(model, width):
+        state.subnet_pass = True
+        try:
+            yield model
+        finally:
+            state.subnet_pass = before

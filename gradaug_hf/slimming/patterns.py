@@ -1,0 +1,96 @@
+"""Which positions of a dimension a width keeps, as data that a sliced layer carries."""
+
+from dataclasses import dataclass
+from math import floor, gcd
+
+import torch
+
+
+def kept_channels(size: int, width: float, divisor: int = 1) -> int:
+    """Number of channels that a width multiplier keeps (design of slimmable networks, arXiv 1903.05134).
+
+    Args:
+        size: number of channels at full width.
+        width: width multiplier in (0, 1].
+        divisor: the count is rounded to the nearest multiple of it, at least one multiple.
+
+    Returns:
+        A count in 1..size; `size` itself at width 1.
+    """
+    if width >= 1:
+        return size
+    return min(size, max(divisor, floor(size * width / divisor + 0.5) * divisor))
+
+
+@dataclass(frozen=True)
+class Width:
+    """A width multiplier with the divisor its channel counts are rounded to."""
+
+    multiplier: float = 1.0
+    divisor: int = 1
+
+    def keep(self, segment: "Kept") -> int:
+        return kept_channels(segment.size, self.multiplier, self.divisor // gcd(self.divisor, segment.granule))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The first channels of a unit, as they lie in a dimension: `repeat` times a run of `size` blocks of `block`.
+
+    Args:
+        repeat: how many runs follow each other (the groups of a convolution; query, key and value).
+        size: number of channels of the unit, of which the first ones are kept in every run.
+        block: positions that belong to one channel (the head size where heads are sliced).
+        granule: positions by which the unit's dimensions grow with one more channel; counts towards the divisor.
+    """
+
+    repeat: int
+    size: int
+    block: int
+    granule: int = 1
+
+    @property
+    def full_size(self) -> int:
+        return self.repeat * self.size * self.block
+
+    def size_at(self, width: Width) -> int:
+        return self.repeat * width.keep(self) * self.block
+
+    def take(self, tensor: torch.Tensor, dim: int, width: Width) -> torch.Tensor:
+        length = width.keep(self) * self.block
+        if self.repeat == 1:
+            return tensor.narrow(dim, 0, length)
+        runs = tensor.unflatten(dim, (self.repeat, self.size * self.block))
+        return runs.narrow(dim + 1, 0, length).flatten(dim, dim + 1)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Positions that every width keeps."""
+
+    full_size: int
+
+    def size_at(self, width: Width) -> int:
+        return self.full_size
+
+    def take(self, tensor: torch.Tensor, dim: int, width: Width) -> torch.Tensor:
+        return tensor
+
+
+Pattern = tuple[Kept | Whole, ...]
+
+
+def pattern_size(pattern: Pattern, width: Width) -> int:
+    return sum(part.size_at(width) for part in pattern)
+
+
+def is_sliced(pattern: Pattern) -> bool:
+    return any(isinstance(part, Kept) for part in pattern)
+
+
+def take_pattern(tensor: torch.Tensor, dim: int, pattern: Pattern, width: Width) -> torch.Tensor:
+    """The kept positions of one dimension; a view where the pattern is a single run."""
+    if len(pattern) == 1:
+        return pattern[0].take(tensor, dim, width)
+    pieces = tensor.split([part.full_size for part in pattern], dim)
+    return torch.cat([part.take(piece, dim, width) for part, piece in zip(pattern, pieces, strict=True)], dim)

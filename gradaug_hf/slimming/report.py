@@ -1,0 +1,126 @@
+"""What of a network is sliced, what is not, and why."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+
+from torch import nn
+
+from gradaug_hf.slimming.axes import Unit, iter_units
+from gradaug_hf.slimming.patterns import Pattern, Width, is_sliced, pattern_size
+from gradaug_hf.slimming.planning import Plan
+
+
+@dataclass(frozen=True)
+class TiedUnit:
+    """Channels that are kept or left out together.
+
+    Args:
+        size: number of channels at full width.
+        members: the parameters whose dimensions they are, as "name[dimension]".
+    """
+
+    size: int
+    members: tuple[str, ...]
+
+
+@dataclass
+class SlicingReport:
+    """What `make_slimmable` found.
+
+    Args:
+        units: tied channels, in the order of the network.
+        refused: layer that is not sliced at all -> reason in plain words.
+        products: (layer, patterns) of each operation with multiply-adds; their number is the product of the sizes.
+        parameters: name -> patterns of each parameter.
+        batch: images in the traced batch, by which multiply-adds are divided.
+    """
+
+    units: list[TiedUnit] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    products: list[tuple[str, tuple[Pattern, ...]]] = field(default_factory=list)
+    parameters: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
+    batch: int = 1
+
+    def macs(self, width: float = 1.0, divisor: int = 1) -> int:
+        """Multiply-adds for one image at a width multiplier."""
+        return sum(_count(patterns, Width(width, divisor)) for _, patterns in self.products) // self.batch
+
+    def params(self, width: float = 1.0, divisor: int = 1) -> int:
+        """Number of parameters at a width multiplier."""
+        return sum(_count(patterns, Width(width, divisor)) for patterns in self.parameters.values())
+
+    @property
+    def sliced_macs(self) -> float:
+        """Share of the multiply-adds in operations that shrink with the width, 0..1."""
+        return _sliced_share([patterns for _, patterns in self.products])
+
+    @property
+    def sliced_params(self) -> float:
+        """Share of the parameters in tensors that shrink with the width, 0..1."""
+        return _sliced_share(list(self.parameters.values()))
+
+    def __str__(self) -> str:
+        lines = [
+            f"sliced: {self.sliced_macs:.1%} of the multiply-adds, {self.sliced_params:.1%} of the parameters",
+            f"full width: {self.macs():,} multiply-adds, {self.params():,} parameters",
+            "",
+            f"{'tied channels':>13}  members",
+            *(f"{unit.size:>13}  {_shorten(unit.members)}" for unit in self.units),
+        ]
+        if self.refused:
+            lines += ["", "at full width:", *(f"  {layer}: {reason}" for layer, reason in self.refused.items())]
+        return "\n".join(lines)
+
+
+def make_report(network: nn.Module, plan: Plan, batch: int) -> SlicingReport:
+    """Describe a plan.
+
+    Args:
+        network: the traced network.
+        plan: its proven plan.
+        batch: images in the traced batch.
+    """
+    trace = plan.trace
+    parameters = {name: plan.patterns(trace.axes(p)) for name, p in network.named_parameters()}
+    members: dict[Unit, list[str]] = {}
+    for name, parameter in network.named_parameters():
+        for dim, axis in enumerate(trace.axes(parameter)):
+            for unit in dict.fromkeys(unit for unit in iter_units([axis]) if unit.free):
+                members.setdefault(unit, []).append(f"{name}[{dim}]")
+    return SlicingReport(
+        units=[TiedUnit(unit.size, tuple(names)) for unit, names in members.items()],
+        refused=_refused(network, plan, parameters),
+        products=[(product.module_name, plan.patterns(product.axes)) for product in trace.products],
+        parameters=parameters,
+        batch=batch,
+    )
+
+
+def _refused(network: nn.Module, plan: Plan, parameters: dict[str, tuple[Pattern, ...]]) -> dict[str, str]:
+    refused: dict[str, str] = {}
+    for module_name, module in network.named_modules():
+        own = {
+            name: parameter
+            for local, parameter in module._parameters.items()
+            if (name := f"{module_name}.{local}" if module_name else local) in parameters
+        }
+        if own and not any(is_sliced(pattern) for name in own for pattern in parameters[name]):
+            axes = (axis for parameter in own.values() for axis in plan.trace.axes(parameter))
+            reasons = [unit.reason for unit in iter_units(axes) if unit.reason]
+            refused[module_name] = reasons[0] if reasons else "its dimensions are no channels"
+    return refused
+
+
+def _count(patterns: Iterable[Pattern], width: Width) -> int:
+    return prod(pattern_size(pattern, width) for pattern in patterns)
+
+
+def _sliced_share(items: list[tuple[Pattern, ...]]) -> float:
+    full = Width()
+    total = sum(_count(patterns, full) for patterns in items)
+    return sum(_count(patterns, full) for patterns in items if any(map(is_sliced, patterns))) / max(total, 1)
+
+
+def _shorten(names: tuple[str, ...], shown: int = 4) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

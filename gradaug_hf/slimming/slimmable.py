@@ -1,0 +1,84 @@
+"""Makes networks slimmable: trace, plan, prove, patch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from gradaug_hf.slimming.handlers import find_handler
+from gradaug_hf.slimming.meta import example_sizes, meta_copy
+from gradaug_hf.slimming.patching import WidthState, patch, unpatch, width_state
+from gradaug_hf.slimming.patterns import Width
+from gradaug_hf.slimming.planning import Plan
+from gradaug_hf.slimming.proof import prove
+from gradaug_hf.slimming.report import SlicingReport, make_report
+from gradaug_hf.slimming.tracing import Call, Trace
+
+# Two images, so that a batch norm over one position still has something to normalise.
+TRACED_BATCH = 2
+
+
+def make_slimmable(
+    model: nn.Module, *, input_size: int | Sequence[int] | None = None, width_divisor: int = 1
+) -> nn.Module:
+    """Patch a network in place so that it can run at a width multiplier; its state dict does not change.
+
+    Never fails on a network: what cannot be followed or does not run narrower stays at full width, with a reason in
+    `slicing_report(model)`. Calling it again analyses the network anew and sets it to full width.
+
+    Args:
+        model: a timm network, a transformers image classifier, or any module that maps an image batch to logits.
+        input_size: side in pixels, (height, width) or (channels, height, width) of the images; None takes the
+            network's own.
+        width_divisor: channel counts are rounded to the nearest multiple of it; 1 is exact to the paper
+            (arXiv 2006.07989), 8 suits tensor cores.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: `input_size` or `width_divisor` is not positive.
+    """
+    if not isinstance(width_divisor, int) or width_divisor < 1:
+        raise ValueError(f"width_divisor is {width_divisor!r}; it must be a positive integer")
+    sizes = list(example_sizes(model, input_size))
+    unpatch(model)
+    network = meta_copy(model)
+    slices, report = {}, SlicingReport(refused={"": "no input size was found at which the network runs"})
+    for size in sizes:
+        try:
+            plan = _plan(network, torch.empty(TRACED_BATCH, *size, device="meta"))
+        except Exception as error:  # a network may raise anything at a size that it cannot take
+            report.refused[""] = f"does not run on the meta device at {size}: {error}"
+            continue
+        slices, report = plan.slices(), make_report(network, plan, TRACED_BATCH)
+        break
+    patch(model, slices, WidthState(Width(1.0, width_divisor)))
+    model._slicing_report = report
+    return model
+
+
+def _plan(network: nn.Module, example: torch.Tensor) -> Plan:
+    trace = Trace(network, find_handler)
+    runs: list[tuple[bool, list[Call]]] = []
+    for training in (True, False):
+        before = len(trace.calls)
+        network.train(training)
+        trace.run(example)
+        runs.append((training, trace.calls[before:]))
+    plan = Plan(trace)
+    prove(plan, network, runs, example)
+    return plan
+
+
+def slicing_report(model: nn.Module) -> SlicingReport:
+    """What of a slimmable network is sliced; printing it gives a table.
+
+    Args:
+        model: a network that `make_slimmable` was called on, or a wrapper of one.
+
+    Raises:
+        ValueError: the model is not slimmable.
+    """
+    width_state(model)
+    return next(vars(module)["_slicing_report"] for module in model.modules() if "_slicing_report" in vars(module))

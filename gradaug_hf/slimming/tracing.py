@@ -1,0 +1,193 @@
+"""Runs a network once on the meta device and finds out which channels are tied.
+
+Every dimension of every tensor carries an axis (`axes.py`). The dimensions of parameters and buffers start as free
+units; the handler of each ATen operation (`handlers.py`) ties, splits and joins them. What reaches an operation without
+a handler, the image, the class outputs or a tensor of unknown origin stays whole, with a reason.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gradaug_hf.slimming.axes import Axis, Unit, axis_of, axis_size, fix, fixed, resolve
+
+Axes = tuple[Axis, ...]
+
+
+@dataclass
+class Call:
+    """One ATen operation as it ran: its arguments, its result, and where in the network it was called."""
+
+    func: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    module_name: str
+    module: nn.Module
+    constants: list[Any]
+    in_axes: list[Axes] = field(default_factory=list)
+    out_axes: list[Axes] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return str(self.func.overloadpacket).removeprefix("aten.")
+
+    @property
+    def reason(self) -> str:
+        return f"{self.name} in {self.module_name or 'the network'}"
+
+    def arg(self, index: int, name: str, default: Any = None) -> Any:
+        if index < len(self.args):
+            return self.args[index]
+        return self.kwargs.get(name, default)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return tensors_in((self.args, self.kwargs))
+
+
+@dataclass
+class Product:
+    """The multiply-adds of one operation on the whole batch: the product of the sizes of its axes."""
+
+    module_name: str
+    axes: list[Axis]
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """All tensors of nested lists, tuples, mappings and model outputs."""
+    if isinstance(tree, Mapping):
+        return [tensor for value in tree.values() for tensor in tensors_in(value)]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+class Trace(TorchDispatchMode):
+    """Records the calls of a network on the meta device and the axes of its tensors.
+
+    Args:
+        network: a copy of the network on the meta device (`meta_copy`).
+        handlers: operation -> handler; a handler takes the trace and a call and sets the axes of the call's result.
+    """
+
+    def __init__(
+        self, network: nn.Module, handlers: Callable[[torch._ops.OpOverload], Callable[["Trace", Call], None] | None]
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.handlers = handlers
+        self.calls: list[Call] = []
+        self.products: list[Product] = []
+        self.attributes: dict[tuple[str, str], Axes] = {}
+        self.stored: dict[tuple[str, str], torch.Tensor] = {}
+        self.written: set[tuple[str, str]] = set()
+        self._axes: dict[int, Axes] = {}
+        self._alive: list[torch.Tensor] = []
+        self._modules: list[tuple[str, nn.Module]] = []
+        for module_name, module in network.named_modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._add_stored(module_name, name, tensor)
+
+    def _add_stored(self, module_name: str, name: str, tensor: torch.Tensor) -> None:
+        self.stored[module_name, name] = tensor
+        if id(tensor) not in self._axes:
+            whole = None if tensor.is_floating_point() else "a table of indices"
+            self.set_axes(tensor, tuple(axis_of(Unit(size, whole)) for size in tensor.shape))
+
+    def axes(self, tensor: torch.Tensor) -> Axes:
+        """The axes of a tensor, as the ties made so far have them."""
+        if id(tensor) not in self._axes:
+            self.set_axes(tensor, tuple(fixed(size, "meets a tensor that is no parameter") for size in tensor.shape))
+        return tuple(resolve(axis) for axis in self._axes[id(tensor)])
+
+    def set_axes(self, tensor: torch.Tensor, axes: Axes) -> None:
+        self._axes[id(tensor)] = axes
+        self._alive.append(tensor)
+
+    def bind(self, name: str, *axes: Axis) -> None:
+        """Note that an attribute of the running module holds the size of an axis (or, a tuple, of several)."""
+        if self._modules:
+            module_name, module = self._modules[-1]
+            sizes = tuple(axis_size(axis) for axis in axes)
+            if vars(module).get(name) in (sizes, sizes[0] if len(sizes) == 1 else None):
+                self.attributes[module_name, name] = axes
+
+    def run(self, example: torch.Tensor) -> None:
+        """Run the network on an image batch of fixed axes; its outputs are kept whole, its products are counted anew.
+
+        Raises:
+            Whatever the network raises on the meta device.
+        """
+        self.set_axes(example, tuple(fixed(size) for size in example.shape))
+        self.products.clear()
+        with self, self._module_stack():
+            output = self.network(example)
+        for tensor in tensors_in(output):
+            for axis in self.axes(tensor):
+                fix(axis, "the network's output")
+
+    @contextmanager
+    def _module_stack(self) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for name, module in self.network.named_modules():
+                enter = module.register_forward_pre_hook(lambda m, _, name=name: self._modules.append((name, m)))
+                leave = module.register_forward_hook(lambda *_: self._modules.pop() and None, always_call=True)
+                hooks.callback(enter.remove)
+                hooks.callback(leave.remove)
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        constants = constants_in(func, args)
+        args, kwargs = to_meta(args), to_meta(kwargs or {})
+        axes_before = [self.axes(tensor) for tensor in tensors_in((args, kwargs))]
+        out = func(*args, **kwargs)
+        module_name, module = self._modules[-1] if self._modules else ("", self.network)
+        call = Call(func, args, kwargs, out, module_name, module, constants)
+        self._note_writes(call)
+        handler = self.handlers(func)
+        if handler is None:
+            refuse(self, call, f"the operation {call.name} is not known")
+        else:
+            handler(self, call)
+        call.in_axes = axes_before
+        call.out_axes = [self.axes(tensor) for tensor in tensors_in(out)]
+        self.calls.append(call)
+        return out
+
+    def _note_writes(self, call: Call) -> None:
+        """Remember which stored tensors an operation writes to: a sub-network must write to a copy."""
+        schema = call.func._schema
+        for argument, value in zip(schema.arguments, call.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.written.update(key for key, tensor in self.stored.items() if tensor is value)
+
+
+def constants_in(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> list[Any]:
+    """The numbers a pointwise operation is given (a softmax scale, say); they must not change with the width."""
+    if torch.Tag.pointwise not in func.tags:
+        return []
+    scalars = [
+        arg.item() if isinstance(arg, torch.Tensor) and not arg.is_meta and not arg.ndim else arg for arg in args
+    ]
+    return [scalar for scalar in scalars if isinstance(scalar, (int, float))]
+
+
+def refuse(trace: Trace, call: Call, reason: str) -> None:
+    """Keep everything whole that goes into and comes out of a call."""
+    for tensor in call.tensors():
+        for axis in trace.axes(tensor):
+            fix(axis, reason)
+    for tensor in tensors_in(call.out):
+        trace.set_axes(tensor, tuple(fixed(size, reason) for size in tensor.shape))
+
+
+def to_meta(tree: Any) -> Any:
+    """Move stray tensors (constants made on the CPU in forward) to the meta device."""
+    return torch.utils._pytree.tree_map(
+        lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) and not leaf.is_meta else leaf, tree
+    )
