@@ -1,0 +1,94 @@
+"""Checks of the output folder, of how the processes were launched, and of labels, each before any long work."""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import DataCollator
+
+from gradaug_hf.config import GradAugConfig
+from gradaug_hf.losses import check_labels
+
+
+def check_output_dir(args: GradAugConfig) -> None:
+    """Make the output folder, and a file in it for a moment.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    if not args.should_save:
+        return
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir is {args.output_dir!r}, which cannot be written: {error}") from error
+
+
+def check_launch(args: GradAugConfig, deepspeed: bool, fsdp: bool) -> None:
+    """Make sure that the processes and the optimiser bear several backward passes in a step.
+
+    Args:
+        args: the settings.
+        deepspeed: whether DeepSpeed is in use.
+        fsdp: whether FSDP is in use.
+
+    Raises:
+        ValueError: they do not; says what to do.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs and would use DataParallel, under which sub-networks do not work; "
+            f"start one process for each: accelerate launch --num_processes {args.n_gpu} SCRIPT"
+        )
+    if fsdp:
+        raise ValueError("FSDP shards the parameters that sub-networks take their slices of; use DDP, without fsdp")
+    if args.ddp_static_graph:
+        raise ValueError("ddp_static_graph is True, but the graph differs from sub-network to sub-network; set False")
+    if args.subnet_backward == "joint":
+        return
+    if deepspeed:
+        raise ValueError('DeepSpeed allows one backward in a step; set subnet_backward="joint"')
+    if "lomo" in args.optim.value or "layerwise" in args.optim.value:
+        raise ValueError(
+            f'optim is {args.optim.value!r}, which steps within the backward; set subnet_backward="joint" so that '
+            "there is one in a step"
+        )
+
+
+def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
+    """Make sure that no layer is computed anew at another width than it had.
+
+    Raises:
+        ValueError: activation checkpointing is on with a joint backward.
+    """
+    on = args.activation_checkpointing or any(getattr(m, "grad_checkpointing", False) for m in network.modules())
+    if on and args.subnet_backward == "joint":
+        raise ValueError(
+            'activation checkpointing computes layers anew in the backward; set subnet_backward="sequential", with '
+            "which each pass still has its width then"
+        )
+
+
+@dataclass
+class LabelCheckingCollator:
+    """Collates a batch and checks its labels while they lie on the CPU, where that costs nothing.
+
+    Args:
+        collate: makes the batch.
+        num_classes: of the network.
+    """
+
+    collate: DataCollator
+    num_classes: int
+
+    def __call__(self, features: list[Any]) -> Any:
+        batch = self.collate(features)
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor):
+            check_labels(labels, self.num_classes)
+        return batch

@@ -1,0 +1,316 @@
+"""GradAugTrainer: the Trainer of transformers with the GradAug objective."""
+
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_utils import TrainOutput
+from transformers.utils.generic import find_labels
+
+from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
+from gradaug_hf.config import GradAugConfig, as_gradaug_config
+from gradaug_hf.hub import is_timm_network, save_timm_config
+from gradaug_hf.losses import cross_entropy
+from gradaug_hf.metrics import RunningMeans
+from gradaug_hf.objective import GradAug, Pass, logits_of
+from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint, native_side
+from gradaug_hf.slimming import make_slimmable, slicing_report
+from gradaug_hf.subnets import SubnetSampler
+from gradaug_hf.transforms import ImageTransform
+
+IMAGES, LABELS = "pixel_values", "labels"
+
+
+class GradAugTrainer(Trainer):
+    """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
+
+    Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
+    Sub-networks run only while training: `evaluate` and `predict` are those of the plain full network, and with
+    `num_subnets=0` so is training. Beside `loss`, training logs `loss_full`, `loss_subnets`, `subnet_width` and
+    `subnet_resolution`, means since the last log.
+
+    Args:
+        model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
+            slimmable in place.
+        args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
+        trainer_args: further positional arguments of `transformers.Trainer`.
+        subnet_sampler: draws the sub-networks; what `args` says about them then has no effect.
+        subnet_transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized, for
+            example a `torchvision.transforms.v2` module; the sampler seeds what it draws at random from torch.
+        kwargs: further keyword arguments of `transformers.Trainer`.
+
+    Raises:
+        ValueError: the settings do not fit each other, the network, or how the processes were launched, or
+            `args.output_dir` cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *trainer_args: Any,
+        subnet_sampler: SubnetSampler | None = None,
+        subnet_transform: ImageTransform | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
+        check_output_dir(args)
+        self._subnet_sampler = subnet_sampler
+        self._subnet_transform = subnet_transform
+        self._resolutions: list[int] | None = None
+        self._objective: GradAug | None = None
+        self._step_stack: ExitStack | None = None
+        self._means = RunningMeans()
+        with _label_smoothing_set_aside(args, model):
+            super().__init__(model, args, *trainer_args, **kwargs)
+        if args.label_smoothing_factor > 0 and isinstance(self.model, PreTrainedModel):
+            self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
+        self._network_has_loss = bool(find_labels(type(self.model)))
+        if not self._network_has_loss:
+            self.label_names = args.label_names or [LABELS]
+        if args.num_subnets > 0 or not self._network_has_loss:
+            self._use_own_loss()
+        if args.num_subnets > 0:
+            check_launch(args, self.is_deepspeed_enabled, self.is_fsdp_enabled)
+            if self.model_init is None and self.train_dataset is not None:
+                self._prepare_network(self.model)
+
+    def _use_own_loss(self) -> None:
+        if self.compute_loss_func is not None:
+            raise ValueError("compute_loss_func is given, but GradAugTrainer has its own loss for this network")
+        config = getattr(self.model, "config", None)
+        problem = getattr(config, "problem_type", None)
+        if problem not in (None, "single_label_classification"):
+            raise ValueError(f"problem_type is {problem!r}; GradAug needs 'single_label_classification'")
+        self.loss_is_scaled_for_ga = False
+        self.model_accepts_loss_kwargs = False
+        num_classes = getattr(config, "num_labels", None) or getattr(self.model, "num_classes", None)
+        if num_classes:
+            self.data_collator = LabelCheckingCollator(self.data_collator, num_classes)
+
+    # ---- the network and its sub-networks ----
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`, which makes the network slimmable first where that was not done yet."""
+        self._objective = None  # network and settings may be others than in an earlier training
+        if self.args.num_subnets > 0 and self.model_init is None and self._resolutions is None:
+            self._prepare_network(self.model)
+        return super().train(*args, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """`Trainer.call_model_init`; a network that is about to be trained is made slimmable."""
+        network = super().call_model_init(trial)
+        if self.args.num_subnets > 0 and getattr(self, "is_in_train", False):
+            self._prepare_network(network)
+        return network
+
+    def _prepare_network(self, network: nn.Module) -> None:
+        """Make a network slimmable, and settle the resolutions of its sub-networks."""
+        check_checkpointing(network, self.args)
+        make_slimmable(network, width_divisor=self.args.width_divisor)
+        self._resolutions = self._usable_resolutions(network)
+        sliced = slicing_report(network).sliced_macs > 0
+        if not sliced:
+            warnings.warn(
+                f"0 % of {type(network).__name__} is sliced, so that its sub-networks differ from it by their images "
+                "only; print(gradaug_hf.slicing_report(model)) says why",
+                stacklevel=3,
+            )
+        widths_differ = sliced and self.args.min_width < 1
+        if self._subnet_sampler is None and self._subnet_transform is None and not widths_differ:
+            self._check_that_images_differ(network)
+
+    def _check_that_images_differ(self, network: nn.Module) -> None:
+        if set(self._resolutions) == {self._input_side(network)}:
+            raise ValueError(
+                f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions is "
+                f"{self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
+            )
+
+    def _usable_resolutions(self, network: nn.Module) -> list[int]:
+        trial = ResolutionTrial(network)
+        if self._subnet_sampler is not None or self.args.resolutions is not None:
+            chosen = getattr(self._subnet_sampler or self.args, "resolutions", None) or []
+            trial.check(chosen)
+            return list(chosen)
+        side = self._input_side(network)
+        trial.check([side])
+        defaults = default_resolutions(side)
+        usable = trial.accepted(defaults)
+        if usable != defaults:
+            warnings.warn(
+                f"{type(network).__name__} takes only {usable} of the resolutions {defaults}, so its sub-networks use "
+                f"no others{dynamic_size_hint(network)}",
+                stacklevel=4,
+            )
+        return usable
+
+    def _input_side(self, network: nn.Module) -> int:
+        """The shorter side of the first training image, or else what the network says."""
+        if self.train_dataset is None or not hasattr(self.train_dataset, "__getitem__"):
+            return native_side(network)
+        with _random_states_kept():
+            batch = self.data_collator([self.train_dataset[0]])
+        return min(_split(batch)[0].shape[2:])
+
+    def _make_objective(self, model: nn.Module) -> GradAug:
+        args = self.args
+        return GradAug(
+            model,
+            num_subnets=args.num_subnets,
+            min_width=args.min_width,
+            max_width=args.max_width,
+            resolutions=self._resolutions,
+            width_levels=args.width_levels,
+            kl_weight=args.kl_weight,
+            label_smoothing=args.label_smoothing_factor,
+            seed=args.seed,
+            sampler=self._subnet_sampler,
+            transform=self._subnet_transform,
+        )
+
+    # ---- the loss ----
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """`Trainer.training_step`; the last sub-network stays in place until its backward is over."""
+        with ExitStack() as stack:
+            stack.callback(setattr, self, "_step_stack", None)
+            self._step_stack = stack
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """The GradAug objective while training, else the full network's loss.
+
+        In a training step with `subnet_backward="sequential"` all passes but the last have had their backward when
+        this returns: the loss has the value of the whole objective and the graph of the last pass.
+        """
+        if self.args.num_subnets == 0 or not model.training:
+            return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._objective is None:
+            self._objective = self._make_objective(model)
+        images, labels, others = _split(inputs)
+        subnets = self._objective.sampler.sample(self.state.global_step)
+        passes = self._objective.passes(images, labels, subnets, **others)
+        if self.args.subnet_backward == "sequential" and self._step_stack is not None:
+            done = self._run_sequentially(model, passes, len(subnets))
+        else:
+            done = list(passes)
+        self._record(done, images)
+        loss = sum(p.loss for p in done)
+        return (loss, {"loss": loss, "logits": done[0].logits}) if return_outputs else loss
+
+    def _run_sequentially(self, model: nn.Module, passes: Iterator[Pass], num_early: int) -> list[Pass]:
+        """Run the passes and the backward of all but the last, which is the Trainer's, as it does that one."""
+        self._step_stack.enter_context(closing(passes))
+        done = []
+        for _ in range(num_early):
+            with self.accelerator.no_sync(model):  # gradients cross ranks once, in the last backward
+                early = next(passes)
+                self.accelerator.backward(early.loss / self.current_gradient_accumulation_steps)
+            done.append(replace(early, loss=early.loss.detach()))
+        return [*done, next(passes)]
+
+    def _plain_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
+    ) -> Tensor | tuple[Tensor, Any]:
+        soft_labels = isinstance(inputs.get(LABELS), Tensor) and inputs[LABELS].is_floating_point()
+        if self._network_has_loss and not soft_labels:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        images, labels, others = _split(inputs)
+        logits = logits_of(model(images, **others), len(labels))
+        loss = cross_entropy(logits, labels, self.args.label_smoothing_factor)
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """`Trainer.prediction_step`, also for a network that takes images by position and without labels."""
+        if self._network_has_loss or inputs.get(LABELS) is not None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = logits_of(model(_images(inputs)), len(_images(inputs)))
+        return None, None if prediction_loss_only else logits, None
+
+    # ---- log and checkpoint ----
+
+    def _record(self, passes: list[Pass], images: Tensor) -> None:
+        full, *others = passes
+        self._means.add(loss_full=full.loss.detach(), loss_subnets=sum(p.loss.detach() for p in others))
+        for subnet in (p.subnet for p in others):
+            self._means.add(subnet_width=subnet.width, subnet_resolution=subnet.resolution or min(images.shape[2:]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training."""
+        if "loss" in logs:
+            for name, mean in self._means.take().items():
+                logs[name] = self.accelerator.reduce(mean, "mean").item() if isinstance(mean, Tensor) else mean
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        network = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not is_timm_network(network):
+            return super()._save(output_dir, state_dict)
+        state_dict = network.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: tensor.contiguous() for name, tensor in state_dict.items()})
+        if self.args.should_save:
+            save_timm_config(network, self.args.output_dir if output_dir is None else output_dir)
+
+
+def _images(batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping) or IMAGES not in batch:
+        found = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"a batch holds {found}; expected {IMAGES!r} (N, C, H, W) and {LABELS!r}")
+    return batch[IMAGES]
+
+
+def _split(batch: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Images, labels and the rest of a batch."""
+    images = _images(batch)
+    if batch.get(LABELS) is None:
+        raise ValueError(f"a batch holds {list(batch)}; expected {IMAGES!r} and {LABELS!r}, (N,) or (N, classes)")
+    return images, batch[LABELS], {name: value for name, value in batch.items() if name not in (IMAGES, LABELS)}
+
+
+@contextmanager
+def _label_smoothing_set_aside(args: TrainingArguments, model: nn.Module | None) -> Iterator[None]:
+    """Hide label smoothing, for which Trainer's constructor asks any network for the config of a PreTrainedModel."""
+    if isinstance(model, PreTrainedModel):
+        yield
+        return
+    factor = args.label_smoothing_factor
+    args.label_smoothing_factor = 0.0
+    try:
+        yield
+    finally:
+        args.label_smoothing_factor = factor
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Give back the global random numbers as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
