@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradaug_hf.slimming import meta_copy
-from gradaug_hf.slimming.meta import example_sizes
+from gradaug_hf.slimming.meta import example_images, example_sizes
 
 # How far from a resolution that does not work one is looked for that does, in pixels.
 SEARCH_RANGE = 64
@@ -51,7 +51,7 @@ class ResolutionTrial:
         """What the network raises for two images of this side in training mode, or None."""
         try:
             with torch.no_grad():
-                self._copy(torch.empty(2, *next(example_sizes(self._model, side)), device="meta"))
+                self._copy(example_images(self._copy, 2, next(example_sizes(self._model, side))))
         except Exception as error:  # a network may raise anything at a size that it cannot take
             return error
         return None

@@ -40,6 +40,12 @@ def _without_values(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty.detach()
 
 
+def example_images(model: nn.Module, batch: int, size: tuple[int, int, int]) -> torch.Tensor:
+    """Images (batch, channels, height, width) on the meta device, of the dtype that a network computes in."""
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return torch.empty(batch, *size, dtype=next(dtypes, torch.float32), device="meta")
+
+
 def example_sizes(model: nn.Module, input_size: int | Sequence[int] | None) -> Iterator[tuple[int, int, int]]:
     """Input sizes (channels, height, width) to try a network at, the most likely first.
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gradaug_hf.slimming.handlers import find_handler
-from gradaug_hf.slimming.meta import example_sizes, meta_copy
+from gradaug_hf.slimming.meta import example_images, example_sizes, meta_copy
 from gradaug_hf.slimming.patching import WidthState, patch, unpatch, width_state
 from gradaug_hf.slimming.patterns import Width
 from gradaug_hf.slimming.planning import Plan
@@ -47,7 +47,7 @@ def make_slimmable(
     slices, report = {}, SlicingReport(refused={"": "no input size was found at which the network runs"})
     for size in sizes:
         try:
-            plan = _plan(network, torch.empty(TRACED_BATCH, *size, device="meta"))
+            plan = _plan(network, example_images(network, TRACED_BATCH, size))
         except Exception as error:  # a network may raise anything at a size that it cannot take
             report.refused[""] = f"does not run on the meta device at {size}: {error}"
             continue

@@ -1,0 +1,69 @@
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import ConvNextConfig, ConvNextForImageClassification, TimmWrapperConfig
+from transformers import TimmWrapperForImageClassification as TimmWrapper
+
+from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint, native_side
+
+
+class MultiplesOf8(nn.Module):
+    """Takes images of 16 to 64 pixels whose side is a multiple of 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] % 8 or not 16 <= x.shape[-1] <= 64:
+            raise RuntimeError(f"side {x.shape[-1]} does not fit\nsecond line")
+        return self.conv(x).mean(dim=(2, 3))
+
+
+def test_default_resolutions_are_those_of_the_paper():
+    assert default_resolutions(224) == [224, 192, 160, 128]
+    assert default_resolutions(32) == [32, 27, 23, 18]
+    assert min(default_resolutions(1)) == 1
+
+
+def test_the_native_side_is_read_from_timm_and_transformers():
+    assert native_side(timm.create_model("resnet18", num_classes=2)) == 224
+    assert native_side(timm.create_model("test_byobnet", num_classes=2)) == 160
+    assert native_side(TimmWrapper(TimmWrapperConfig(architecture="resnet18", num_labels=2))) == 224
+    assert native_side(ConvNextForImageClassification(ConvNextConfig(depths=[1] * 4, hidden_sizes=[4] * 4))) == 224
+    with pytest.raises(ValueError, match="MultiplesOf8 does not say its input size; give resolutions"):
+        native_side(MultiplesOf8())
+
+
+def test_a_resolution_that_does_not_work_is_named_with_the_nearest_that_do():
+    with pytest.raises(
+        ValueError, match=r"resolutions holds 44, which MultiplesOf8 cannot take \(side 44 .*\); .* 40, 48$"
+    ):
+        ResolutionTrial(MultiplesOf8()).check([64, 44])
+
+
+def test_far_from_any_size_that_works_the_native_one_is_named():
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, depth=1)
+    with pytest.raises(ValueError, match="sides that it can take: 224; build it with .*dynamic_img_size=True"):
+        ResolutionTrial(model).check([144])
+
+
+def test_only_sizes_that_work_are_accepted():
+    assert ResolutionTrial(MultiplesOf8()).accepted([72, 64, 60, 16, 8]) == [64, 16]
+
+
+def test_a_trial_leaves_the_network_and_the_random_numbers_as_they_are():
+    model = timm.create_model("resnet18", num_classes=2, drop_rate=0.5)
+    model.eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    ResolutionTrial(model).check([64])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_hint_is_given_only_where_timm_offers_it():
+    assert "dynamic_img_size=True" in dynamic_size_hint(timm.create_model("test_vit"))
+    assert dynamic_size_hint(timm.create_model("resnet18")) == ""
