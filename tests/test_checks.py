@@ -1,0 +1,79 @@
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from transformers import default_data_collator
+
+from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
+from gradaug_hf.config import GradAugConfig
+
+
+@pytest.fixture
+def args(tmp_path) -> GradAugConfig:
+    return GradAugConfig(str(tmp_path / "out"), report_to="none", use_cpu=True)
+
+
+def test_an_output_folder_is_made(args, tmp_path):
+    check_output_dir(args)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(args, tmp_path):
+    (tmp_path / "file").write_text("")
+    args.output_dir = str(tmp_path / "file" / "out")
+    with pytest.raises(ValueError, match="output_dir is '.*/file/out', which cannot be written"):
+        check_output_dir(args)
+    args.output_dir = "/proc/self"
+    with pytest.raises(ValueError, match="output_dir is '/proc/self', which cannot be written"):
+        check_output_dir(args)
+
+
+def test_one_process_on_the_cpu_is_fine(args):
+    check_launch(args, deepspeed=False, fsdp=False)
+
+
+def test_several_gpus_in_one_process_are_refused_with_the_launch_line(args):
+    assert args.n_gpu == 0
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch --num_processes 2"):
+        check_launch(args, deepspeed=False, fsdp=False)
+
+
+def test_what_does_not_bear_several_backwards_is_refused_unless_joint(args):
+    with pytest.raises(ValueError, match='DeepSpeed .* set subnet_backward="joint"'):
+        check_launch(args, deepspeed=True, fsdp=False)
+    args.optim = SimpleNamespace(value="adalomo")
+    with pytest.raises(ValueError, match="optim is 'adalomo'.*joint"):
+        check_launch(args, deepspeed=False, fsdp=False)
+    args.subnet_backward = "joint"
+    check_launch(args, deepspeed=True, fsdp=False)
+
+
+def test_a_static_graph_and_sharded_parameters_are_refused_also_when_joint(args):
+    args.subnet_backward = "joint"
+    with pytest.raises(ValueError, match="FSDP"):
+        check_launch(args, deepspeed=False, fsdp=True)
+    args.ddp_static_graph = True
+    with pytest.raises(ValueError, match="ddp_static_graph is True"):
+        check_launch(args, deepspeed=False, fsdp=False)
+
+
+def test_activation_checkpointing_is_refused_with_a_joint_backward(args):
+    network = timm.create_model("test_resnet")
+    network.set_grad_checkpointing()
+    check_checkpointing(network, args)
+    args.subnet_backward = "joint"
+    with pytest.raises(ValueError, match='subnet_backward="sequential"'):
+        check_checkpointing(network, args)
+    check_checkpointing(timm.create_model("test_resnet"), args)
+
+
+def test_labels_are_checked_where_batches_are_made():
+    collate = LabelCheckingCollator(default_data_collator, 3)
+    rows = [{"pixel_values": torch.zeros(3, 2, 2), "labels": label} for label in (0, 2)]
+    assert collate(rows)["labels"].tolist() == [0, 2]
+    assert "labels" not in collate([{"pixel_values": torch.zeros(3, 2, 2)}])
+    rows[1]["labels"] = 3
+    with pytest.raises(ValueError, match=r"label 3 is out of range; the network has classes 0\.\.2"):
+        collate(rows)

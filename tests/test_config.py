@@ -1,0 +1,128 @@
+import inspect
+import json
+import pickle
+import re
+from dataclasses import fields
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from gradaug_hf.config import GradAugConfig, as_gradaug_config
+
+OWN_FIELDS = {
+    "num_subnets": 3,
+    "min_width": 0.9,
+    "max_width": 1.0,
+    "resolutions": None,
+    "subnet_mode": "width",
+    "min_survival": 0.8,
+    "width_divisor": 1,
+    "width_levels": None,
+    "kl_weight": 1.0,
+    "subnet_backward": "sequential",
+    "mixup_alpha": 0.0,
+    "cutmix_alpha": 0.0,
+    "mix_prob": 1.0,
+    "eval_widths": [],
+}
+
+
+def make(tmp_path, **settings) -> GradAugConfig:
+    return GradAugConfig(str(tmp_path), report_to="none", **settings)
+
+
+def test_the_own_fields_and_their_defaults(tmp_path):
+    plain = {f.name for f in fields(TrainingArguments)}
+    args = make(tmp_path)
+    assert {f.name: getattr(args, f.name) for f in fields(args) if f.name not in plain} == OWN_FIELDS
+
+
+def test_defaults_that_image_training_needs(tmp_path):
+    args = make(tmp_path)
+    assert args.remove_unused_columns is False
+    assert args.ddp_find_unused_parameters is False
+    assert args.ddp_broadcast_buffers is False
+
+
+def test_the_docstring_has_the_words_of_the_help():
+    section = inspect.getdoc(GradAugConfig).split("Args:\n")[1].split("\n\nRaises:")[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n      .*)*)", section, re.MULTILINE)
+    described = {name: " ".join(text.split()) for name, text in entries}
+    own = {f.name: f.metadata["help"] for f in fields(GradAugConfig) if f.name in OWN_FIELDS}
+    assert described == own
+
+
+def test_every_own_field_is_a_flag(tmp_path):
+    line = (
+        f"--output_dir {tmp_path} --num_subnets 2 --min_width 0.8 --max_width 0.95 --resolutions 32 28 "
+        "--width_divisor 8 --width_levels 4 --kl_weight 0.5 --subnet_backward joint --mixup_alpha 0.2 "
+        "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width --min_survival 0.7"
+    )
+    (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(line.split())
+    parsed = {name: getattr(args, name) for name in OWN_FIELDS}
+    assert parsed == {
+        "num_subnets": 2,
+        "min_width": 0.8,
+        "max_width": 0.95,
+        "resolutions": [32, 28],
+        "subnet_mode": "width",
+        "min_survival": 0.7,
+        "width_divisor": 8,
+        "width_levels": 4,
+        "kl_weight": 0.5,
+        "subnet_backward": "joint",
+        "mixup_alpha": 0.2,
+        "cutmix_alpha": 1.0,
+        "mix_prob": 0.5,
+        "eval_widths": [0.9, 0.8],
+    }
+
+
+def test_the_help_can_be_printed():
+    assert "--min_width" in HfArgumentParser(GradAugConfig).format_help()
+
+
+def test_settings_survive_json_and_pickle(tmp_path):
+    args = make(tmp_path, resolutions=[32, 28], eval_widths=[0.5])
+    assert json.loads(args.to_json_string())["resolutions"] == [32, 28]
+    assert pickle.loads(pickle.dumps(args)).eval_widths == [0.5]
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"num_subnets": -1}, "num_subnets is -1; it must be an integer of at least 0"),
+        ({"min_width": 0}, r"min_width is 0; it must lie in \(0, 1\]"),
+        ({"min_width": 1.5}, "min_width is 1.5"),
+        ({"max_width": 0.5}, "max_width is 0.5"),
+        ({"resolutions": []}, r"resolutions is \[\]; .* non-empty"),
+        ({"resolutions": [32, -4]}, r"resolutions is \[32, -4\]"),
+        ({"subnet_mode": "height"}, "subnet_mode is 'height'; it must be one of 'width'"),
+        ({"subnet_backward": "both"}, "subnet_backward is 'both'; it must be one of 'sequential', 'joint'"),
+        ({"min_survival": 0}, r"min_survival is 0; it must be in \(0, 1\]"),
+        ({"width_divisor": 0}, "width_divisor is 0; it must be at least 1"),
+        ({"width_levels": 1}, "width_levels is 1"),
+        ({"kl_weight": -0.1}, "kl_weight is -0.1; it must be at least 0"),
+        ({"mixup_alpha": -1}, "mixup_alpha is -1"),
+        ({"cutmix_alpha": float("nan")}, "cutmix_alpha is nan"),
+        ({"mix_prob": 1.1}, r"mix_prob is 1.1; it must be in \[0, 1\]"),
+        ({"eval_widths": [0.9, 0]}, r"eval_widths is \[0.9, 0\]; it must be a list of widths in \(0, 1\]"),
+    ],
+)
+def test_a_field_out_of_range_is_named_with_its_value_and_range(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **settings)
+
+
+def test_plain_training_arguments_get_the_defaults(tmp_path):
+    plain = TrainingArguments(
+        str(tmp_path), learning_rate=0.3, report_to="none", ddp_broadcast_buffers=True, use_cpu=True
+    )
+    args = as_gradaug_config(plain)
+    assert isinstance(args, GradAugConfig)
+    assert {name: getattr(args, name) for name in OWN_FIELDS} == OWN_FIELDS
+    assert (args.learning_rate, args.use_cpu, args.output_dir) == (0.3, True, str(tmp_path))
+    assert args.remove_unused_columns is False
+    assert args.ddp_find_unused_parameters is False
+    assert args.ddp_broadcast_buffers is True
+    assert as_gradaug_config(args) is args

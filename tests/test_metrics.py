@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+import torch
+from transformers import EvalPrediction
+
+from gradaug_hf.metrics import RunningMeans, topk_accuracy
+
+
+def test_top1_and_top5_count_the_labels_among_the_largest_logits():
+    logits = np.zeros((4, 8), dtype=np.float32)
+    logits[:] = np.arange(8)  # classes 7, 6, 5, 4, 3 are the five largest
+    metrics = topk_accuracy(EvalPrediction(predictions=logits, label_ids=np.array([7, 6, 3, 2])))
+    assert metrics == {"top1": 0.25, "top5": 0.75}
+
+
+def test_logits_may_be_the_first_of_several_outputs_and_classes_few():
+    logits = np.array([[1.0, 2.0], [3.0, 0.0]])
+    metrics = topk_accuracy(EvalPrediction(predictions=(logits, None), label_ids=np.array([1, 1])))
+    assert metrics == {"top1": 0.5, "top5": 1.0}
+
+
+def test_a_wrong_shape_is_named():
+    with pytest.raises(ValueError, match=r"logits \(2, 3\) and labels \(2, 3\); expected \(N, classes\) and \(N,\)"):
+        topk_accuracy(EvalPrediction(predictions=np.zeros((2, 3)), label_ids=np.zeros((2, 3))))
+
+
+def test_running_means_start_again_when_taken():
+    means = RunningMeans()
+    for loss, width in ((1.0, 0.5), (2.0, 1.0), (6.0, 0.9)):
+        means.add(loss=torch.tensor(loss))
+        means.add(width=width)
+    means.add(width=0.4)
+    taken = means.take()
+    assert isinstance(taken["loss"], torch.Tensor)
+    assert taken["loss"].item() == 3.0
+    assert taken["width"] == pytest.approx(0.7)
+    assert means.take() == {}
+    means.add(loss=torch.tensor(5.0))
+    assert means.take()["loss"].item() == 5.0
