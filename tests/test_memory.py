@@ -1,0 +1,23 @@
+import psutil
+import pytest
+import torch
+
+from gradaug_hf.memory import PeakMemory
+
+MEBIBYTE = 2**20
+
+
+def test_peak_counts_memory_that_is_free_again():
+    before = psutil.Process().memory_info().rss / MEBIBYTE
+    with PeakMemory(torch.device("cpu")) as peak:
+        for _ in range(20):  # long enough to be sampled
+            torch.ones(300 * MEBIBYTE, dtype=torch.uint8)
+    assert before + 250 < peak.mebibytes < before + 400
+
+
+def test_exception_inside_ends_the_measurement():
+    peak = PeakMemory(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="inside"), peak:
+        raise RuntimeError("inside")
+    assert peak.mebibytes > 0
+    assert not peak._thread.is_alive()
