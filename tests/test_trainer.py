@@ -252,6 +252,20 @@ def test_the_sampler_and_the_transform_of_the_caller_are_used(tmp_path):
     assert trainer.state.log_history[0]["subnet_resolution"] == 24
 
 
+def test_subnetworks_follow_the_optimiser_step_whatever_is_accumulated(tmp_path):
+    class Recording(SubnetSampler):
+        steps: list[int] = []
+
+        def sample(self, step: int) -> list[Subnet]:
+            self.steps.append(step)
+            return super().sample(step)
+
+    args = config(tmp_path, max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    sampler = Recording(1, 0.5, 1.0, [32])
+    GradAugTrainer(plain_timm(), args, train_dataset=rows(12), subnet_sampler=sampler).train()
+    assert sampler.steps == [0, 0, 1, 1, 2, 2]
+
+
 def test_a_network_from_model_init_is_trained_with_subnetworks(tmp_path):
     trainer = GradAugTrainer(
         args=config(tmp_path, max_steps=2, logging_steps=1, label_smoothing_factor=0.1),
