@@ -13,7 +13,7 @@ from gradaug_hf.slimming.patching import SlimModule, at_width
 
 @contextmanager
 def recalibrate_batchnorm(model: nn.Module, width: float, batches: Iterable[torch.Tensor]) -> Iterator[nn.Module]:
-    """Evaluate the sub-network of a width with batch-norm statistics of its own (slimmable networks, arXiv 1903.05134).
+    """Evaluate the sub-network of a width with batch-norm statistics of its own (arXiv 1903.05134).
 
     Inside the context the model runs at this width, and in eval mode uses the mean and variance averaged over the
     batches. Afterwards width and statistics are what they were, bit-identical, also after an exception.

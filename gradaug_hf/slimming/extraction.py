@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from gradaug_hf.slimming.patching import SlimModule, Slices, check_width, unpatch, width_state
+from gradaug_hf.slimming.patching import Slices, SlimModule, check_width, unpatch, width_state
 from gradaug_hf.slimming.patterns import Width, pattern_size, take_pattern
 
 

@@ -78,7 +78,7 @@ def example_sizes(model: nn.Module, input_size: int | Sequence[int] | None) -> I
 
 
 def _full_size(size: int | Sequence[int], channels: int) -> tuple[int, int, int]:
-    sides = (size,) if isinstance(size, int) else tuple(size)
+    sides = tuple(size) if isinstance(size, Sequence) else (size,)
     if not 1 <= len(sides) <= 3 or any(not isinstance(side, int) or side < 1 for side in sides):
         raise ValueError(
             f"input_size is {size!r}; give a side, (height, width) or (channels, height, width) in pixels"

@@ -8,7 +8,7 @@ parameter and return the part that the current width keeps, so that the module's
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradaug_hf.slimming.patterns import Pattern, Width, is_sliced, pattern_size, take_pattern
 
-BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked", "momentum")
+# What a slimmable network itself carries.
+NETWORK_ATTRIBUTES = ("_width_state", "_slicing_report")
+BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
@@ -64,12 +66,12 @@ def _rebuild(base: type[nn.Module], tensors: tuple[str, ...], attributes: tuple[
     return cls.__new__(cls)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _slim_class(base: type[nn.Module], tensors: tuple[str, ...], attributes: tuple[str, ...]) -> type[nn.Module]:
     properties = {name: _tensor_property(name) for name in tensors}
     properties |= {name: _attribute_property(name) for name in attributes}
     if issubclass(base, _BatchNorm):
-        properties |= {name: _tensor_property(name) for name in BATCH_NORM_STATE[:3]}
+        properties |= {name: _tensor_property(name) for name in BATCH_NORM_STATE}
         properties |= {"momentum": _override_property("momentum"), "track_running_stats": _tracking_property()}
     names = {"_unsliced": base, "_sliced_tensors": tensors, "_sliced_attributes": attributes}
     return type(base.__name__, (SlimModule, base), {**properties, **names, "__module__": base.__module__})
@@ -153,7 +155,8 @@ def unpatch(network: nn.Module) -> None:
         if isinstance(module, SlimModule):
             module.__class__ = type(module)._unsliced
             del module._slices, module._state, module._overrides
-        vars(module).pop("_width_state", None)
+        for name in NETWORK_ATTRIBUTES:
+            vars(module).pop(name, None)
 
 
 def width_state(model: nn.Module) -> WidthState:

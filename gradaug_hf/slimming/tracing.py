@@ -1,8 +1,8 @@
 """Runs a network once on the meta device and finds out which channels are tied.
 
 Every dimension of every tensor carries an axis (`axes.py`). The dimensions of parameters and buffers start as free
-units; the handler of each ATen operation (`handlers.py`) ties, splits and joins them. What reaches an operation without
-a handler, the image, the class outputs or a tensor of unknown origin stays whole, with a reason.
+units; the handler of each ATen operation (`handlers.py`) ties, splits and joins them. What reaches an operation
+without a handler, the image, the class outputs or a tensor of unknown origin stays whole, with a reason.
 """
 
 from collections.abc import Callable, Iterator, Mapping
