@@ -20,6 +20,7 @@ from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.hub import is_timm_network, save_timm_config
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.metrics import RunningMeans
+from gradaug_hf.mixing import BatchMixer
 from gradaug_hf.objective import GradAug, Pass, logits_of
 from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint, native_side
 from gradaug_hf.slimming import make_slimmable, slicing_report
@@ -69,6 +70,8 @@ class GradAugTrainer(Trainer):
         self._objective: GradAug | None = None
         self._step_stack: ExitStack | None = None
         self._means = RunningMeans()
+        self._mixer: BatchMixer | None = None
+        self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
             super().__init__(model, args, *trainer_args, **kwargs)
         if args.label_smoothing_factor > 0 and isinstance(self.model, PreTrainedModel):
@@ -76,7 +79,9 @@ class GradAugTrainer(Trainer):
         self._network_has_loss = bool(find_labels(type(self.model)))
         if not self._network_has_loss:
             self.label_names = args.label_names or [LABELS]
-        if args.num_subnets > 0 or not self._network_has_loss:
+        if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
+            self._mixer = self._make_mixer()
+        if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled, self.is_fsdp_enabled)
@@ -92,14 +97,27 @@ class GradAugTrainer(Trainer):
             raise ValueError(f"problem_type is {problem!r}; GradAug needs 'single_label_classification'")
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
-        num_classes = getattr(config, "num_labels", None) or getattr(self.model, "num_classes", None)
-        if num_classes:
+        if (num_classes := self._num_classes()) is not None:
             self.data_collator = LabelCheckingCollator(self.data_collator, num_classes)
+
+    def _make_mixer(self) -> BatchMixer:
+        num_classes = self._num_classes()
+        if num_classes is None:
+            raise ValueError(
+                f"mixup_alpha or cutmix_alpha is on, but {type(self.model).__name__} has neither num_classes nor "
+                "config.num_labels"
+            )
+        return BatchMixer(num_classes, self.args.mixup_alpha, self.args.cutmix_alpha, self.args.mix_prob)
+
+    def _num_classes(self) -> int | None:
+        config = getattr(self.model, "config", None)
+        return getattr(config, "num_labels", None) or getattr(self.model, "num_classes", None) or None
 
     # ---- the network and its sub-networks ----
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """`Trainer.train`, which makes the network slimmable first where that was not done yet."""
+        self._mixed_batches = (-1, 0)
         self._objective = None  # network and settings may be others than in an earlier training
         if self.args.num_subnets > 0 and self.model_init is None and self._resolutions is None:
             self._prepare_network(self.model)
@@ -198,6 +216,8 @@ class GradAugTrainer(Trainer):
         In a training step with `subnet_backward="sequential"` all passes but the last have had their backward when
         this returns: the loss has the value of the whole objective and the graph of the last pass.
         """
+        if model.training and self._mixer is not None:
+            inputs = self._mix(inputs)
         if self.args.num_subnets == 0 or not model.training:
             return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._objective is None:
@@ -223,6 +243,16 @@ class GradAugTrainer(Trainer):
                 self.accelerator.backward(early.loss / self.current_gradient_accumulation_steps)
             done.append(replace(early, loss=early.loss.detach()))
         return [*done, next(passes)]
+
+    def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Mix a batch, as a function of the seed, the step, the batch within the step and the rank."""
+        step, batch = self._mixed_batches
+        batch = batch + 1 if step == self.state.global_step else 0
+        self._mixed_batches = (self.state.global_step, batch)
+        draw = random.Random(f"{self.args.seed} {self.state.global_step} {batch} {self.args.process_index}")
+        images, labels, others = _split(inputs)
+        images, labels = self._mixer(images, labels, draw.getrandbits(32))
+        return {IMAGES: images, LABELS: labels, **others}
 
     def _plain_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None

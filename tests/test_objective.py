@@ -177,6 +177,8 @@ def test_default_resolutions_follow_the_first_batch(images, labels):
     gradaug = GradAug(make_network(), num_subnets=2)
     gradaug.loss(images[..., :14, :14], labels)
     assert gradaug.sampler.resolutions == (14, 12, 10, 8)
+    gradaug.loss(images, labels)
+    assert gradaug.sampler.resolutions == (14, 12, 10, 8)
 
 
 def test_no_subnetworks_leave_the_plain_cross_entropy(images, labels):

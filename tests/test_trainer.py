@@ -212,6 +212,62 @@ def test_checkpointed_layers_are_computed_anew_at_their_width(tmp_path):
         torch.testing.assert_close(found[name], parameter, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_step_with_cutmix_follows_the_gradients_of_the_formula(tmp_path, smoothing):
+    network = make_network()
+    network.num_classes = 5
+    start = weights(network)
+    args = config(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=6,
+        resolutions=[16, 12, 9],
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        cutmix_alpha=1.0,
+        label_smoothing_factor=smoothing,
+    )
+    data = rows(6, 16, torch.float64)
+    seen = []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    GradAugTrainer(network, args, train_dataset=data).train()
+    mixed = seen[0]
+    labels = torch.zeros(6, 5, dtype=torch.float64)
+    for i, image in enumerate(mixed):
+        for row in data:
+            share = (image == row["pixel_values"]).all(dim=0).double().mean()
+            labels[i, row["labels"]] += share
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(6, dtype=torch.float64))
+    assert ((labels > 0) & (labels < 1)).any()
+    subnets = SubnetSampler(3, 0.5, 1.0, [16, 12, 9], seed=args.seed).sample(0)
+    drawn = [(subnet.width, subnet.resolution) for subnet in subnets]
+    target = (1 - smoothing) * labels + smoothing / 5
+    _, gradients = gradients_by_hand(make_network(), mixed, target, drawn)
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close((start[name] - parameter) / 0.1, gradients[name], rtol=0, atol=1e-10)
+
+
+def test_batches_are_mixed_as_a_function_of_step_batch_and_seed(tmp_path):
+    def seen_images(**settings) -> list[Tensor]:
+        network, seen = plain_timm(), []
+        network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+        defaults = {"max_steps": 2, "num_subnets": 0, "mixup_alpha": 1.0, "per_device_train_batch_size": 2}
+        defaults["gradient_accumulation_steps"] = 2
+        data = [{"pixel_values": torch.full((3, 32, 32), float(i % 2)), "labels": i % 2} for i in range(8)]
+        trainer = GradAugTrainer(network, config(tmp_path, **{**defaults, **settings}), train_dataset=data)
+        trainer.train()
+        return seen
+
+    first, again = seen_images(), seen_images()
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    shares = {round(image.max().item(), 6) for image in first if image.min() != image.max()}
+    assert len(shares) > 1
+    unmixed = seen_images(mix_prob=0.0)
+    assert all(set(image.unique().tolist()) <= {0.0, 1.0} for image in unmixed)
+
+
 def test_soft_labels_are_learned_by_transformers_and_timm_networks(tmp_path):
     data = rows(8)
     for row in data:
@@ -460,6 +516,11 @@ def test_a_loss_or_a_problem_that_is_not_gradaugs_is_refused(tmp_path):
     network.config.problem_type = "multi_label_classification"
     with refused("problem_type is 'multi_label_classification'"):
         GradAugTrainer(network, config(tmp_path), train_dataset=rows(4))
+
+
+def test_mixing_needs_the_number_of_classes(tmp_path):
+    with refused("mixup_alpha or cutmix_alpha is on, but OwnScale has neither num_classes nor config.num_labels"):
+        GradAugTrainer(OwnScale(), config(tmp_path, mixup_alpha=0.2), train_dataset=rows(4))
 
 
 def test_a_static_graph_and_dataparallel_are_refused(tmp_path):
