@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gradaug_hf.losses import check_logits, cross_entropy, soft_target_divergence
 from gradaug_hf.resolutions import default_resolutions
 from gradaug_hf.slimming import make_slimmable, subnet_pass
-from gradaug_hf.slimming.patching import width_state
+from gradaug_hf.slimming.patching import is_slimmable
 from gradaug_hf.subnets import Subnet, SubnetSampler
 from gradaug_hf.transforms import ImageTransform, check_images, transform_for_subnet
 
@@ -85,7 +85,7 @@ class GradAug:
         self.label_smoothing = label_smoothing
         self.transform = transform
         self.step = 0
-        self.model = _slimmable(model)
+        self.model = model if is_slimmable(model) else make_slimmable(model)
 
     def loss(self, images: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
         """The objective with the graphs of all passes, for one joint backward.
@@ -184,11 +184,3 @@ def logits_of(output: Any, batch_size: int) -> Tensor:
         raise ValueError(f"the network returned a {type(output).__name__} without logits; expected a tensor of them")
     check_logits(logits, batch_size)
     return logits
-
-
-def _slimmable(model: nn.Module) -> nn.Module:
-    try:
-        width_state(model)
-    except ValueError:
-        make_slimmable(model)
-    return model

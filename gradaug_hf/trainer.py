@@ -1,15 +1,18 @@
 """GradAugTrainer: the Trainer of transformers with the GradAug objective."""
 
+import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
@@ -23,11 +26,14 @@ from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
 from gradaug_hf.objective import GradAug, Pass, logits_of
 from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint, native_side
-from gradaug_hf.slimming import make_slimmable, slicing_report
+from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
+from gradaug_hf.slimming.patching import is_slimmable
 from gradaug_hf.subnets import SubnetSampler
 from gradaug_hf.transforms import ImageTransform
 
 IMAGES, LABELS = "pixel_values", "labels"
+# Training images of which batch norm is recalibrated before a sub-network is evaluated.
+CALIBRATION_IMAGES = 1024
 
 
 class GradAugTrainer(Trainer):
@@ -279,6 +285,54 @@ class GradAugTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = logits_of(model(_images(inputs)), len(_images(inputs)))
         return None, None if prediction_loss_only else logits, None
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """`Trainer.evaluate`, then the same for each of `args.eval_widths`, as `eval_width0.9_loss` and so on.
+
+        Raises:
+            ValueError: there are widths but no `train_dataset`, of which batch norm is recalibrated.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, dict):  # each was evaluated by a call of its own
+            return metrics
+        for width in self.args.eval_widths:
+            found = self._evaluate_at_width(width, eval_dataset, ignore_keys, f"{metric_key_prefix}_width{width:g}")
+            self.log(found)
+            metrics.update(found)
+        return metrics
+
+    def _evaluate_at_width(
+        self, width: float, eval_dataset: Any, ignore_keys: list[str] | None, prefix: str
+    ) -> dict[str, float]:
+        if not is_slimmable(self.model):
+            make_slimmable(self.model, width_divisor=self.args.width_divisor)
+        with _random_states_kept(), recalibrate_batchnorm(self.model, width, self._calibration_batches()):
+            return self.evaluation_loop(
+                self.get_eval_dataloader(eval_dataset),
+                description=f"Evaluation at width {width:g}",
+                prediction_loss_only=True if self.compute_metrics is None else None,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=prefix,
+            ).metrics
+
+    def _calibration_batches(self) -> Iterator[Tensor]:
+        """Images of the training set, the same on every rank."""
+        if self.train_dataset is None:
+            raise ValueError("eval_widths needs a train_dataset, of which batch norm is recalibrated")
+        images = self.train_dataset
+        if hasattr(images, "__getitem__"):
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.args.seed))
+            images = Subset(images, order[:CALIBRATION_IMAGES].tolist())
+        size = self.args.per_device_train_batch_size
+        loader = DataLoader(images, size, collate_fn=self.data_collator, num_workers=self.args.dataloader_num_workers)
+        for batch in islice(loader, math.ceil(CALIBRATION_IMAGES / size)):
+            yield _images(self._prepare_inputs(batch))
 
     # ---- log and checkpoint ----
 

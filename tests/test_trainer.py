@@ -18,7 +18,7 @@ from transformers import (
 
 from gradaug_hf.config import GradAugConfig
 from gradaug_hf.metrics import topk_accuracy
-from gradaug_hf.slimming import slicing_report
+from gradaug_hf.slimming import extract_subnet, make_slimmable, slicing_report
 from gradaug_hf.subnets import Subnet, SubnetSampler
 from gradaug_hf.trainer import GradAugTrainer
 from tests.residual_network import gradients_by_hand, make_network
@@ -400,6 +400,53 @@ def test_a_plain_timm_network_is_evaluated_with_and_without_labels(tmp_path):
         predicted = trainer.predict(rows(10, labels=has_labels))
         torch.testing.assert_close(torch.from_numpy(predicted.predictions), logits, rtol=0, atol=1e-5)
         assert (predicted.label_ids is not None) == has_labels
+
+
+@pytest.mark.parametrize("num_subnets", [0, 2])
+def test_widths_are_evaluated_with_batch_norm_recalibrated_on_training_images(tmp_path, num_subnets):
+    network = plain_timm()
+    train, evaluation = rows(12), [{**row, "pixel_values": row["pixel_values"] * 2 + 1} for row in rows(10)]
+    args = config(tmp_path, eval_widths=[0.5], num_subnets=num_subnets, per_device_train_batch_size=12)
+    trainer = GradAugTrainer(
+        network, args, train_dataset=train, eval_dataset=evaluation, compute_metrics=topk_accuracy
+    )
+    before = weights(network)
+    torch.manual_seed(0)
+    Trainer.evaluate(trainer)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    metrics = trainer.evaluate()
+    assert_equal(weights(network), before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    subnet = extract_subnet(make_slimmable(copy.deepcopy(network)), 0.5).train()
+    for module in subnet.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = 1.0
+    with torch.no_grad():
+        subnet(torch.stack([row["pixel_values"] for row in train]))
+        logits = subnet.eval()(torch.stack([row["pixel_values"] for row in evaluation]))
+    labels = torch.arange(10) % 5
+    expected = nn.functional.cross_entropy(logits, labels).item()
+    assert metrics["eval_width0.5_loss"] == pytest.approx(expected, abs=1e-4)
+    assert metrics["eval_width0.5_top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert metrics["eval_loss"] != pytest.approx(expected, abs=1e-3)
+    assert trainer.state.log_history[-1]["eval_width0.5_loss"] == metrics["eval_width0.5_loss"]
+
+
+def test_widths_of_several_evaluation_sets_are_evaluated_once_each(tmp_path):
+    args = config(tmp_path, eval_widths=[0.5, 0.75])
+    trainer = GradAugTrainer(plain_timm(), args, train_dataset=rows(8), eval_dataset={"a": rows(4), "b": rows(8)})
+    metrics = trainer.evaluate()
+    losses = sorted(key for key in metrics if key.endswith("_loss"))
+    assert losses == sorted(f"eval_{name}{width}_loss" for name in "ab" for width in ("", "_width0.5", "_width0.75"))
+
+
+def test_widths_cannot_be_evaluated_without_training_images(tmp_path):
+    trainer = GradAugTrainer(plain_timm(), config(tmp_path, eval_widths=[0.5]), eval_dataset=rows(4))
+    with refused("eval_widths needs a train_dataset"):
+        trainer.evaluate()
 
 
 def test_evaluation_amid_training_does_not_touch_the_training_log(tmp_path):

@@ -171,6 +171,11 @@ def width_state(model: nn.Module) -> WidthState:
     raise ValueError(f"{type(model).__name__} is not slimmable: call gradaug_hf.make_slimmable(model) first")
 
 
+def is_slimmable(model: nn.Module) -> bool:
+    """Whether `make_slimmable` was called on a model, or on what it wraps."""
+    return any("_width_state" in vars(module) for module in model.modules())
+
+
 def check_width(width: float) -> float:
     if not 0 < width <= 1:
         raise ValueError(f"width is {width!r}; a width multiplier lies in (0, 1]")
