@@ -18,24 +18,6 @@ def default_resolutions(side: int) -> list[int]:
     return [max(1, round(side * sevenths / 7)) for sevenths in (7, 6, 5, 4)]
 
 
-def native_side(model: nn.Module) -> int:
-    """The side in pixels of the images that a network was made for, as its configuration says.
-
-    Args:
-        model: a timm network or a transformers image classifier.
-
-    Raises:
-        ValueError: the network does not say.
-    """
-    network = getattr(model, "timm_model", model)
-    config = getattr(model, "config", None)
-    sizes = [(getattr(network, "pretrained_cfg", None) or {}).get("input_size"), getattr(config, "image_size", None)]
-    for size in sizes:
-        if size is not None:
-            return size if isinstance(size, int) else min(size[-2:])
-    raise ValueError(f"{type(model).__name__} does not say its input size; give resolutions")
-
-
 class ResolutionTrial:
     """Tries a network at resolutions, on the meta device, where nothing is computed.
 

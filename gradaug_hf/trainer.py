@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
@@ -25,7 +25,7 @@ from gradaug_hf.losses import cross_entropy
 from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
 from gradaug_hf.objective import GradAug, Pass, logits_of
-from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint, native_side
+from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable
 from gradaug_hf.subnets import SubnetSampler
@@ -72,6 +72,7 @@ class GradAugTrainer(Trainer):
         check_output_dir(args)
         self._subnet_sampler = subnet_sampler
         self._subnet_transform = subnet_transform
+        self._resolution_trial: ResolutionTrial | None = None
         self._resolutions: list[int] | None = None
         self._objective: GradAug | None = None
         self._step_stack: ExitStack | None = None
@@ -125,7 +126,7 @@ class GradAugTrainer(Trainer):
         """`Trainer.train`, which makes the network slimmable first where that was not done yet."""
         self._mixed_batches = (-1, 0)
         self._objective = None  # network and settings may be others than in an earlier training
-        if self.args.num_subnets > 0 and self.model_init is None and self._resolutions is None:
+        if self.args.num_subnets > 0 and self.model_init is None and self._resolution_trial is None:
             self._prepare_network(self.model)
         return super().train(*args, **kwargs)
 
@@ -137,55 +138,52 @@ class GradAugTrainer(Trainer):
         return network
 
     def _prepare_network(self, network: nn.Module) -> None:
-        """Make a network slimmable, and settle the resolutions of its sub-networks."""
+        """Make a network slimmable, and settle what its sub-networks are before any long work."""
         check_checkpointing(network, self.args)
         make_slimmable(network, width_divisor=self.args.width_divisor)
-        self._resolutions = self._usable_resolutions(network)
-        sliced = slicing_report(network).sliced_macs > 0
-        if not sliced:
+        if slicing_report(network).sliced_macs == 0:
             warnings.warn(
                 f"0 % of {type(network).__name__} is sliced, so that its sub-networks differ from it by their images "
                 "only; print(gradaug_hf.slicing_report(model)) says why",
                 stacklevel=3,
             )
-        widths_differ = sliced and self.args.min_width < 1
-        if self._subnet_sampler is None and self._subnet_transform is None and not widths_differ:
-            self._check_that_images_differ(network)
+        self._resolution_trial = ResolutionTrial(network)
+        chosen = getattr(self._subnet_sampler or self.args, "resolutions", None)
+        self._resolution_trial.check(chosen or [])
+        if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):
+            with _random_states_kept():
+                batch = self.data_collator([self.train_dataset[0]])
+            self._settle_resolutions(network, min(_split(batch)[0].shape[2:]))
 
-    def _check_that_images_differ(self, network: nn.Module) -> None:
-        if set(self._resolutions) == {self._input_side(network)}:
+    def _settle_resolutions(self, network: nn.Module, side: int) -> None:
+        """Choose the resolutions of a network's sub-networks, for images of a side in pixels."""
+        if self._subnet_sampler is not None:
+            self._resolutions = []
+            return
+        self._resolutions = self.args.resolutions or self._default_resolutions(network, side)
+        widths_differ = slicing_report(network).sliced_macs > 0 and self.args.min_width < 1
+        if set(self._resolutions) == {side} and not widths_differ and self._subnet_transform is None:
             raise ValueError(
-                f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions is "
-                f"{self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
+                f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions "
+                f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
             )
 
-    def _usable_resolutions(self, network: nn.Module) -> list[int]:
-        trial = ResolutionTrial(network)
-        if self._subnet_sampler is not None or self.args.resolutions is not None:
-            chosen = getattr(self._subnet_sampler or self.args, "resolutions", None) or []
-            trial.check(chosen)
-            return list(chosen)
-        side = self._input_side(network)
-        trial.check([side])
+    def _default_resolutions(self, network: nn.Module, side: int) -> list[int]:
+        self._resolution_trial.check([side])
         defaults = default_resolutions(side)
-        usable = trial.accepted(defaults)
+        usable = self._resolution_trial.accepted(defaults)
         if usable != defaults:
+            name = type(network).__name__
             warnings.warn(
-                f"{type(network).__name__} takes only {usable} of the resolutions {defaults}, so its sub-networks use "
-                f"no others{dynamic_size_hint(network)}",
-                stacklevel=4,
+                f"{name} takes only {usable} of the resolutions {defaults}, so its sub-networks use no others"
+                f"{dynamic_size_hint(network)}",
+                stacklevel=5,
             )
         return usable
 
-    def _input_side(self, network: nn.Module) -> int:
-        """The shorter side of the first training image, or else what the network says."""
-        if self.train_dataset is None or not hasattr(self.train_dataset, "__getitem__"):
-            return native_side(network)
-        with _random_states_kept():
-            batch = self.data_collator([self.train_dataset[0]])
-        return min(_split(batch)[0].shape[2:])
-
-    def _make_objective(self, model: nn.Module) -> GradAug:
+    def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
+        if self._resolutions is None:  # the training set is a stream, of which this is the first batch
+            self._settle_resolutions(self.model, min(images.shape[2:]))
         args = self.args
         return GradAug(
             model,
@@ -226,9 +224,9 @@ class GradAugTrainer(Trainer):
             inputs = self._mix(inputs)
         if self.args.num_subnets == 0 or not model.training:
             return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._objective is None:
-            self._objective = self._make_objective(model)
         images, labels, others = _split(inputs)
+        if self._objective is None:
+            self._objective = self._make_objective(model, images)
         subnets = self._objective.sampler.sample(self.state.global_step)
         passes = self._objective.passes(images, labels, subnets, **others)
         if self.args.subnet_backward == "sequential" and self._step_stack is not None:
@@ -326,7 +324,7 @@ class GradAugTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("eval_widths needs a train_dataset, of which batch norm is recalibrated")
         images = self.train_dataset
-        if hasattr(images, "__getitem__"):
+        if not isinstance(images, IterableDataset):
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.args.seed))
             images = Subset(images, order[:CALIBRATION_IMAGES].tolist())
         size = self.args.per_device_train_batch_size

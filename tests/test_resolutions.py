@@ -2,10 +2,8 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import ConvNextConfig, ConvNextForImageClassification, TimmWrapperConfig
-from transformers import TimmWrapperForImageClassification as TimmWrapper
 
-from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint, native_side
+from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint
 
 
 class MultiplesOf8(nn.Module):
@@ -25,15 +23,6 @@ def test_default_resolutions_are_those_of_the_paper():
     assert default_resolutions(224) == [224, 192, 160, 128]
     assert default_resolutions(32) == [32, 27, 23, 18]
     assert min(default_resolutions(1)) == 1
-
-
-def test_the_native_side_is_read_from_timm_and_transformers():
-    assert native_side(timm.create_model("resnet18", num_classes=2)) == 224
-    assert native_side(timm.create_model("test_byobnet", num_classes=2)) == 160
-    assert native_side(TimmWrapper(TimmWrapperConfig(architecture="resnet18", num_labels=2))) == 224
-    assert native_side(ConvNextForImageClassification(ConvNextConfig(depths=[1] * 4, hidden_sizes=[4] * 4))) == 224
-    with pytest.raises(ValueError, match="MultiplesOf8 does not say its input size; give resolutions"):
-        native_side(MultiplesOf8())
 
 
 def test_a_resolution_that_does_not_work_is_named_with_the_nearest_that_do():

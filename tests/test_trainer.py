@@ -343,6 +343,20 @@ def test_default_resolutions_follow_the_training_images_not_the_networks_own(tmp
     assert sizes <= {56, 48, 40, 32}
 
 
+def test_default_resolutions_of_a_stream_follow_its_first_batch(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows(12, 56))
+
+    network = plain_timm()
+    trainer = GradAugTrainer(network, config(tmp_path, max_steps=3, resolutions=None), train_dataset=Stream())
+    sizes = set()
+    network.conv1.register_forward_pre_hook(lambda module, inputs: sizes.add(inputs[0].shape[-1]))
+    trainer.train()
+    assert 56 in sizes
+    assert {56} < sizes <= {56, 48, 40, 32}
+
+
 def test_looking_at_the_first_image_leaves_random_numbers_as_they_are(tmp_path):
     class Noisy(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -542,12 +556,19 @@ def test_labels_out_of_range_are_refused(tmp_path):
 
 
 def test_a_batch_without_images_or_labels_is_refused(tmp_path):
-    trainer = GradAugTrainer(plain_timm(), config(tmp_path, max_steps=1), train_dataset=rows(4, labels=False))
     with refused(r"a batch holds \['pixel_values'\]; expected 'pixel_values' and 'labels'"):
-        trainer.train()
+        GradAugTrainer(plain_timm(), config(tmp_path), train_dataset=rows(4, labels=False))
     data = [{"image": row["pixel_values"], "labels": row["labels"]} for row in rows(4)]
     with refused(r"a batch holds \['image', 'labels'\]|a batch holds \['labels', 'image'\]"):
-        GradAugTrainer(plain_timm(), config(tmp_path, max_steps=1), train_dataset=data).train()
+        GradAugTrainer(plain_timm(), config(tmp_path), train_dataset=data)
+
+
+def test_a_later_batch_without_labels_is_refused(tmp_path):
+    data = [*rows(4), *rows(4, labels=False)]
+    args = config(tmp_path, max_steps=2, train_sampling_strategy="sequential")
+    trainer = GradAugTrainer(plain_timm(), args, train_dataset=data)
+    with refused(r"a batch holds \['pixel_values'\]; expected 'pixel_values' and 'labels'"):
+        trainer.train()
 
 
 def test_logits_of_a_wrong_shape_are_refused(tmp_path):
