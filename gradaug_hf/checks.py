@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DataCollator
+from transformers import DataCollator, PreTrainedModel
 
 from gradaug_hf.config import GradAugConfig
 from gradaug_hf.losses import check_labels
@@ -64,8 +64,13 @@ def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
     """Make sure that no layer is computed anew at another width than it had.
 
     Raises:
-        ValueError: activation checkpointing is on with a joint backward.
+        ValueError: activation checkpointing is on with a joint backward, or the network has no such switch.
     """
+    if args.activation_checkpointing and not isinstance(network, PreTrainedModel):
+        raise ValueError(
+            f"activation_checkpointing is True, which {type(network).__name__} does not know; leave it out, and call "
+            "model.set_grad_checkpointing() of a timm network"
+        )
     on = args.activation_checkpointing or any(getattr(m, "grad_checkpointing", False) for m in network.modules())
     if on and args.subnet_backward == "joint":
         raise ValueError(

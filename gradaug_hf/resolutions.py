@@ -1,6 +1,7 @@
 """Input resolutions: those of the paper for a side, and those that a network can take."""
 
 import inspect
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -56,11 +57,30 @@ class ResolutionTrial:
                     f"{self._advice(side)}"
                 ) from error
 
+    def default(self, side: int) -> list[int]:
+        """The default resolutions for images of a side, without those that the network cannot take.
+
+        Warns where there are such.
+
+        Raises:
+            ValueError: the network cannot take the side itself.
+        """
+        self.check([side])
+        defaults = default_resolutions(side)
+        usable = self.accepted(defaults)
+        if usable != defaults:
+            warnings.warn(
+                f"{type(self._model).__name__} takes only {usable} of the resolutions {defaults}, so its sub-networks "
+                f"use no others{dynamic_size_hint(self._model)}",
+                stacklevel=2,
+            )
+        return usable
+
     def _advice(self, side: int) -> str:
         below = next(iter(self._working(range(side - 1, max(0, side - SEARCH_RANGE), -1))), None)
         above = next(iter(self._working(range(side + 1, side + SEARCH_RANGE))), None)
         near = [str(found) for found in (below, above) if found is not None]
-        near = near or [str(found) for found in self.accepted([*self._native()])]
+        near = near or [str(found) for found in self.accepted(self._native())]
         return f"sides that it can take: {', '.join(near) or 'none was found'}{dynamic_size_hint(self._model)}"
 
     def _working(self, sides: Iterable[int]) -> Iterable[int]:

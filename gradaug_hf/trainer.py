@@ -25,7 +25,7 @@ from gradaug_hf.losses import cross_entropy
 from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
 from gradaug_hf.objective import GradAug, Pass, logits_of
-from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint
+from gradaug_hf.resolutions import ResolutionTrial
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable
 from gradaug_hf.subnets import SubnetSampler
@@ -81,7 +81,7 @@ class GradAugTrainer(Trainer):
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
             super().__init__(model, args, *trainer_args, **kwargs)
-        if args.label_smoothing_factor > 0 and isinstance(self.model, PreTrainedModel):
+        if args.label_smoothing_factor > 0 and model is None and isinstance(self.model, PreTrainedModel):
             self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
         self._network_has_loss = bool(find_labels(type(self.model)))
         if not self._network_has_loss:
@@ -160,26 +160,13 @@ class GradAugTrainer(Trainer):
         if self._subnet_sampler is not None:
             self._resolutions = []
             return
-        self._resolutions = self.args.resolutions or self._default_resolutions(network, side)
+        self._resolutions = self.args.resolutions or self._resolution_trial.default(side)
         widths_differ = slicing_report(network).sliced_macs > 0 and self.args.min_width < 1
         if set(self._resolutions) == {side} and not widths_differ and self._subnet_transform is None:
             raise ValueError(
                 f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions "
                 f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
             )
-
-    def _default_resolutions(self, network: nn.Module, side: int) -> list[int]:
-        self._resolution_trial.check([side])
-        defaults = default_resolutions(side)
-        usable = self._resolution_trial.accepted(defaults)
-        if usable != defaults:
-            name = type(network).__name__
-            warnings.warn(
-                f"{name} takes only {usable} of the resolutions {defaults}, so its sub-networks use no others"
-                f"{dynamic_size_hint(network)}",
-                stacklevel=5,
-            )
-        return usable
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch

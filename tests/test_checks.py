@@ -77,3 +77,11 @@ def test_labels_are_checked_where_batches_are_made():
     rows[1]["labels"] = 3
     with pytest.raises(ValueError, match=r"label 3 is out of range; the network has classes 0\.\.2"):
         collate(rows)
+
+
+def test_checkpointing_that_the_network_cannot_switch_on_is_refused(args):
+    args.activation_checkpointing = True
+    with pytest.raises(
+        ValueError, match=r"activation_checkpointing is True, which ResNet .*set_grad_checkpointing\(\)"
+    ):
+        check_checkpointing(timm.create_model("test_resnet"), args)

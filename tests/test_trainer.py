@@ -525,17 +525,21 @@ def test_settings_with_which_gradaug_would_do_nothing_are_refused(tmp_path):
     )
 
 
+@pytest.mark.filterwarnings("ignore:0 % of VisionTransformer")
 def test_a_resolution_that_the_network_cannot_take_is_refused(tmp_path):
     network = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=1)
     with refused(r"resolutions holds 192, which VisionTransformer cannot take .* sides that it can take: 224"):
         GradAugTrainer(network, config(tmp_path, resolutions=[224, 192]), train_dataset=rows(4, 224))
 
 
+@pytest.mark.filterwarnings("ignore:0 % of VisionTransformer")
 def test_a_network_of_fixed_size_is_trained_at_it_with_a_warning(tmp_path):
     network = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=1, img_size=32)
+    args = config(tmp_path, resolutions=None, max_steps=1)
     with pytest.warns(UserWarning, match=r"VisionTransformer takes only \[32\] of .*dynamic_img_size=True"):
-        trainer = GradAugTrainer(network, config(tmp_path, resolutions=None, max_steps=1), train_dataset=rows(4))
+        trainer = GradAugTrainer(network, args, train_dataset=rows(4), subnet_transform=lambda images: images.flip(3))
     trainer.train()
+    assert trainer.state.global_step == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
