@@ -140,9 +140,10 @@ def test_the_full_network_comes_back_after_an_exception(images, labels):
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as interrupt:
         gradaug.backward(images, labels, backward=fail_at_the_third)
     assert network.fc.weight.shape[1] == 12
+    assert interrupt.tb  # while the frames of the failed call are still alive
 
 
 def test_without_a_step_the_calls_are_counted(images, labels):

@@ -249,23 +249,36 @@ def test_a_step_with_cutmix_follows_the_gradients_of_the_formula(tmp_path, smoot
         torch.testing.assert_close((start[name] - parameter) / 0.1, gradients[name], rtol=0, atol=1e-10)
 
 
-def test_batches_are_mixed_as_a_function_of_step_batch_and_seed(tmp_path):
-    def seen_images(**settings) -> list[Tensor]:
+def test_every_batch_is_mixed_in_its_own_way_and_again_the_same(tmp_path):
+    def seen_pixels(**settings) -> Tensor:
         network, seen = plain_timm(), []
-        network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
-        defaults = {"max_steps": 2, "num_subnets": 0, "mixup_alpha": 1.0, "per_device_train_batch_size": 2}
-        defaults["gradient_accumulation_steps"] = 2
-        data = [{"pixel_values": torch.full((3, 32, 32), float(i % 2)), "labels": i % 2} for i in range(8)]
-        trainer = GradAugTrainer(network, config(tmp_path, **{**defaults, **settings}), train_dataset=data)
-        trainer.train()
-        return seen
+        network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][:, 0, 0, 0].double()))
+        args = config(
+            tmp_path,
+            max_steps=2,
+            num_subnets=0,
+            mixup_alpha=1.0,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            **settings,
+        )
+        data = [{"pixel_values": torch.full((3, 32, 32), float(i)), "labels": i % 5} for i in range(8)]
+        GradAugTrainer(network, args, train_dataset=data).train()
+        return torch.stack(seen)
 
-    first, again = seen_images(), seen_images()
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-    shares = {round(image.max().item(), 6) for image in first if image.min() != image.max()}
-    assert len(shares) > 1
-    unmixed = seen_images(mix_prob=0.0)
-    assert all(set(image.unique().tolist()) <= {0.0, 1.0} for image in unmixed)
+    first, unmixed = seen_pixels(), seen_pixels(mix_prob=0.0)
+    assert torch.equal(seen_pixels(), first)
+    assert sorted(unmixed.flatten().tolist()) == list(range(8))
+    shares = (first[:, 0] - unmixed[:, 1]) / (unmixed[:, 0] - unmixed[:, 1])
+    assert ((shares > 0) & (shares < 1)).all()
+    assert len({round(share, 4) for share in shares.tolist()}) == 4
+
+
+@pytest.mark.parametrize("name", ["timm", "resnet"])
+def test_evaluation_mixes_nothing(tmp_path, name):
+    plain = GradAugTrainer(NETWORKS[name](), config(tmp_path), eval_dataset=rows(8))
+    mixed = GradAugTrainer(NETWORKS[name](), config(tmp_path, cutmix_alpha=1.0), eval_dataset=rows(8))
+    assert mixed.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
 def test_soft_labels_are_learned_by_transformers_and_timm_networks(tmp_path):
