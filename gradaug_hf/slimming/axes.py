@@ -216,6 +216,7 @@ def _factor_unit(unit: Unit, outer_size: int) -> Segment:
 
 def _tie_segments(first: Segment, second: Segment, reason: str) -> None:
     """Tie two products of equal size, factor by factor from the outermost."""
+    first, second = (tuple(unit for unit in segment if unit.size > 1) for segment in (first, second))
     while first and second:
         # Only what has been bound since is written out: that also merges whole factors, which the cuts below part.
         if any(unit.binding is not None for unit in (*first, *second)):

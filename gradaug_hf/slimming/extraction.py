@@ -55,7 +55,8 @@ def narrow(network: nn.Module, slices: dict[str, Slices], width: Width) -> None:
                 module._buffers[name] = _narrow_tensor(module._buffers[name], patterns, width)
         for name, patterns in own.attributes.items():
             sizes = tuple(pattern_size(pattern, width) for pattern in patterns)
-            vars(module)[name] = sizes if isinstance(vars(module)[name], tuple) else sizes[0]
+            value = vars(module)[name]
+            vars(module)[name] = type(value)(sizes) if isinstance(value, (tuple, list)) else sizes[0]
 
 
 def _narrow_parameter(parameter: nn.Parameter, patterns: tuple, width: Width) -> nn.Parameter:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+from torch import nn
 
 from gradaug_hf.slimming.axes import (
     Axis,
@@ -119,7 +121,9 @@ handles(*operations("new_empty", "new_zeros", "new_ones", "new_full"))(factory)
 def view(trace: Trace, call: Call) -> None:
     source = call.args[0]
     axes, shape = list(trace.axes(source)), list(call.out.shape)
-    _set_out(trace, call, *regroup(axes, list(source.shape), shape, f"viewed in another shape by {call.reason}"))
+    viewed = regroup(axes, list(source.shape), shape, f"viewed in another shape by {call.reason}")
+    trace.bind_sizes(viewed)
+    _set_out(trace, call, *viewed)
 
 
 def regroup(axes: list[Axis], shape: list[int], new_shape: list[int], reason: str) -> list[Axis]:
@@ -240,6 +244,7 @@ def take_slice(trace: Trace, call: Call) -> None:
     elif kept != size:
         sizes = [start, kept, size - start - kept]
         pieces = split(axes[dim], [n for n in sizes if n], f"cut by {call.reason}")
+        trace.bind_sizes(pieces)
         axes[dim] = pieces[1 if start else 0] if kept else fixed(0)
     _set_out(trace, call, *axes)
 
@@ -250,6 +255,7 @@ def take_pieces(trace: Trace, call: Call) -> None:
     dim = call.arg(2, "dim", 0) % source.ndim
     axes = trace.axes(source)
     pieces = split(axes[dim], [piece.shape[dim] for piece in call.out], f"cut by {call.reason}")
+    trace.bind_sizes(pieces)
     for tensor, piece in zip(call.out, pieces, strict=True):
         trace.set_axes(tensor, (*axes[:dim], piece, *axes[dim + 1 :]))
 
@@ -288,6 +294,10 @@ def pad(trace: Trace, call: Call) -> None:
 # Reductions and space ------------------------------------------------------------------------------------------------
 
 
+# Norms written out in Python, whose statistics are taken over the kept channels like those of a layer norm.
+NORMS_OVER_CHANNELS = (nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)
+
+
 @handles(
     *operations("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "linalg_vector_norm", "argmax")
 )
@@ -299,7 +309,8 @@ def reduce(trace: Trace, call: Call) -> None:
     dims = list(range(source.ndim)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     gone = {dim % source.ndim for dim in dims} if source.ndim else set()
     axes = trace.axes(source)
-    _fix_others(trace, call, [dim for dim in range(source.ndim) if dim not in gone], axes, "reduced over channels")
+    if not isinstance(call.module, NORMS_OVER_CHANNELS):
+        _fix_others(trace, call, [dim for dim in range(source.ndim) if dim not in gone], axes, "reduced over channels")
     for result in tensors_in(call.out):
         keepdim = result.ndim == source.ndim
         kept = [fixed(1) if dim in gone else axis for dim, axis in enumerate(axes) if keepdim or dim not in gone]
@@ -322,14 +333,34 @@ def along(trace: Trace, call: Call) -> None:
 @handles(
     *operations("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d"),
     *operations("upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "_upsample_bicubic2d_aa"),
-    *operations("_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d", "_adaptive_avg_pool3d"),
+    *operations("_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d", "upsample_linear1d"),
+    *operations("upsample_nearest1d", "avg_pool1d", "max_pool1d", "reflection_pad1d", "_upsample_nearest_exact2d"),
 )
 def spatial(trace: Trace, call: Call) -> None:
-    """Pooling, resizing and padding of the last two dimensions."""
+    """Pooling, resizing and padding of the last dimensions (as many as the operation's name says)."""
     axes = trace.axes(call.args[0])
-    _fix_others(trace, call, range(len(axes) - 2), axes, "pooled or resized over channels")
+    space = 1 if "1d" in call.name else 2
+    _fix_others(trace, call, range(len(axes) - space), axes, "pooled or resized over channels")
     for result in tensors_in(call.out):
-        trace.set_axes(result, (*axes[:-2], *(fixed(size) for size in result.shape[-2:])))
+        trace.set_axes(result, (*axes[:-space], *(fixed(size) for size in result.shape[-space:])))
+
+
+@handles(*operations("im2col"))
+def unfold(trace: Trace, call: Call) -> None:
+    """Windows as columns: each channel becomes the positions of the window."""
+    axes = trace.axes(call.args[0])
+    _fix_others(trace, call, (0, 1), axes, "unfolded")
+    positions = fixed(call.out.shape[1] // axis_size(axes[1]))
+    _set_out(trace, call, axes[0], product([axes[1], positions]), fixed(call.out.shape[2]))
+
+
+@handles(*operations("col2im"))
+def fold(trace: Trace, call: Call) -> None:
+    axes = trace.axes(call.args[0])
+    channels = call.out.shape[1]
+    inner = unflatten(axes[1], [channels, axis_size(axes[1]) // channels], f"folded by {call.reason}")
+    fix(inner[1], f"folded by {call.reason}")
+    _set_out(trace, call, axes[0], inner[0], *(fixed(size) for size in call.out.shape[2:]))
 
 
 # Layers --------------------------------------------------------------------------------------------------------------

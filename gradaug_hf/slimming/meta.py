@@ -53,13 +53,13 @@ def example_sizes(model: nn.Module, input_size: int | Sequence[int] | None) -> I
         model: a timm network, a transformers classifier, or any module.
         input_size: side in pixels, (height, width) or (channels, height, width); None finds it out.
     """
-    channels = _input_channels(model)
-    if input_size is not None:
-        yield _full_size(input_size, channels)
-        return
     network = getattr(model, "timm_model", model)
     config = getattr(model, "config", None)
     cfg = getattr(network, "pretrained_cfg", None) or {}
+    channels = list(dict.fromkeys([(cfg.get("input_size") or (3,))[0], _input_channels(model)]))
+    if input_size is not None:
+        yield from (_full_size(input_size, count) for count in channels)
+        return
     candidates = [
         getattr(getattr(network, "patch_embed", None), "img_size", None),
         getattr(network, "img_size", None),
@@ -71,10 +71,10 @@ def example_sizes(model: nn.Module, input_size: int | Sequence[int] | None) -> I
     seen = set()
     for candidate in candidates:
         if isinstance(candidate, (int, tuple, list)) and candidate:
-            size = _full_size(candidate, channels)
-            if size not in seen:
-                seen.add(size)
-                yield size
+            for size in (_full_size(candidate, count) for count in channels):
+                if size not in seen:
+                    seen.add(size)
+                    yield size
 
 
 def _full_size(size: int | Sequence[int], channels: int) -> tuple[int, int, int]:

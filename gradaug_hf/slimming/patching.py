@@ -95,13 +95,13 @@ def _tensor_property(name: str) -> property:
 
 
 def _attribute_property(name: str) -> property:
-    def get(self: SlimModule) -> int | tuple[int, ...]:
+    def get(self: SlimModule) -> int | tuple[int, ...] | list[int]:
         value = self.__dict__[name]
         width = self._state.width
         if width.multiplier >= 1:
             return value
         sizes = tuple(pattern_size(pattern, width) for pattern in self._slices.attributes[name])
-        return sizes if isinstance(value, tuple) else sizes[0]
+        return type(value)(sizes) if isinstance(value, (tuple, list)) else sizes[0]
 
     return property(get, _set_in_dict(name))
 

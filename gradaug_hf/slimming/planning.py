@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from math import gcd, prod
 
-from gradaug_hf.slimming.axes import Axis, Segment, Unit, free_units, iter_units, resolve
+from gradaug_hf.slimming.axes import Axis, Segment, Unit, free_units, resolve
 from gradaug_hf.slimming.patching import Slices
 from gradaug_hf.slimming.patterns import Kept, Pattern, Whole, is_sliced
 from gradaug_hf.slimming.tracing import Trace
@@ -19,18 +19,46 @@ class Plan:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self.held: set[Unit] = set()
-        _keep_one_unit_a_segment(self._all_axes())
-        self._granules = _granules(axis for tensor in trace.stored.values() for axis in trace.axes(tensor))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what has been tied or fixed since."""
+        self._inner = _inner_units(self._all_axes())
+        self._granules = _granules(axis for axes in self.trace.stored.values() for axis in axes)
 
     def _all_axes(self) -> Iterable[Axis]:
-        for tensor in self.trace.stored.values():
-            yield from self.trace.axes(tensor)
+        for axes in self.trace.stored.values():
+            yield from axes
+        for guesses in self.trace.attributes.values():
+            for axes in guesses:
+                yield from axes
         for call in self.trace.calls:
             for axes in (*call.in_axes, *call.out_axes):
                 yield from axes
 
-    def free_units(self, axes: Iterable[Axis]) -> list[Unit]:
-        return [unit for unit in free_units(axes) if unit not in self.held]
+    def is_sliced(self, unit: Unit) -> bool:
+        return unit.free and unit not in self._inner and unit not in self.held
+
+    def sliced_units(self, axes: Iterable[Axis]) -> list[Unit]:
+        return [unit for unit in free_units(axes) if self.is_sliced(unit)]
+
+    def snapshot(self) -> dict[Unit, tuple[Axis | None, str | None]]:
+        """The state of all units, to go back to after a trial."""
+        state: dict[Unit, tuple[Axis | None, str | None]] = {}
+        pending = list(self._all_axes())
+        while pending:
+            for segment in pending.pop():
+                for unit in segment:
+                    if unit not in state:
+                        state[unit] = unit.binding, unit.reason
+                        if unit.binding is not None:
+                            pending.append(unit.binding)
+        return state
+
+    def restore(self, state: dict[Unit, tuple[Axis | None, str | None]]) -> None:
+        for unit, (binding, reason) in state.items():
+            unit.binding, unit.reason = binding, reason
+        self.refresh()
 
     def pattern(self, axis: Axis) -> Pattern:
         parts: list[Kept | Whole] = []
@@ -44,7 +72,7 @@ class Plan:
     def _part(self, segment: Segment) -> Kept | Whole:
         sizes = [unit.size for unit in segment]
         for place, unit in enumerate(segment):
-            if unit.free and unit not in self.held:
+            if self.is_sliced(unit):
                 granule = self._granules.get(unit, 1)
                 return Kept(prod(sizes[:place]), unit.size, prod(sizes[place + 1 :]), granule)
         return Whole(prod(sizes))
@@ -55,35 +83,36 @@ class Plan:
     def slices(self) -> dict[str, Slices]:
         """Module name -> what of it is sliced."""
         plan: dict[str, Slices] = {}
-        for (module, name), tensor in self.trace.stored.items():
-            patterns = self.patterns(self.trace.axes(tensor))
-            if any(map(is_sliced, patterns)):
-                plan.setdefault(module, Slices()).tensors[name] = patterns
-        for (module, name), axes in self.trace.attributes.items():
+        for (module, name), axes in self.trace.stored.items():
             patterns = self.patterns(axes)
             if any(map(is_sliced, patterns)):
-                plan.setdefault(module, Slices()).attributes[name] = patterns
+                plan.setdefault(module, Slices()).tensors[name] = patterns
+        for (module, name), guesses in self.trace.attributes.items():
+            for patterns in map(self.patterns, guesses):
+                if any(map(is_sliced, patterns)):
+                    plan.setdefault(module, Slices()).attributes[name] = patterns
+                    break
         for module, name in sorted(self.trace.written):
             own = plan.get(module, Slices())
             plan[module] = Slices(own.tensors, own.attributes, own.written | {name})
         return plan
 
 
-def _keep_one_unit_a_segment(axes: Iterable[Axis]) -> None:
-    """Of units that are multiplied (heads and head size) the outermost is sliced."""
+def _inner_units(axes: Iterable[Axis]) -> set[Unit]:
+    """Of units that are multiplied (heads and head size) all but the outermost, which is the one to be sliced."""
+    inner: set[Unit] = set()
     for axis in axes:
         for segment in resolve(axis):
-            free = [unit for unit in segment if unit.free]
-            for unit in free[1:]:
-                unit.reason = "inside a larger unit that is sliced as a whole"
+            inner.update([unit for unit in segment if unit.free][1:])
+    return inner
 
 
 def _granules(axes: Iterable[Axis]) -> dict[Unit, int]:
     """Unit -> positions by which every dimension that holds it grows with one more channel."""
     granules: dict[Unit, int] = {}
     for axis in axes:
-        for segment in axis:
-            for unit in iter_units([(segment,)]):
+        for segment in resolve(axis):
+            for unit in segment:
                 if unit.free:
                     positions = prod(other.size for other in segment) // unit.size
                     granules[unit] = gcd(granules.get(unit, 0), positions)

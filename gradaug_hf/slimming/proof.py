@@ -1,120 +1,247 @@
-"""Proves a plan by running the sub-network: every operation must give the sizes that the axes foretell."""
+"""Proves a plan by running the sub-network: every operation must give the sizes that the axes foretell.
 
-from typing import Any
+Where one does not, the plan is mended. Code that takes one size for another (`x.reshape(B, N, C)` after attention,
+with the C of its input) ties the two; otherwise the units that do not follow stay whole. Both are done in all modules
+of the class at once, so that repeated blocks are mended together.
+"""
+
+from collections.abc import Iterator
+from itertools import combinations
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradaug_hf.slimming.axes import Unit
+from gradaug_hf.slimming.axes import Axis, Unit, axis_size, fix, product, tie
 from gradaug_hf.slimming.extraction import narrow
 from gradaug_hf.slimming.meta import meta_copy
 from gradaug_hf.slimming.patterns import Width, pattern_size
 from gradaug_hf.slimming.planning import Plan
-from gradaug_hf.slimming.tracing import Call, constants_in, tensors_in, to_meta
+from gradaug_hf.slimming.tracing import COPIES, Axes, Call, Run, constants_in, operation_name, tensors_in, to_meta
 
-# Half the channels: unlike one channel, which would broadcast, it shows every size that does not follow.
-PROOF_WIDTH = Width(0.5)
+# Widths at which sizes that only happen to agree (half of twelve heads and half of their channels) do not.
+PROOF_WIDTHS = {True: Width(0.69), False: Width(0.53)}
 
 
 class Deviation(Exception):
     """The sub-network does not do what the plan foretells.
 
     Args:
+        run: index of the run in which it shows.
         position: index of the call at which it shows.
         message: what is wrong there.
     """
 
-    def __init__(self, position: int, message: str) -> None:
+    def __init__(self, run: int, position: int, message: str) -> None:
         super().__init__(message)
-        self.position = position
+        self.place = run, position
+
+
+class Slot(NamedTuple):
+    """A dimension of a tensor of a call: an argument's or a result's."""
+
+    is_result: bool
+    tensor: int
+    dims: slice
 
 
 class _Check(TorchDispatchMode):
-    def __init__(self, plan: Plan, calls: list[Call]) -> None:
+    def __init__(self, plan: Plan, index: int) -> None:
         super().__init__()
         self.plan = plan
-        self.calls = calls
+        self.index = index
+        self.calls = plan.trace.runs[index].calls
+        self.width = PROOF_WIDTHS[plan.trace.runs[index].training]
         self.position = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*to_meta(args), **to_meta(kwargs or {}))
+        if operation_name(func) in COPIES:
+            return out
         call = self.calls[self.position] if self.position < len(self.calls) else None
-        if call is None or call.func is not func:
-            raise Deviation(min(self.position, len(self.calls) - 1), "a narrower network takes another path")
+        if call is None or call.name != operation_name(func):
+            expected = call.reason if call else "the end"
+            raise self.deviation(
+                f"a narrower network takes another path: {operation_name(func)} instead of {expected}"
+            )
         if constants_in(func, args) != call.constants:
-            raise Deviation(self.position, f"a constant of {call.reason} changes with the width")
+            raise self.deviation(f"a constant of {call.reason} changes with the width")
         for tensor, axes in zip(tensors_in(out), call.out_axes, strict=True):
-            expected = tuple(pattern_size(self.plan.pattern(axis), PROOF_WIDTH) for axis in axes)
+            expected = tuple(pattern_size(self.plan.pattern(axis), self.width) for axis in axes)
             if tuple(tensor.shape) != expected:
-                raise Deviation(
-                    self.position, f"{call.reason} gives {tuple(tensor.shape)} where {expected} would follow the width"
-                )
+                raise self.deviation(f"{call.reason} gives {tuple(tensor.shape)} where {expected} follows the width")
         self.position += 1
         return out
 
+    def deviation(self, message: str) -> Deviation:
+        return Deviation(self.index, min(self.position, len(self.calls) - 1), message)
 
-def find_deviation(plan: Plan, network: nn.Module, runs: list[tuple[bool, list[Call]]], example: torch.Tensor) -> Any:
-    """Run the sub-network of a plan on the meta device.
+
+def find_deviation(plan: Plan, example: torch.Tensor) -> Deviation | None:
+    """Run the sub-network of a plan on the meta device, in training and evaluation mode.
 
     Args:
         plan: the plan to prove.
-        network: the traced network on the meta device.
-        runs: (training mode, the calls traced in it).
         example: the input of the trace.
 
     Returns:
-        None, or (index of the run, `Deviation`) of the first operation that does not follow.
+        The first operation that does not follow the plan, or None.
     """
-    subnet = meta_copy(network)
-    narrow(subnet, plan.slices(), PROOF_WIDTH)
-    for index, (training, calls) in enumerate(runs):
-        check = _Check(plan, calls)
+    slices = plan.slices()
+    for index, run in enumerate(plan.trace.runs):
+        subnet = meta_copy(plan.trace.network).train(run.training)
+        narrow(subnet, slices, PROOF_WIDTHS[run.training])
+        check = _Check(plan, index)
         try:
             with check:
-                subnet.train(training)(example)
+                subnet(example)
         except Deviation as deviation:
-            return index, deviation
+            return deviation
         except Exception as error:  # whatever a network raises at a width it was not written for
-            return index, Deviation(min(check.position, len(calls) - 1), str(error).split("\n")[0])
+            return check.deviation(str(error).split("\n")[0])
     return None
 
 
-def prove(plan: Plan, network: nn.Module, runs: list[tuple[bool, list[Call]]], example: torch.Tensor) -> None:
-    """Keep units whole until the sub-network runs as foretold."""
-    while (found := find_deviation(plan, network, runs, example)) is not None:
-        run, deviation = found
-        calls = runs[run][1]
-        suspects = _suspects(plan, calls, deviation.position)
+def prove(plan: Plan, example: torch.Tensor) -> None:
+    """Mend a plan until the sub-network runs as foretold.
+
+    Raises:
+        RuntimeError: the network does not even repeat itself at full width.
+    """
+    while (deviation := find_deviation(plan, example)) is not None:
+        if _tie_sizes(plan, example, deviation):
+            continue
+        suspects = _suspects(plan, deviation)
         if not suspects:
-            raise RuntimeError(f"the full network itself does not run as it was traced: {deviation}") from deviation
-        guilty = _guilty(plan, network, runs, example, (run, deviation.position), suspects)
-        for unit in guilty:
-            unit.reason = f"a narrower network does not run: {deviation}"
+            raise RuntimeError(f"the full network does not repeat what it did: {deviation}") from deviation
+        _hold(plan, _guilty(plan, example, deviation, suspects), deviation)
 
 
-def _suspects(plan: Plan, calls: list[Call], position: int) -> list[Unit]:
-    """The free units at the call that went wrong, or at the nearest one before it."""
-    for call in reversed(calls[: position + 1]):
-        units = plan.free_units(axis for axes in (*call.in_axes, *call.out_axes) for axis in axes)
-        if units:
-            return units
-    return plan.free_units(axis for call in calls for axes in call.out_axes for axis in axes)
+def _tie_sizes(plan: Plan, example: torch.Tensor, deviation: Deviation) -> bool:
+    """Try to tie what the code at a deviation takes for the same size; tell whether its module then runs."""
+    run, call = _at(plan, deviation)
+    if call.name not in ("view", "expand"):
+        return False
+    for first, earlier, second in _same_sizes(plan, run, call):
+        before = plan.snapshot()
+        for other, partner in _siblings(run, call, call, earlier):
+            if _size(other, first) == _size(partner, second):
+                reason = f"its size is taken for another's by {other.reason}"
+                tie(_axis(other, first), _axis(partner, second), reason)
+        plan.refresh()
+        found = find_deviation(plan, example)
+        if found is None or (found.place > deviation.place and _at(plan, found)[1].module_name != call.module_name):
+            return True
+        plan.restore(before)
+    return False
 
 
-def _guilty(
-    plan: Plan,
-    network: nn.Module,
-    runs: list[tuple[bool, list[Call]]],
-    example: torch.Tensor,
-    place: tuple[int, int],
-    suspects: list[Unit],
-) -> list[Unit]:
+def _same_sizes(plan: Plan, run: Run, call: Call) -> Iterator[tuple[Slot, Call, Slot]]:
+    """Dimensions (or neighbouring ones together) of a view with the size of a dimension met earlier in its module."""
+    earlier = []
+    for other in run.calls:
+        if other is call:
+            break
+        if other.module_name == call.module_name or other.module_name.startswith(f"{call.module_name}."):
+            earlier.append(other)
+    tried = set()
+    for first in _slots(call.out_axes, is_result=True):
+        for other in earlier:
+            for second in (*_slots(other.in_axes, False, longest=1), *_slots(other.out_axes, True, longest=1)):
+                if _size(call, first) != _size(other, second):
+                    continue
+                a, b = _axis(call, first), _axis(other, second)
+                if a != b and (a, b) not in tried and plan.sliced_units([a]) and plan.sliced_units([b]):
+                    tried.add((a, b))
+                    yield first, other, second
+
+
+def _slots(each: list[Axes], is_result: bool, longest: int | None = None) -> Iterator[Slot]:
+    """The dimensions of some tensors, and runs of neighbouring ones up to a length."""
+    for tensor, axes in enumerate(each):
+        for start, stop in combinations(range(len(axes) + 1), 2):
+            if longest is None or stop - start <= longest:
+                yield Slot(is_result, tensor, slice(start, stop))
+
+
+def _axes(call: Call, slot: Slot) -> Axes:
+    each = call.out_axes if slot.is_result else call.in_axes
+    return each[slot.tensor][slot.dims] if slot.tensor < len(each) else ()
+
+
+def _size(call: Call, slot: Slot) -> int:
+    return prod(axis_size(axis) for axis in _axes(call, slot))
+
+
+def _axis(call: Call, slot: Slot) -> Axis:
+    return product(_axes(call, slot))
+
+
+def _at(plan: Plan, deviation: Deviation) -> tuple[Run, Call]:
+    index, position = deviation.place
+    run = plan.trace.runs[index]
+    return run, run.calls[position]
+
+
+def _siblings(run: Run, within: Call, *calls: Call) -> Iterator[tuple[Call, ...]]:
+    """Calls of a module, and the same ones in every module of its class: those at the same places of its forward."""
+    below = _below(run, within.module_name)
+    places = [below.index(call) for call in calls]
+    kinds = [call.name for call in calls]
+    for name in dict.fromkeys(call.module_name for call in run.calls if type(call.module) is type(within.module)):
+        below = _below(run, name)
+        if max(places) < len(below) and [below[place].name for place in places] == kinds:
+            yield tuple(below[place] for place in places)
+
+
+def _below(run: Run, module_name: str) -> list[Call]:
+    prefix = f"{module_name}." if module_name else ""
+    return [call for call in run.calls if call.module_name == module_name or call.module_name.startswith(prefix)]
+
+
+def _suspects(plan: Plan, deviation: Deviation) -> list[Unit]:
+    """The sliced units at the call that went wrong and in its module before it, or at the nearest call before it."""
+    run, wrong = _at(plan, deviation)
+    before = list(reversed(run.calls[: deviation.place[1] + 1]))
+    in_module = [call for call in before if call.module_name == wrong.module_name]
+    if suspects := plan.sliced_units(axis for call in in_module for axis in _all_axes(call)):
+        return suspects
+    for call in before:
+        if suspects := plan.sliced_units(_all_axes(call)):
+            return suspects
+    return plan.sliced_units(axis for call in plan.trace.calls for axis in _all_axes(call))
+
+
+def _all_axes(call: Call) -> list[Axis]:
+    return [axis for axes in (*call.in_axes, *call.out_axes) for axis in axes]
+
+
+def _guilty(plan: Plan, example: torch.Tensor, deviation: Deviation, suspects: list[Unit]) -> list[Unit]:
     """The one suspect without which the network gets further, or all of them."""
     for unit in suspects if len(suspects) > 1 else []:
         plan.held = {unit}
-        found = find_deviation(plan, network, runs, example)
+        found = find_deviation(plan, example)
         plan.held = set()
-        if found is None or (found[0], found[1].position) > place:
+        if found is None or found.place > deviation.place:
             return [unit]
     return suspects
+
+
+def _hold(plan: Plan, guilty: list[Unit], deviation: Deviation) -> None:
+    """Keep the guilty units whole, and those at the same places in other modules of the class."""
+    run, wrong = _at(plan, deviation)
+    reason = f"a narrower network does not run: {deviation}"
+    places = [(call, slot) for call in _below(run, wrong.module_name) for slot in _single_slots(call)]
+    places = [(call, slot) for call, slot in places if plan.sliced_units(_axes(call, slot)) in ([u] for u in guilty)]
+    for call, slot in places:
+        for (other,) in _siblings(run, wrong, call):
+            for axis in _axes(other, slot):
+                fix(axis, reason)
+    for unit in guilty:
+        unit.reason = unit.reason or reason
+    plan.refresh()
+
+
+def _single_slots(call: Call) -> list[Slot]:
+    return [*_slots(call.in_axes, False, longest=1), *_slots(call.out_axes, True, longest=1)]

@@ -9,6 +9,7 @@ from torch import nn
 from gradaug_hf.slimming.axes import Unit, iter_units
 from gradaug_hf.slimming.patterns import Pattern, Width, is_sliced, pattern_size
 from gradaug_hf.slimming.planning import Plan
+from gradaug_hf.slimming.tracing import Axes, Trace
 
 
 @dataclass(frozen=True)
@@ -82,33 +83,37 @@ def make_report(network: nn.Module, plan: Plan, batch: int) -> SlicingReport:
         batch: images in the traced batch.
     """
     trace = plan.trace
-    parameters = {name: plan.patterns(trace.axes(p)) for name, p in network.named_parameters()}
+    axes = {name: _stored_axes(trace, name) for name, _ in network.named_parameters()}
+    parameters = {name: plan.patterns(own) for name, own in axes.items()}
     members: dict[Unit, list[str]] = {}
-    for name, parameter in network.named_parameters():
-        for dim, axis in enumerate(trace.axes(parameter)):
-            for unit in dict.fromkeys(unit for unit in iter_units([axis]) if unit.free):
+    for name, own in axes.items():
+        for dim, axis in enumerate(own):
+            for unit in plan.sliced_units([axis]):
                 members.setdefault(unit, []).append(f"{name}[{dim}]")
     return SlicingReport(
         units=[TiedUnit(unit.size, tuple(names)) for unit, names in members.items()],
-        refused=_refused(network, plan, parameters),
+        refused=_refused(network, axes, parameters),
         products=[(product.module_name, plan.patterns(product.axes)) for product in trace.products],
         parameters=parameters,
         batch=batch,
     )
 
 
-def _refused(network: nn.Module, plan: Plan, parameters: dict[str, tuple[Pattern, ...]]) -> dict[str, str]:
+def _stored_axes(trace: Trace, name: str) -> Axes:
+    module_name, _, local = name.rpartition(".")
+    return trace.stored[module_name, local]
+
+
+def _refused(network: nn.Module, axes: dict[str, Axes], parameters: dict[str, tuple[Pattern, ...]]) -> dict[str, str]:
     refused: dict[str, str] = {}
     for module_name, module in network.named_modules():
-        own = {
-            name: parameter
-            for local, parameter in module._parameters.items()
-            if (name := f"{module_name}.{local}" if module_name else local) in parameters
-        }
+        prefix = f"{module_name}." if module_name else ""
+        own = [prefix + local for local in module._parameters if prefix + local in parameters]
         if own and not any(is_sliced(pattern) for name in own for pattern in parameters[name]):
-            axes = (axis for parameter in own.values() for axis in plan.trace.axes(parameter))
-            reasons = [unit.reason for unit in iter_units(axes) if unit.reason]
-            refused[module_name] = reasons[0] if reasons else "its dimensions are no channels"
+            units = iter_units(axis for name in own for axis in axes[name])
+            refused[module_name] = next(
+                (unit.reason for unit in units if unit.reason), "its dimensions are no channels"
+            )
     return refused
 
 

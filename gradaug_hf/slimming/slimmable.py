@@ -12,7 +12,7 @@ from gradaug_hf.slimming.patterns import Width
 from gradaug_hf.slimming.planning import Plan
 from gradaug_hf.slimming.proof import prove
 from gradaug_hf.slimming.report import SlicingReport, make_report
-from gradaug_hf.slimming.tracing import Call, Trace
+from gradaug_hf.slimming.tracing import Trace
 
 # Two images, so that a batch norm over one position still has something to normalise.
 TRACED_BATCH = 2
@@ -44,12 +44,12 @@ def make_slimmable(
     sizes = list(example_sizes(model, input_size))
     unpatch(model)
     network = meta_copy(model)
-    slices, report = {}, SlicingReport(refused={"": "no input size was found at which the network runs"})
+    slices, report = {}, SlicingReport()
     for size in sizes:
         try:
             plan = _plan(network, example_images(network, TRACED_BATCH, size))
         except Exception as error:  # a network may raise anything at a size that it cannot take
-            report.refused[""] = f"does not run on the meta device at {size}: {error}"
+            report.refused.setdefault("", f"does not run on the meta device at {size}: {error}")
             continue
         slices, report = plan.slices(), make_report(network, plan, TRACED_BATCH)
         break
@@ -60,14 +60,10 @@ def make_slimmable(
 
 def _plan(network: nn.Module, example: torch.Tensor) -> Plan:
     trace = Trace(network, find_handler)
-    runs: list[tuple[bool, list[Call]]] = []
     for training in (True, False):
-        before = len(trace.calls)
-        network.train(training)
-        trace.run(example)
-        runs.append((training, trace.calls[before:]))
+        trace.run(example, training)
     plan = Plan(trace)
-    prove(plan, network, runs, example)
+    prove(plan, example)
     return plan
 
 

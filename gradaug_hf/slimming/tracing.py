@@ -5,7 +5,8 @@ units; the handler of each ATen operation (`handlers.py`) ties, splits and joins
 without a handler, the image, the class outputs or a tensor of unknown origin stays whole, with a reason.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradaug_hf.slimming.axes import Axis, Unit, axis_of, axis_size, fix, fixed, resolve
+from gradaug_hf.slimming.meta import meta_copy
 
 Axes = tuple[Axis, ...]
 
+# Names under which modules keep the sizes that they view, split and slice tensors by.
+SIZE_NAME = re.compile(
+    "head|dim|chan|chs|feat|plane|hidden|inner|embed|group|split|indices|size|width|key|value|nh|dh"
+)
 
-@dataclass
+
+# Whether a reshape copies depends on the sizes; what only passes a tensor on is followed but not remembered.
+COPIES = ("clone", "contiguous", "alias", "detach", "lift_fresh")
+
+
+def operation_name(func: torch._ops.OpOverload) -> str:
+    """The name of an operation; a view is a view, whether of a copy or not."""
+    return str(func.overloadpacket).removeprefix("aten.").replace("_unsafe_view", "view")
+
+
+@dataclass(eq=False)
 class Call:
     """One ATen operation as it ran: its arguments, its result, and where in the network it was called."""
 
@@ -36,7 +52,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        return str(self.func.overloadpacket).removeprefix("aten.")
+        return operation_name(self.func)
 
     @property
     def reason(self) -> str:
@@ -66,6 +82,14 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+@dataclass
+class Run:
+    """The calls of one run of the network, in training or evaluation mode."""
+
+    training: bool
+    calls: list[Call]
+
+
 class Trace(TorchDispatchMode):
     """Records the calls of a network on the meta device and the axes of its tensors.
 
@@ -80,24 +104,29 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self.network = network
         self.handlers = handlers
-        self.calls: list[Call] = []
+        self.runs: list[Run] = []
         self.products: list[Product] = []
-        self.attributes: dict[tuple[str, str], Axes] = {}
-        self.stored: dict[tuple[str, str], torch.Tensor] = {}
+        self.attributes: dict[tuple[str, str], list[Axes]] = {}
+        self.stored: dict[tuple[str, str], Axes] = {}
         self.written: set[tuple[str, str]] = set()
+        self._stored_tensors: dict[tuple[str, str], torch.Tensor] = {}
         self._axes: dict[int, Axes] = {}
         self._alive: list[torch.Tensor] = []
         self._modules: list[tuple[str, nn.Module]] = []
-        for module_name, module in network.named_modules():
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    self._add_stored(module_name, name, tensor)
 
-    def _add_stored(self, module_name: str, name: str, tensor: torch.Tensor) -> None:
-        self.stored[module_name, name] = tensor
-        if id(tensor) not in self._axes:
-            whole = None if tensor.is_floating_point() else "a table of indices"
-            self.set_axes(tensor, tuple(axis_of(Unit(size, whole)) for size in tensor.shape))
+    def _attach(self, subject: nn.Module) -> None:
+        """Give the parameters and buffers of a copy the axes that those of earlier copies have."""
+        for module_name, module in subject.named_modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is None:
+                    continue
+                key = module_name, name
+                self._stored_tensors[key] = tensor
+                if id(tensor) not in self._axes:
+                    whole = None if tensor.is_floating_point() else "a table of indices"
+                    new = tuple(axis_of(Unit(size, whole)) for size in tensor.shape)
+                    self.set_axes(tensor, self.stored.get(key, new))
+                self.stored[key] = self._axes[id(tensor)]
 
     def axes(self, tensor: torch.Tensor) -> Axes:
         """The axes of a tensor, as the ties made so far have them."""
@@ -115,26 +144,53 @@ class Trace(TorchDispatchMode):
             module_name, module = self._modules[-1]
             sizes = tuple(axis_size(axis) for axis in axes)
             if vars(module).get(name) in (sizes, sizes[0] if len(sizes) == 1 else None):
-                self.attributes[module_name, name] = axes
+                self.attributes[module_name, name] = [axes]
 
-    def run(self, example: torch.Tensor) -> None:
-        """Run the network on an image batch of fixed axes; its outputs are kept whole, its products are counted anew.
+    def bind_sizes(self, axes: Sequence[Axis]) -> None:
+        """Bind the attributes of the running module that look like the sizes it cuts a tensor into.
+
+        A guess by name and value, of which there may be several; the proof shows whether it holds.
+        """
+        if not self._modules:
+            return
+        module_name, module = self._modules[-1]
+        sizes = [axis_size(axis) for axis in axes]
+        for name, value in vars(module).items():
+            if not SIZE_NAME.search(name):
+                continue
+            guesses: list[Axes] = []
+            if isinstance(value, (tuple, list)) and list(value) == sizes:
+                guesses = [tuple(axes)]
+            elif isinstance(value, int) and not isinstance(value, bool):
+                guesses = [(axis,) for axis, size in zip(axes, sizes, strict=True) if size == value > 1]
+            if guesses:
+                self.attributes.setdefault((module_name, name), []).extend(guesses)
+
+    def run(self, example: torch.Tensor, training: bool) -> None:
+        """Run a copy of the network on an image batch; its outputs are kept whole, its products counted anew.
 
         Raises:
             Whatever the network raises on the meta device.
         """
+        subject = meta_copy(self.network).train(training)
+        self._attach(subject)
         self.set_axes(example, tuple(fixed(size) for size in example.shape))
         self.products.clear()
-        with self, self._module_stack():
-            output = self.network(example)
+        self.runs.append(Run(training, []))
+        with self, self._module_stack(subject):
+            output = subject(example)
         for tensor in tensors_in(output):
             for axis in self.axes(tensor):
                 fix(axis, "the network's output")
 
+    @property
+    def calls(self) -> Iterator[Call]:
+        return (call for run in self.runs for call in run.calls)
+
     @contextmanager
-    def _module_stack(self) -> Iterator[None]:
+    def _module_stack(self, subject: nn.Module) -> Iterator[None]:
         with ExitStack() as hooks:
-            for name, module in self.network.named_modules():
+            for name, module in subject.named_modules():
                 enter = module.register_forward_pre_hook(lambda m, _, name=name: self._modules.append((name, m)))
                 leave = module.register_forward_hook(lambda *_: self._modules.pop() and None, always_call=True)
                 hooks.callback(enter.remove)
@@ -156,7 +212,8 @@ class Trace(TorchDispatchMode):
             handler(self, call)
         call.in_axes = axes_before
         call.out_axes = [self.axes(tensor) for tensor in tensors_in(out)]
-        self.calls.append(call)
+        if call.name not in COPIES:
+            self.runs[-1].calls.append(call)
         return out
 
     def _note_writes(self, call: Call) -> None:
@@ -164,7 +221,7 @@ class Trace(TorchDispatchMode):
         schema = call.func._schema
         for argument, value in zip(schema.arguments, call.args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self.written.update(key for key, tensor in self.stored.items() if tensor is value)
+                self.written.update(key for key, tensor in self._stored_tensors.items() if tensor is value)
 
 
 def constants_in(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> list[Any]:

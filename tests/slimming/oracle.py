@@ -129,7 +129,7 @@ def _pad_same(x: Tensor, module: nn.Module) -> Tensor:
 
 
 def randomised(model: nn.Module, images: Tensor) -> nn.Module:
-    """The network with gains, layer scales and batch statistics that hide nothing (no zeros, no ones), in eval mode."""
+    """The network in eval mode, with gains, layer scales and statistics that hide nothing (no zeros, no ones)."""
     generator = torch.Generator().manual_seed(0)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     with torch.no_grad():
