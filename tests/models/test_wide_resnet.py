@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-import gradaug_hf.models  # noqa: F401  (registers the networks)
+from gradaug_hf import make_slimmable, slicing_report
 from gradaug_hf.models.wide_resnet import WideResNet
 
 
@@ -155,3 +155,11 @@ def test_saved_folder_loads_as_a_local_timm_model(network: WideResNet, tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(x), network(x))
+
+
+def test_all_channels_but_image_and_classes_are_sliced(network: WideResNet):
+    report = slicing_report(make_slimmable(network))
+    assert report.sliced_macs == 1
+    assert not report.refused
+    whole = network.fc.bias.numel()
+    assert report.sliced_params == 1 - whole / report.params()
