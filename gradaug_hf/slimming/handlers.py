@@ -122,7 +122,7 @@ def view(trace: Trace, call: Call) -> None:
     source = call.args[0]
     axes, shape = list(trace.axes(source)), list(call.out.shape)
     viewed = regroup(axes, list(source.shape), shape, f"viewed in another shape by {call.reason}")
-    trace.bind_sizes(viewed)
+    trace.bind_sizes(call, viewed)
     _set_out(trace, call, *viewed)
 
 
@@ -244,7 +244,7 @@ def take_slice(trace: Trace, call: Call) -> None:
     elif kept != size:
         sizes = [start, kept, size - start - kept]
         pieces = split(axes[dim], [n for n in sizes if n], f"cut by {call.reason}")
-        trace.bind_sizes(pieces)
+        trace.bind_sizes(call, [*pieces, axes[dim]])
         axes[dim] = pieces[1 if start else 0] if kept else fixed(0)
     _set_out(trace, call, *axes)
 
@@ -255,7 +255,8 @@ def take_pieces(trace: Trace, call: Call) -> None:
     dim = call.arg(2, "dim", 0) % source.ndim
     axes = trace.axes(source)
     pieces = split(axes[dim], [piece.shape[dim] for piece in call.out], f"cut by {call.reason}")
-    trace.bind_sizes(pieces)
+    trace.bind_sizes(call, pieces)
+    trace.bind_sizes(call, [axes[dim]])
     for tensor, piece in zip(call.out, pieces, strict=True):
         trace.set_axes(tensor, (*axes[:dim], piece, *axes[dim + 1 :]))
 
@@ -383,8 +384,8 @@ def convolution(trace: Trace, call: Call) -> None:
         _tie_groups(trace, call, axes[1], weight_axes, groups)
     if bias is not None:
         tie(trace.axes(bias)[0], weight_axes[0], call.reason)
-    trace.bind("in_channels", axes[1])
-    trace.bind("out_channels", weight_axes[0])
+    trace.bind(call, "in_channels", axes[1])
+    trace.bind(call, "out_channels", weight_axes[0])
     _set_out(trace, call, axes[0], weight_axes[0], *(fixed(size) for size in call.out.shape[2:]))
     space = source.shape[2:] if transposed else call.out.shape[2:]
     sizes = [fixed(size) for size in (*space, *weight.shape[2:])]
@@ -397,7 +398,7 @@ def _tie_groups(trace: Trace, call: Call, channels: Axis, weight_axes: Axes, gro
     if group_size == 1:
         multiplier = fixed(out_size // groups, "channels that share an input of a depthwise convolution")
         tie(weight_axes[0], product([channels, multiplier]), call.reason)
-        trace.bind("groups", channels)
+        trace.bind(call, "groups", channels)
         return
     whole = fixed(groups, "groups of a convolution")
     tie(channels, product([whole, weight_axes[1]]), call.reason)
@@ -410,7 +411,7 @@ def batch_norm(trace: Trace, call: Call) -> None:
     for tensor in call.args[1:5]:
         if isinstance(tensor, torch.Tensor):
             tie(axes[1], trace.axes(tensor)[0], call.reason)
-    trace.bind("num_features", axes[1])
+    trace.bind(call, "num_features", axes[1])
     result, *statistics = tensors_in(call.out)
     trace.set_axes(result, axes)
     for statistic in statistics:
@@ -426,7 +427,7 @@ def layer_norm(trace: Trace, call: Call) -> None:
         if isinstance(tensor, torch.Tensor):
             for axis, other in zip(axes[-len(shape) :], trace.axes(tensor), strict=True):
                 tie(axis, other, call.reason)
-    trace.bind("normalized_shape", *axes[-len(shape) :])
+    trace.bind(call, "normalized_shape", *axes[-len(shape) :])
     result, *statistics = tensors_in(call.out)
     trace.set_axes(result, axes)
     for statistic in statistics:
@@ -443,11 +444,11 @@ def group_norm(trace: Trace, call: Call) -> None:
     if size > 1:
         tie(axes[1], product([fixed(groups, "groups of a norm"), _fresh_like(size)]), call.reason)
     else:
-        trace.bind("num_groups", axes[1])
+        trace.bind(call, "num_groups", axes[1])
     for tensor in (weight, bias):
         if tensor is not None:
             tie(axes[1], trace.axes(tensor)[0], call.reason)
-    trace.bind("num_channels", axes[1])
+    trace.bind(call, "num_channels", axes[1])
     result, *statistics = tensors_in(call.out)
     trace.set_axes(result, axes)
     for statistic in statistics:
@@ -465,6 +466,6 @@ def matrix_product(trace: Trace, call: Call) -> None:
     trace.set_axes(call.out, axes)
     for tensor in added:
         join(trace, call, [call.out, tensor], call.out.shape)
-    trace.bind("in_features", left_axes[-1])
-    trace.bind("out_features", right_axes[-1])
+    trace.bind(call, "in_features", left_axes[-1])
+    trace.bind(call, "out_features", right_axes[-1])
     trace.products.append(Product(call.module_name, [*axes, left_axes[-1]]))

@@ -99,11 +99,16 @@ class Plan:
 
 
 def _inner_units(axes: Iterable[Axis]) -> set[Unit]:
-    """Of units that are multiplied (heads and head size) all but the outermost, which is the one to be sliced."""
+    """Of units that are multiplied (heads and head size) all but one: the one met first as the outermost is sliced."""
     inner: set[Unit] = set()
+    outer: set[Unit] = set()
     for axis in axes:
         for segment in resolve(axis):
-            inner.update([unit for unit in segment if unit.free][1:])
+            candidates = [unit for unit in segment if unit.free and unit not in inner]
+            if len(candidates) > 1:
+                kept = next((unit for unit in candidates if unit in outer), candidates[0])
+                outer.add(kept)
+                inner.update(unit for unit in candidates if unit is not kept)
     return inner
 
 

@@ -236,8 +236,8 @@ def _hold(plan: Plan, guilty: list[Unit], deviation: Deviation) -> None:
     places = [(call, slot) for call, slot in places if plan.sliced_units(_axes(call, slot)) in ([u] for u in guilty)]
     for call, slot in places:
         for (other,) in _siblings(run, wrong, call):
-            for axis in _axes(other, slot):
-                fix(axis, reason)
+            if _size(other, slot) == _size(call, slot):
+                fix(_axis(other, slot), reason)
     for unit in guilty:
         unit.reason = unit.reason or reason
     plan.refresh()

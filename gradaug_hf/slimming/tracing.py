@@ -6,8 +6,8 @@ without a handler, the image, the class outputs or a tensor of unknown origin st
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ SIZE_NAME = re.compile(
 
 
 # Whether a reshape copies depends on the sizes; what only passes a tensor on is followed but not remembered.
-COPIES = ("clone", "contiguous", "alias", "detach", "lift_fresh")
+COPIES = ("clone", "contiguous", "alias", "detach", "lift_fresh", "_to_copy")
 
 
 def operation_name(func: torch._ops.OpOverload) -> str:
@@ -112,7 +112,7 @@ class Trace(TorchDispatchMode):
         self._stored_tensors: dict[tuple[str, str], torch.Tensor] = {}
         self._axes: dict[int, Axes] = {}
         self._alive: list[torch.Tensor] = []
-        self._modules: list[tuple[str, nn.Module]] = []
+        self._module_names: dict[int, str] = {}
 
     def _attach(self, subject: nn.Module) -> None:
         """Give the parameters and buffers of a copy the axes that those of earlier copies have."""
@@ -138,24 +138,19 @@ class Trace(TorchDispatchMode):
         self._axes[id(tensor)] = axes
         self._alive.append(tensor)
 
-    def bind(self, name: str, *axes: Axis) -> None:
-        """Note that an attribute of the running module holds the size of an axis (or, a tuple, of several)."""
-        if self._modules:
-            module_name, module = self._modules[-1]
-            sizes = tuple(axis_size(axis) for axis in axes)
-            if vars(module).get(name) in (sizes, sizes[0] if len(sizes) == 1 else None):
-                self.attributes[module_name, name] = [axes]
+    def bind(self, call: Call, name: str, *axes: Axis) -> None:
+        """Note that an attribute of the calling module holds the size of an axis (or, a tuple, of several)."""
+        sizes = tuple(axis_size(axis) for axis in axes)
+        if vars(call.module).get(name) in (sizes, sizes[0] if len(sizes) == 1 else None):
+            self.attributes[call.module_name, name] = [axes]
 
-    def bind_sizes(self, axes: Sequence[Axis]) -> None:
-        """Bind the attributes of the running module that look like the sizes it cuts a tensor into.
+    def bind_sizes(self, call: Call, axes: Sequence[Axis]) -> None:
+        """Bind the attributes of the calling module that look like the sizes it cuts a tensor into.
 
         A guess by name and value, of which there may be several; the proof shows whether it holds.
         """
-        if not self._modules:
-            return
-        module_name, module = self._modules[-1]
         sizes = [axis_size(axis) for axis in axes]
-        for name, value in vars(module).items():
+        for name, value in vars(call.module).items():
             if not SIZE_NAME.search(name):
                 continue
             guesses: list[Axes] = []
@@ -164,7 +159,7 @@ class Trace(TorchDispatchMode):
             elif isinstance(value, int) and not isinstance(value, bool):
                 guesses = [(axis,) for axis, size in zip(axes, sizes, strict=True) if size == value > 1]
             if guesses:
-                self.attributes.setdefault((module_name, name), []).extend(guesses)
+                self.attributes.setdefault((call.module_name, name), []).extend(guesses)
 
     def run(self, example: torch.Tensor, training: bool) -> None:
         """Run a copy of the network on an image batch; its outputs are kept whole, its products counted anew.
@@ -177,7 +172,8 @@ class Trace(TorchDispatchMode):
         self.set_axes(example, tuple(fixed(size) for size in example.shape))
         self.products.clear()
         self.runs.append(Run(training, []))
-        with self, self._module_stack(subject):
+        self._module_names = {id(module): name for name, module in subject.named_modules()}
+        with self:
             output = subject(example)
         for tensor in tensors_in(output):
             for axis in self.axes(tensor):
@@ -187,23 +183,22 @@ class Trace(TorchDispatchMode):
     def calls(self) -> Iterator[Call]:
         return (call for run in self.runs for call in run.calls)
 
-    @contextmanager
-    def _module_stack(self, subject: nn.Module) -> Iterator[None]:
-        with ExitStack() as hooks:
-            for name, module in subject.named_modules():
-                enter = module.register_forward_pre_hook(lambda m, _, name=name: self._modules.append((name, m)))
-                leave = module.register_forward_hook(lambda *_: self._modules.pop() and None, always_call=True)
-                hooks.callback(enter.remove)
-                hooks.callback(leave.remove)
-            yield
+    def _calling_module(self) -> tuple[str, nn.Module]:
+        """The module in whose code the operation is called, in `forward` or another method."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and id(module) in self._module_names:
+                return self._module_names[id(module)], module
+            frame = frame.f_back
+        return "", self.network
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         constants = constants_in(func, args)
         args, kwargs = to_meta(args), to_meta(kwargs or {})
         axes_before = [self.axes(tensor) for tensor in tensors_in((args, kwargs))]
         out = func(*args, **kwargs)
-        module_name, module = self._modules[-1] if self._modules else ("", self.network)
-        call = Call(func, args, kwargs, out, module_name, module, constants)
+        call = Call(func, args, kwargs, out, *self._calling_module(), constants)
         self._note_writes(call)
         handler = self.handlers(func)
         if handler is None:
