@@ -2,6 +2,7 @@
 
 from gradaug_hf.slimming.calibration import recalibrate_batchnorm
 from gradaug_hf.slimming.extraction import extract_subnet
+from gradaug_hf.slimming.layers import register_layer
 from gradaug_hf.slimming.meta import meta_copy
 from gradaug_hf.slimming.patching import at_width, set_width, subnet_pass
 from gradaug_hf.slimming.report import SlicingReport
@@ -14,6 +15,7 @@ __all__ = [
     "make_slimmable",
     "meta_copy",
     "recalibrate_batchnorm",
+    "register_layer",
     "set_width",
     "slicing_report",
     "subnet_pass",

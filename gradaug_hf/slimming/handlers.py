@@ -384,8 +384,8 @@ def convolution(trace: Trace, call: Call) -> None:
         _tie_groups(trace, call, axes[1], weight_axes, groups)
     if bias is not None:
         tie(trace.axes(bias)[0], weight_axes[0], call.reason)
-    trace.bind(call, "in_channels", axes[1])
-    trace.bind(call, "out_channels", weight_axes[0])
+    trace.bind(call.module, "in_channels", axes[1])
+    trace.bind(call.module, "out_channels", weight_axes[0])
     _set_out(trace, call, axes[0], weight_axes[0], *(fixed(size) for size in call.out.shape[2:]))
     space = source.shape[2:] if transposed else call.out.shape[2:]
     sizes = [fixed(size) for size in (*space, *weight.shape[2:])]
@@ -398,7 +398,7 @@ def _tie_groups(trace: Trace, call: Call, channels: Axis, weight_axes: Axes, gro
     if group_size == 1:
         multiplier = fixed(out_size // groups, "channels that share an input of a depthwise convolution")
         tie(weight_axes[0], product([channels, multiplier]), call.reason)
-        trace.bind(call, "groups", channels)
+        trace.bind(call.module, "groups", channels)
         return
     whole = fixed(groups, "groups of a convolution")
     tie(channels, product([whole, weight_axes[1]]), call.reason)
@@ -411,7 +411,7 @@ def batch_norm(trace: Trace, call: Call) -> None:
     for tensor in call.args[1:5]:
         if isinstance(tensor, torch.Tensor):
             tie(axes[1], trace.axes(tensor)[0], call.reason)
-    trace.bind(call, "num_features", axes[1])
+    trace.bind(call.module, "num_features", axes[1])
     result, *statistics = tensors_in(call.out)
     trace.set_axes(result, axes)
     for statistic in statistics:
@@ -427,7 +427,7 @@ def layer_norm(trace: Trace, call: Call) -> None:
         if isinstance(tensor, torch.Tensor):
             for axis, other in zip(axes[-len(shape) :], trace.axes(tensor), strict=True):
                 tie(axis, other, call.reason)
-    trace.bind(call, "normalized_shape", *axes[-len(shape) :])
+    trace.bind(call.module, "normalized_shape", *axes[-len(shape) :])
     result, *statistics = tensors_in(call.out)
     trace.set_axes(result, axes)
     for statistic in statistics:
@@ -444,11 +444,11 @@ def group_norm(trace: Trace, call: Call) -> None:
     if size > 1:
         tie(axes[1], product([fixed(groups, "groups of a norm"), _fresh_like(size)]), call.reason)
     else:
-        trace.bind(call, "num_groups", axes[1])
+        trace.bind(call.module, "num_groups", axes[1])
     for tensor in (weight, bias):
         if tensor is not None:
             tie(axes[1], trace.axes(tensor)[0], call.reason)
-    trace.bind(call, "num_channels", axes[1])
+    trace.bind(call.module, "num_channels", axes[1])
     result, *statistics = tensors_in(call.out)
     trace.set_axes(result, axes)
     for statistic in statistics:
@@ -466,6 +466,6 @@ def matrix_product(trace: Trace, call: Call) -> None:
     trace.set_axes(call.out, axes)
     for tensor in added:
         join(trace, call, [call.out, tensor], call.out.shape)
-    trace.bind(call, "in_features", left_axes[-1])
-    trace.bind(call, "out_features", right_axes[-1])
+    trace.bind(call.module, "in_features", left_axes[-1])
+    trace.bind(call.module, "out_features", right_axes[-1])
     trace.products.append(Product(call.module_name, [*axes, left_axes[-1]]))

@@ -5,16 +5,18 @@ with the C of its input) ties the two; otherwise the units that do not follow st
 of the class at once, so that repeated blocks are mended together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradaug_hf.slimming.axes import Axis, Unit, axis_size, fix, product, tie
 from gradaug_hf.slimming.extraction import narrow
+from gradaug_hf.slimming.layers import watch_layers
 from gradaug_hf.slimming.meta import meta_copy
 from gradaug_hf.slimming.patterns import Width, pattern_size
 from gradaug_hf.slimming.planning import Plan
@@ -54,25 +56,36 @@ class _Check(TorchDispatchMode):
         self.calls = plan.trace.runs[index].calls
         self.width = PROOF_WIDTHS[plan.trace.runs[index].training]
         self.position = 0
+        self.inside_layer = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*to_meta(args), **to_meta(kwargs or {}))
-        if operation_name(func) in COPIES:
-            return out
+        name = operation_name(func)
+        if name not in COPIES and not self.inside_layer:
+            self.compare(name, constants_in(func, args), out)
+        return out
+
+    def run_layer(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer that has a handler; only its output is compared."""
+        self.inside_layer = True
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            self.inside_layer = False
+        self.compare(type(module).__name__, [], out)
+        return out
+
+    def compare(self, name: str, constants: list[Any], out: Any) -> None:
         call = self.calls[self.position] if self.position < len(self.calls) else None
-        if call is None or call.name != operation_name(func):
-            expected = call.reason if call else "the end"
-            raise self.deviation(
-                f"a narrower network takes another path: {operation_name(func)} instead of {expected}"
-            )
-        if constants_in(func, args) != call.constants:
+        if call is None or call.name != name:
+            raise self.deviation(f"another path is taken: {name} instead of {call.reason if call else 'the end'}")
+        if constants != call.constants:
             raise self.deviation(f"a constant of {call.reason} changes with the width")
         for tensor, axes in zip(tensors_in(out), call.out_axes, strict=True):
             expected = tuple(pattern_size(self.plan.pattern(axis), self.width) for axis in axes)
             if tuple(tensor.shape) != expected:
                 raise self.deviation(f"{call.reason} gives {tuple(tensor.shape)} where {expected} follows the width")
         self.position += 1
-        return out
 
     def deviation(self, message: str) -> Deviation:
         return Deviation(self.index, min(self.position, len(self.calls) - 1), message)
@@ -93,6 +106,7 @@ def find_deviation(plan: Plan, example: torch.Tensor) -> Deviation | None:
         subnet = meta_copy(plan.trace.network).train(run.training)
         narrow(subnet, slices, PROOF_WIDTHS[run.training])
         check = _Check(plan, index)
+        watch_layers(subnet, check.run_layer)
         try:
             with check:
                 subnet(example)

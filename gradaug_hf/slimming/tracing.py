@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gradaug_hf.slimming.axes import Axis, Unit, axis_of, axis_size, fix, fixed, resolve
+from gradaug_hf.slimming.axes import Axis, Unit, axis_of, axis_size, fix, fixed, resolve, tie
+from gradaug_hf.slimming.layers import tie_layer, watch_layers
 from gradaug_hf.slimming.meta import meta_copy
 
 Axes = tuple[Axis, ...]
@@ -38,9 +39,10 @@ def operation_name(func: torch._ops.OpOverload) -> str:
 
 @dataclass(eq=False)
 class Call:
-    """One ATen operation as it ran: its arguments, its result, and where in the network it was called."""
+    """One ATen operation, or one layer with a handler, as it ran: arguments, result, and where it was called."""
 
-    func: torch._ops.OpOverload
+    func: torch._ops.OpOverload | None
+    name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
@@ -49,10 +51,6 @@ class Call:
     constants: list[Any]
     in_axes: list[Axes] = field(default_factory=list)
     out_axes: list[Axes] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return operation_name(self.func)
 
     @property
     def reason(self) -> str:
@@ -113,6 +111,7 @@ class Trace(TorchDispatchMode):
         self._axes: dict[int, Axes] = {}
         self._alive: list[torch.Tensor] = []
         self._module_names: dict[int, str] = {}
+        self._inside_layer = False
 
     def _attach(self, subject: nn.Module) -> None:
         """Give the parameters and buffers of a copy the axes that those of earlier copies have."""
@@ -138,11 +137,15 @@ class Trace(TorchDispatchMode):
         self._axes[id(tensor)] = axes
         self._alive.append(tensor)
 
-    def bind(self, call: Call, name: str, *axes: Axis) -> None:
-        """Note that an attribute of the calling module holds the size of an axis (or, a tuple, of several)."""
+    def tie(self, first: Axis, second: Axis) -> None:
+        """Make two axes the same channels."""
+        tie(first, second, "meets something whole in a layer with a handler of its own")
+
+    def bind(self, module: nn.Module, name: str, *axes: Axis) -> None:
+        """Note that an attribute of a module holds the size of an axis (or, a tuple, of several)."""
         sizes = tuple(axis_size(axis) for axis in axes)
-        if vars(call.module).get(name) in (sizes, sizes[0] if len(sizes) == 1 else None):
-            self.attributes[call.module_name, name] = [axes]
+        if vars(module).get(name) in (sizes, sizes[0] if len(sizes) == 1 else None):
+            self.attributes[self._module_names[id(module)], name] = [axes]
 
     def bind_sizes(self, call: Call, axes: Sequence[Axis]) -> None:
         """Bind the attributes of the calling module that look like the sizes it cuts a tensor into.
@@ -173,6 +176,7 @@ class Trace(TorchDispatchMode):
         self.products.clear()
         self.runs.append(Run(training, []))
         self._module_names = {id(module): name for name, module in subject.named_modules()}
+        watch_layers(subject, self._run_layer)
         with self:
             output = subject(example)
         for tensor in tensors_in(output):
@@ -196,9 +200,11 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         constants = constants_in(func, args)
         args, kwargs = to_meta(args), to_meta(kwargs or {})
+        if self._inside_layer:
+            return func(*args, **kwargs)
         axes_before = [self.axes(tensor) for tensor in tensors_in((args, kwargs))]
         out = func(*args, **kwargs)
-        call = Call(func, args, kwargs, out, *self._calling_module(), constants)
+        call = Call(func, operation_name(func), args, kwargs, out, *self._calling_module(), constants)
         self._note_writes(call)
         handler = self.handlers(func)
         if handler is None:
@@ -209,6 +215,21 @@ class Trace(TorchDispatchMode):
         call.out_axes = [self.axes(tensor) for tensor in tensors_in(out)]
         if call.name not in COPIES:
             self.runs[-1].calls.append(call)
+        return out
+
+    def _run_layer(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer that has a handler without looking into it."""
+        axes_before = [self.axes(tensor) for tensor in tensors_in((args, kwargs))]
+        self._inside_layer = True
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            self._inside_layer = False
+        name = self._module_names[id(module)]
+        call = Call(None, type(module).__name__, args, kwargs, out, name, module, [], axes_before)
+        tie_layer(self, module, [*args, *kwargs.values()], out)
+        call.out_axes = [self.axes(tensor) for tensor in tensors_in(out)]
+        self.runs[-1].calls.append(call)
         return out
 
     def _note_writes(self, call: Call) -> None:
