@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GroupNormAct, ScaledStdConv2d, StdConv2d
+from timm.layers import GroupNormAct, RmsNorm, RmsNorm2d, ScaledStdConv2d, SimpleNorm, SimpleNorm2d, StdConv2d
 from torch import Tensor, nn
 
 import gradaug_hf
@@ -53,6 +53,8 @@ def zeroed(untouched: nn.Module, kept: Kept) -> nn.Module:
     for name, module in network.named_modules():
         if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             module.forward = _layer_norm(module, kept[f"{name}.weight"][0])
+        elif isinstance(module, (nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)):
+            module.forward = _root_mean_square_norm(module, kept[f"{name}.weight"][0])
         elif isinstance(module, (nn.GroupNorm, GroupNormAct)):
             module.forward = _group_norm(module, kept[f"{name}.weight"][0])
     return network
@@ -66,7 +68,7 @@ def _mask(parameter: Tensor, positions: list[Tensor]) -> Tensor:
 
 def _layer_norm(module: nn.Module, kept: Tensor) -> Callable[[Tensor], Tensor]:
     """Normalise over the kept positions of the last dimension (of the second, for an image layout)."""
-    channels_first = type(module).__name__.startswith("LayerNorm2d")
+    channels_first = "2d" in type(module).__name__
 
     def forward(x: Tensor) -> Tensor:
         x = x.movedim(1, -1) if channels_first else x
@@ -74,6 +76,22 @@ def _layer_norm(module: nn.Module, kept: Tensor) -> Callable[[Tensor], Tensor]:
         mean, var = part.mean(-1, keepdim=True), part.var(-1, unbiased=False, keepdim=True)
         y = (x - mean) / (var + module.eps).sqrt() * module.weight
         y = y if module.bias is None else y + module.bias
+        y = y.movedim(-1, 1) if channels_first else y
+        return module.act(module.drop(y)) if hasattr(module, "act") else y
+
+    return forward
+
+
+def _root_mean_square_norm(module: nn.Module, kept: Tensor) -> Callable[[Tensor], Tensor]:
+    """Divide by the root mean square (by the deviation, in timm's simple norm) of the kept positions."""
+    channels_first = "2d" in type(module).__name__
+    centred = isinstance(module, (SimpleNorm, SimpleNorm2d))
+
+    def forward(x: Tensor) -> Tensor:
+        x = x.movedim(1, -1) if channels_first else x
+        part = x[..., kept]
+        square = part.var(-1, keepdim=True) if centred else part.square().mean(-1, keepdim=True)
+        y = x / (square + module.eps).sqrt() * module.weight
         return y.movedim(-1, 1) if channels_first else y
 
     return forward
