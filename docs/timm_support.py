@@ -1,0 +1,120 @@
+"""Measures how much of timm's networks is sliced and writes docs/timm-support.md.
+
+    python docs/timm_support.py                         # the smallest network of every timm module
+    python docs/timm_support.py resnet50 vit_base_patch16_224 --check
+
+Results are kept in docs/timm-support.json; what is there is not measured again unless it is named.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+import gradaug_hf
+from gradaug_hf.slimming import meta_copy
+
+DOCS = Path(__file__).parent
+RESULTS = DOCS / "timm-support.json"
+SMALLEST = DOCS.parent / "tests" / "slimming" / "smallest.json"
+SCALES = (6 / 7, 5 / 7, 4 / 7)
+
+HEADER = """# Which networks of timm are sliced
+
+One network of every module of timm {version}, the smallest. *Multiply-adds* and *parameters* are the shares that
+shrink with the width. *Other sides* are those of 6/7, 5/7 and 4/7 of the native side that the network takes as timm
+builds it. *Checked*: at widths 0.5, 0.75 and 0.9 the sub-network equals the full network with the left-out channels
+zeroed, and the extracted one, in float64; the full width is bit-identical (`tests/slimming/test_zoo.py`). *Patch* is
+the time of `make_slimmable` on a machine with 2 cores, other work running beside it. Regenerate it with
+`python docs/timm_support.py`.
+
+| module | network | multiply-adds | parameters | side | other sides | checked | patch | at full width |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="architectures of timm; default: the smallest of every module")
+    parser.add_argument("--check", action="store_true", help="also compare with the zeroed full network (slow)")
+    args = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    smallest = json.loads(SMALLEST.read_text())
+    for name in args.names or smallest.values():
+        row = results.get(name, {})
+        if args.names or not row:
+            row = measure(name)
+        if args.check and (args.names or "checked" not in row):
+            row["checked"] = check(name)
+        results[name] = row
+        print(name, row, flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    (DOCS / "timm-support.md").write_text(table(results))
+
+
+def measure(name: str) -> dict[str, object]:
+    """Shares, sides and patch time of one architecture, on the meta device."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    start = time.perf_counter()
+    gradaug_hf.make_slimmable(model)
+    seconds = time.perf_counter() - start
+    report = gradaug_hf.slicing_report(model)
+    side = model.pretrained_cfg["input_size"][-1]
+    reasons = list(dict.fromkeys(report.refused.values()))
+    return {
+        "module": model.__class__.__module__.removeprefix("timm.models."),
+        "sliced_macs": report.sliced_macs,
+        "sliced_params": report.sliced_params,
+        "side": side,
+        "other_sides": [scaled for scaled in (round(side * scale) for scale in SCALES) if accepts(model, scaled)],
+        "seconds": seconds,
+        "refused": len(report.refused),
+        "reason": reasons[0] if reasons else "",
+    }
+
+
+def accepts(model: torch.nn.Module, side: int) -> bool:
+    """Whether the network as built takes images of another side."""
+    channels = model.pretrained_cfg["input_size"][0]
+    try:
+        meta_copy(model).eval()(torch.empty(2, channels, side, side, device="meta"))
+    except Exception:  # whatever a network raises at a size that it cannot take
+        return False
+    return True
+
+
+def check(name: str) -> str:
+    """Run the test of the zoo on one architecture; "yes", or what went wrong."""
+    sys.path.insert(0, str(DOCS.parent))
+    from tests.slimming.test_zoo import check as run
+
+    try:
+        run(name)
+    except Exception as error:  # a row of the table says what a network raised
+        return f"no: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+    return "yes"
+
+
+def table(results: dict[str, dict]) -> str:
+    lines = []
+    for name, row in sorted(results.items(), key=lambda item: (item[1]["module"], item[0])):
+        reason = f"{row['refused']} layers: {row['reason']}"[:140].replace("|", "/") if row["refused"] else ""
+        sides = ", ".join(map(str, row["other_sides"])) or "none"
+        lines.append(
+            f"| {row['module']} | `{name}` | {row['sliced_macs']:.1%} | {row['sliced_params']:.1%} | {row['side']} "
+            f"| {sides} | {row.get('checked', 'not')} | {row['seconds']:.1f} s | {reason} |"
+        )
+    shares = [row["sliced_macs"] for row in results.values()]
+    counts = " and ".join(f"{sum(share >= limit for share in shares)} at least {limit:.0%}" for limit in (0.5, 0.9))
+    checked = sum(row.get("checked") == "yes" for row in results.values())
+    summary = f"\nOf {len(shares)} networks {counts} of the multiply-adds are sliced; {checked} are checked.\n"
+    return HEADER.format(version=timm.__version__) + "\n".join(lines) + "\n" + summary
+
+
+if __name__ == "__main__":
+    main()
