@@ -1,5 +1,8 @@
 """Peak memory of a piece of work."""
 
+import ctypes
+import gc
+import sys
 import threading
 from types import TracebackType
 
@@ -13,7 +16,7 @@ class PeakMemory:
     """Context that measures the peak memory of what runs inside it.
 
     On a GPU that is what torch's allocator held; else the resident memory of the process, sampled a hundred times a
-    second, in which memory that was freed before but not returned to the system counts as well.
+    second. What earlier work freed is first returned to the system, where the C library can.
 
         with PeakMemory(device) as peak:
             train()
@@ -31,6 +34,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            _return_freed_memory()
             self._process = psutil.Process()
             self._done = threading.Event()
             self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -53,3 +57,9 @@ class PeakMemory:
 
     def _sample(self) -> None:
         self.mebibytes = max(self.mebibytes, self._process.memory_info().rss / 2**20)
+
+
+def _return_freed_memory() -> None:
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc's alone
+        trim(0)
