@@ -59,7 +59,7 @@ def main() -> None:
 def measure(name: str) -> dict[str, object]:
     """Shares, sides and patch time of one architecture, on the meta device."""
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model = timm.create_model(name, num_classes=1000)
     start = time.perf_counter()
     gradaug_hf.make_slimmable(model)
     seconds = time.perf_counter() - start

@@ -24,7 +24,7 @@ Axes = tuple[Axis, ...]
 
 # Names under which modules keep the sizes that they view, split and slice tensors by.
 SIZE_NAME = re.compile(
-    "head|dim|chan|chs|feat|plane|hidden|inner|embed|group|split|indices|size|width|key|value|nh|dh"
+    "shape|head|dim|chan|chs|feat|plane|hidden|inner|embed|group|split|indices|size|width|key|value|nh|dh"
 )
 
 
@@ -122,7 +122,8 @@ class Trace(TorchDispatchMode):
                 key = module_name, name
                 self._stored_tensors[key] = tensor
                 if id(tensor) not in self._axes:
-                    whole = None if tensor.is_floating_point() else "a table of indices"
+                    table = name in module._buffers and (tensor.ndim > 1 or not tensor.is_floating_point())
+                    whole = "a table of indices or positions" if table else None
                     new = tuple(axis_of(Unit(size, whole)) for size in tensor.shape)
                     self.set_axes(tensor, self.stored.get(key, new))
                 self.stored[key] = self._axes[id(tensor)]
