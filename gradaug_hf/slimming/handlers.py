@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+from timm import layers
 from torch import nn
 
 from gradaug_hf.slimming.axes import (
@@ -296,7 +296,11 @@ def pad(trace: Trace, call: Call) -> None:
 
 
 # Norms written out in Python, whose statistics are taken over the kept channels like those of a layer norm.
-NORMS_OVER_CHANNELS = (nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)
+NORMS_OVER_CHANNELS = (
+    nn.RMSNorm,
+    *(layers.RmsNorm, layers.RmsNorm2d, layers.RmsNormFp32, layers.RmsNorm2dFp32),
+    *(layers.SimpleNorm, layers.SimpleNorm2d, layers.SimpleNormFp32, layers.SimpleNorm2dFp32),
+)
 
 
 @handles(

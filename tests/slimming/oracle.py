@@ -11,12 +11,16 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GroupNormAct, RmsNorm, RmsNorm2d, ScaledStdConv2d, SimpleNorm, SimpleNorm2d, StdConv2d
+from timm import layers
+from timm.layers import GroupNormAct, ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
 
 import gradaug_hf
 
 Kept = dict[str, list[Tensor]]
+
+ROOT_MEAN_SQUARE = (nn.RMSNorm, layers.RmsNorm, layers.RmsNorm2d, layers.RmsNormFp32, layers.RmsNorm2dFp32)
+SIMPLE = (layers.SimpleNorm, layers.SimpleNorm2d, layers.SimpleNormFp32, layers.SimpleNorm2dFp32)
 
 
 def kept_entries(model: nn.Module, width: float) -> Kept:
@@ -53,7 +57,7 @@ def zeroed(untouched: nn.Module, kept: Kept) -> nn.Module:
     for name, module in network.named_modules():
         if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             module.forward = _layer_norm(module, kept[f"{name}.weight"][0])
-        elif isinstance(module, (nn.RMSNorm, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)):
+        elif isinstance(module, (*ROOT_MEAN_SQUARE, *SIMPLE)) and module.weight is not None:
             module.forward = _root_mean_square_norm(module, kept[f"{name}.weight"][0])
         elif isinstance(module, (nn.GroupNorm, GroupNormAct)):
             module.forward = _group_norm(module, kept[f"{name}.weight"][0])
@@ -85,7 +89,7 @@ def _layer_norm(module: nn.Module, kept: Tensor) -> Callable[[Tensor], Tensor]:
 def _root_mean_square_norm(module: nn.Module, kept: Tensor) -> Callable[[Tensor], Tensor]:
     """Divide by the root mean square (by the deviation, in timm's simple norm) of the kept positions."""
     channels_first = "2d" in type(module).__name__
-    centred = isinstance(module, (SimpleNorm, SimpleNorm2d))
+    centred = isinstance(module, SIMPLE)
 
     def forward(x: Tensor) -> Tensor:
         x = x.movedim(1, -1) if channels_first else x
