@@ -37,7 +37,7 @@ from gradaug_hf.metrics import topk_accuracy
 from gradaug_hf.results import Result, plot_curves, results_table, save_results
 
 COST = 2.7  # computation of a GradAug step over that of a plain one
-EVALUATIONS = 8
+EVALUATIONS = 4
 EVAL_BATCH_SIZE = 100
 
 
@@ -54,7 +54,7 @@ class QuickstartArguments:
         default=None, metadata={"help": "Number of images to evaluate on, drawn at random; default: all."}
     )
     model: str = field(default="wrn16_2", metadata={"help": "Name of a timm network, trained from scratch."})
-    epochs: int = field(default=250, metadata={"help": "Passes over the training images."})
+    epochs: int = field(default=200, metadata={"help": "Passes over the training images."})
     batch_size: int = field(default=10, metadata={"help": "Images in a training step, on each process."})
     learning_rate: float = field(default=0.1, metadata={"help": "Highest learning rate of SGD, with cosine decay."})
     equal_compute: bool = field(
@@ -149,7 +149,7 @@ def train(
     with PeakMemory(config.device) as peak:
         seconds = trainer.train().metrics["train_runtime"]
     evaluations = [entry for entry in trainer.state.log_history if "eval_top1" in entry]
-    final = trainer.evaluate()
+    final = evaluations[-1]
     trainer.save_model()
     return Result(
         method=method,
