@@ -41,22 +41,24 @@ def main() -> None:
     networks = ["resnet50:224:8", "wrn28_2:32:64"]
     parser.add_argument("--networks", nargs="+", default=networks, help="name:side in pixels:batch size")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each method")
+    parser.add_argument("--width_divisor", type=int, default=1, help="channel counts are rounded to multiples of it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, {args.steps} steps each\n")
+    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, {args.steps} steps each")
+    print(f"width_divisor {args.width_divisor}\n")
     print("| network | batch | method | seconds | over plain | bound | over bound | peak MiB | over plain |")
     print("|---|---|---|---|---|---|---|---|---|")
     for network in args.networks:
         name, side, batch = network.split(":")
-        measure(name, int(side), int(batch), args.steps, device)
+        measure(name, int(side), int(batch), args.steps, args.width_divisor, device)
 
 
-def measure(name: str, side: int, batch: int, steps: int, device: torch.device) -> None:
+def measure(name: str, side: int, batch: int, steps: int, divisor: int, device: torch.device) -> None:
     """Time the methods in turn and print their rows of the table."""
     torch.manual_seed(0)
-    model = timm.create_model(name).to(device).train()
+    model = gradaug_hf.make_slimmable(timm.create_model(name), width_divisor=divisor).to(device).train()
     images = torch.randn(batch, 3, side, side, device=device)
     labels = torch.randint(0, model.num_classes, (batch,), device=device)
     gradaug = gradaug_hf.GradAug(
