@@ -15,7 +15,6 @@ import gradaug_hf
 from tests.slimming.oracle import kept_entries, randomised, relative_error, zeroed
 
 SMALL = [
-    "convmixer_768_32",
     "crossvit_tiny_240",
     "edgenext_xx_small",
     "efficientvit_b0",
@@ -24,6 +23,7 @@ SMALL = [
     "lcnetv2_small",
     "mobilevit_xxs",
     "pit_ti_224",
+    "repghostnet_050",
     "shvit_s1",
     "starnet_s050",
     "vit_tiny_patch16_224",
