@@ -1,9 +1,10 @@
 """Input resolutions: those of the paper for a side, and those that a network can take."""
 
-import inspect
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
+import timm
 import torch
 from torch import nn
 
@@ -12,6 +13,8 @@ from gradaug_hf.slimming.meta import example_images, example_sizes
 
 # How far from a resolution that does not work one is looked for that does, in pixels.
 SEARCH_RANGE = 64
+# What timm's constructors are told so that a network of fixed image size takes others.
+DYNAMIC_SIZE = ({"dynamic_img_size": True}, {"dynamic_img_size": True, "dynamic_img_pad": True})
 
 
 def default_resolutions(side: int) -> list[int]:
@@ -58,20 +61,28 @@ class ResolutionTrial:
                 ) from error
 
     def default(self, side: int) -> list[int]:
-        """The default resolutions for images of a side, without those that the network cannot take.
+        """The default resolutions for images of a side, each as near as the network can take.
 
-        Warns where there are such.
+        Warns where it can take nothing near.
 
         Raises:
             ValueError: the network cannot take the side itself.
         """
         self.check([side])
         defaults = default_resolutions(side)
-        usable = self.accepted(defaults)
-        if usable != defaults:
+        reach = side // 14  # half way from one to the next
+        usable = [near for wanted in defaults if (near := self._nearest(wanted, reach)) is not None]
+        name = type(self._model).__name__
+        if len(usable) == 1:
             warnings.warn(
-                f"{type(self._model).__name__} takes only {usable} of the resolutions {defaults}, so its sub-networks "
-                f"use no others{dynamic_size_hint(self._model)}",
+                f"{name} takes images of {side} pixels alone, so its sub-networks differ from it by their width only"
+                f"{dynamic_size_hint(self._model, defaults)}",
+                stacklevel=2,
+            )
+        elif len(usable) < len(defaults):
+            warnings.warn(
+                f"{name} takes nothing near some of the resolutions {defaults}, so its sub-networks use {usable}"
+                f"{dynamic_size_hint(self._model, defaults)}",
                 stacklevel=2,
             )
         return usable
@@ -81,7 +92,11 @@ class ResolutionTrial:
         above = next(iter(self._working(range(side + 1, side + SEARCH_RANGE))), None)
         near = [str(found) for found in (below, above) if found is not None]
         near = near or [str(found) for found in self.accepted(self._native())]
-        return f"sides that it can take: {', '.join(near) or 'none was found'}{dynamic_size_hint(self._model)}"
+        return f"sides that it can take: {', '.join(near) or 'none was found'}{dynamic_size_hint(self._model, [side])}"
+
+    def _nearest(self, wanted: int, reach: int) -> int | None:
+        near = sorted(range(wanted - reach, wanted + reach + 1), key=lambda side: abs(side - wanted))
+        return next(iter(self._working(near)), None)
 
     def _working(self, sides: Iterable[int]) -> Iterable[int]:
         return (side for side in sides if self.error_at(side) is None)
@@ -90,9 +105,37 @@ class ResolutionTrial:
         return list(dict.fromkeys(size[-1] for size in example_sizes(self._model, None)))
 
 
-def dynamic_size_hint(model: nn.Module) -> str:
-    """How to build a timm network of fixed input size so that it takes others, or an empty string."""
+def dynamic_size_hint(model: nn.Module, sides: Iterable[int]) -> str:
+    """How to build a timm network of fixed image size so that it takes some sides, or an empty string.
+
+    Args:
+        model: a timm network, a `TimmWrapperForImageClassification`, or any module.
+        sides: in pixels. Where none of timm's arguments makes the network take them all, but timm builds it for
+            another size, that is said of a single side.
+    """
     network = getattr(model, "timm_model", model)
-    if "dynamic_img_size" in inspect.signature(type(network).__init__).parameters:
-        return "; build it with timm.create_model(..., dynamic_img_size=True) for others"
+    name = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
+    if name is None or not timm.is_model(name):
+        return ""
+    sides = list(sides)
+    fixed_sizes = ({"img_size": sides[0]},) if len(sides) == 1 else ()
+    for arguments in (*DYNAMIC_SIZE, *fixed_sizes):
+        if _takes(name, arguments, sides):
+            which = "that side alone" if "img_size" in arguments else "others"
+            return f"; {_build_call(name, arguments, wrapped=network is not model)} builds it for {which}"
     return ""
+
+
+def _takes(name: str, arguments: dict[str, Any], sides: list[int]) -> bool:
+    try:
+        with torch.device("meta"):
+            network = timm.create_model(name, **arguments)
+    except TypeError:  # its constructor has no such argument
+        return False
+    return ResolutionTrial(network).accepted(sides) == sides
+
+
+def _build_call(name: str, arguments: dict[str, Any], wrapped: bool) -> str:
+    if wrapped:
+        return f"from_pretrained(..., model_args={arguments})"
+    return f"timm.create_model({name!r}, {', '.join(f'{key}={value}' for key, value in arguments.items())})"

@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint
 
@@ -34,7 +35,10 @@ def test_a_resolution_that_does_not_work_is_named_with_the_nearest_that_do():
 
 def test_far_from_any_size_that_works_the_native_one_is_named():
     model = timm.create_model("vit_tiny_patch16_224", num_classes=2, depth=1)
-    with pytest.raises(ValueError, match="sides that it can take: 224; build it with .*dynamic_img_size=True"):
+    with pytest.raises(
+        ValueError,
+        match="can take: 224; timm.create_model.'vit_tiny_patch16_224', dynamic_img_size=True. builds it for others",
+    ):
         ResolutionTrial(model).check([144])
 
 
@@ -53,6 +57,44 @@ def test_a_trial_leaves_the_network_and_the_random_numbers_as_they_are():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_hint_is_given_only_where_timm_offers_it():
-    assert "dynamic_img_size=True" in dynamic_size_hint(timm.create_model("test_vit"))
-    assert dynamic_size_hint(timm.create_model("resnet18")) == ""
+def test_default_resolutions_are_the_nearest_that_the_network_can_take(recwarn):
+    assert ResolutionTrial(MultiplesOf8()).default(64) == [64, 56, 48, 40]
+    assert ResolutionTrial(timm.create_model("test_vit", dynamic_img_size=True)).default(160) == [160, 144, 112, 96]
+    assert not recwarn
+
+
+def test_a_network_of_one_size_falls_back_to_width_with_a_warning_that_says_how_to_build_it():
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=2, depths=(1, 1, 1, 1))
+    with pytest.warns(UserWarning, match="SwinTransformer takes images of 224 pixels alone, .* width only; timm"):
+        assert ResolutionTrial(model).default(224) == [224]
+    with pytest.warns(UserWarning, match="LevitDistilled takes images of 224 pixels alone, .* width only$"):
+        assert ResolutionTrial(timm.create_model("levit_128s")).default(224) == [224]
+
+
+@pytest.mark.parametrize(
+    ("name", "sides", "hint"),
+    [
+        ("vit_tiny_patch16_224", [192, 160], "timm.create_model('vit_tiny_patch16_224', dynamic_img_size=True)"),
+        ("vit_tiny_patch16_224", [190], "dynamic_img_size=True, dynamic_img_pad=True)"),
+        ("swin_tiny_patch4_window7_224", [192], "dynamic_img_size=True)"),
+        (
+            "beit_base_patch16_224",
+            [192],
+            "('beit_base_patch16_224', img_size=192) builds it for that side alone",
+        ),
+    ],
+)
+def test_the_hint_names_a_call_that_builds_the_network_for_these_sides(name, sides, hint):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert hint in dynamic_size_hint(model, sides)
+
+
+def test_a_wrapped_network_is_told_how_transformers_builds_it():
+    config = TimmWrapperConfig(architecture="test_vit", num_labels=2)
+    hint = dynamic_size_hint(TimmWrapperForImageClassification(config), [150])
+    assert "from_pretrained(..., model_args={'dynamic_img_size': True, 'dynamic_img_pad': True})" in hint
+
+
+def test_no_hint_is_given_where_timm_has_no_such_call():
+    assert dynamic_size_hint(MultiplesOf8(), [192]) == ""
