@@ -1,6 +1,7 @@
 """One small handler per kind of ATen operation: how its result's axes follow from those of its arguments."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm import layers
@@ -20,6 +21,7 @@ from gradaug_hf.slimming.axes import (
     tie,
     unflatten,
 )
+from gradaug_hf.slimming.layers import register_layer
 from gradaug_hf.slimming.tracing import Axes, Call, Product, Trace, refuse, tensors_in
 
 aten = torch.ops.aten
@@ -277,18 +279,21 @@ def index(trace: Trace, call: Call) -> None:
 
 @handles(*operations("constant_pad_nd"))
 def pad(trace: Trace, call: Call) -> None:
-    """Padding of space; of channels it is followed where the network computes it from the narrower tensor's size."""
+    """Padding of space; of channels with zeros at the end, as many as the network computes from their number."""
     source, amounts = call.args[:2]
     axes = list(trace.axes(source))
     for dim, axis in enumerate(axes):
         place = 2 * (source.ndim - 1 - dim)
         before, after = amounts[place : place + 2] if place < len(amounts) else (0, 0)
+        if not (before or after):
+            continue
         if before:
             fix(axis, f"padded in front by {call.reason}")
-        if (before or after) and not free_units([axis]):
-            axes[dim] = fixed(call.out.shape[dim])
-        elif after:
-            axes[dim] = _fresh_like(call.out.shape[dim])
+        elif call.arg(2, "value", 0):
+            fix(axis, f"padded with a number by {call.reason}")
+        elif sum(map(len, axis)) > 1:
+            fix(axis, f"padded behind several pieces by {call.reason}")
+        axes[dim] = _fresh_like(call.out.shape[dim]) if free_units([axis]) else fixed(call.out.shape[dim])
     _set_out(trace, call, *axes)
 
 
@@ -473,3 +478,18 @@ def matrix_product(trace: Trace, call: Call) -> None:
     trace.bind(call.module, "in_features", left_axes[-1])
     trace.bind(call.module, "out_features", right_axes[-1])
     trace.products.append(Product(call.module_name, [*axes, left_axes[-1]]))
+
+
+@register_layer(nn.RNNBase)
+def recurrent(trace: Trace, layer: nn.RNNBase, *inputs_and_output: Any) -> None:
+    """LSTMs and their kin stay whole: their kernels take a list of weights that is made when they are built."""
+    reason = "a recurrent layer"
+    sequences, out = inputs_and_output[0], inputs_and_output[-1][0]
+    weights = list(layer.parameters())
+    for axis in (axis for tensor in (sequences, *weights) for axis in trace.axes(tensor)):
+        fix(axis, reason)
+    for tensor in tensors_in(inputs_and_output[-1]):
+        trace.set_axes(tensor, tuple(fixed(size, reason) for size in tensor.shape))
+    steps = fixed(out.numel() // out.shape[-1])
+    for matrix in (weight for weight in weights if weight.ndim == 2):
+        trace.products.append(Product(trace.name_of(layer), [steps, *trace.axes(matrix)]))
