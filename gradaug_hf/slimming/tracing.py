@@ -138,6 +138,10 @@ class Trace(TorchDispatchMode):
         self._axes[id(tensor)] = axes
         self._alive.append(tensor)
 
+    def name_of(self, module: nn.Module) -> str:
+        """The name of a module of the network that is traced."""
+        return self._module_names[id(module)]
+
     def tie(self, first: Axis, second: Axis) -> None:
         """Make two axes the same channels."""
         tie(first, second, "meets something whole in a layer with a handler of its own")
@@ -146,7 +150,7 @@ class Trace(TorchDispatchMode):
         """Note that an attribute of a module holds the size of an axis (or, a tuple, of several)."""
         sizes = tuple(axis_size(axis) for axis in axes)
         if vars(module).get(name) in (sizes, sizes[0] if len(sizes) == 1 else None):
-            self.attributes[self._module_names[id(module)], name] = [axes]
+            self.attributes[self.name_of(module), name] = [axes]
 
     def bind_sizes(self, call: Call, axes: Sequence[Axis]) -> None:
         """Bind the attributes of the calling module that look like the sizes it cuts a tensor into.
@@ -226,7 +230,7 @@ class Trace(TorchDispatchMode):
             out = forward(*args, **kwargs)
         finally:
             self._inside_layer = False
-        name = self._module_names[id(module)]
+        name = self.name_of(module)
         call = Call(None, type(module).__name__, args, kwargs, out, name, module, [], axes_before)
         tie_layer(self, module, [*args, *kwargs.values()], out)
         call.out_axes = [self.axes(tensor) for tensor in tensors_in(out)]

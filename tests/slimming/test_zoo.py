@@ -5,6 +5,7 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import gradaug_hf
 from tests.slimming.oracle import kept_entries, randomised, relative_error, zeroed
+from tests.slimming.outside import Outside
 
 SMALL = [
     "crossvit_tiny_240",
@@ -33,41 +35,72 @@ IN_FLOAT32 = ("efficientvit_b",)
 SMALLEST = json.loads((Path(__file__).parent / "smallest.json").read_text())
 
 
-def check(name: str) -> None:
+WIDTHS = (0.5, 0.75, 0.9)
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
+    process = Outside(tmp_path_factory.mktemp("outside"))
+    yield process
+    process.close()
+
+
+def check(name: str, outside: Outside) -> None:
+    """All promises about slicing, on one network of timm."""
     torch.manual_seed(0)
     untouched = timm.create_model(name, num_classes=10)
-    size = untouched.pretrained_cfg["input_size"]
-    images = torch.randn(2, *size)
+    images = torch.randn(2, *untouched.pretrained_cfg["input_size"])
     untouched = randomised(untouched, images)
     model = copy.deepcopy(untouched)
-    state = {key: tensor.data_ptr() for key, tensor in model.state_dict(keep_vars=True).items()}
+    before = state_of(model)
     gradaug_hf.make_slimmable(model)
-    assert {key: tensor.data_ptr() for key, tensor in model.state_dict(keep_vars=True).items()} == state
+    assert state_of(model) == before
     assert gradaug_hf.slicing_report(model).sliced_macs > 0
     with torch.no_grad():
         assert torch.equal(model(images), untouched(images))
-    images = images[:1].double()
-    model = model.double()
-    for width in (0.5, 0.75, 0.9):
-        with torch.no_grad():
-            expected = zeroed(untouched, kept_entries(model, width))(images)
-            with gradaug_hf.at_width(model, width):
-                output = model(images)
-            dense = gradaug_hf.extract_subnet(model, width)(images)
-        tolerance = 1e-5 if name.startswith(IN_FLOAT32) else 1e-9
-        assert relative_error(output, expected) < tolerance, width
-        assert relative_error(dense, output) < tolerance, width
-    with gradaug_hf.at_width(model.train(), 0.75):
-        model(torch.cat([images, -images])).square().sum().backward()
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+    for width in WIDTHS:
+        check_backward(model, width, images)
+    tolerance = 1e-5 if name.startswith(IN_FLOAT32) else 1e-9
+    model = model.eval().double()
+    for width in WIDTHS:
+        check_outputs(model, untouched, width, images[:1].double(), tolerance, outside)
+
+
+def state_of(model: torch.nn.Module) -> dict[str, int]:
+    return {key: tensor.data_ptr() for key, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def check_backward(model: torch.nn.Module, width: float, images: torch.Tensor) -> None:
+    with gradaug_hf.at_width(model.train(), width):
+        model(images).square().sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients), width
+    model.zero_grad()
+
+
+@torch.no_grad()
+def check_outputs(
+    model: torch.nn.Module,
+    untouched: torch.nn.Module,
+    width: float,
+    images: torch.Tensor,
+    tolerance: float,
+    outside: Outside,
+) -> None:
+    expected = zeroed(untouched, kept_entries(model, width))(images)
+    with gradaug_hf.at_width(model, width):
+        output = model(images)
+    assert relative_error(output, expected) < tolerance, width
+    dense = gradaug_hf.extract_subnet(model, width)
+    assert relative_error(outside.run(dense, images), output) < tolerance, width
 
 
 @pytest.mark.parametrize("name", [*timm.list_models("test_*"), *SMALL])
-def test_a_small_network_equals_its_zeroed_self_at_every_width(name):
-    check(name)
+def test_a_small_network_equals_its_zeroed_self_at_every_width(name, outside):
+    check(name, outside)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", SMALLEST)
-def test_the_smallest_network_of_every_timm_module_equals_its_zeroed_self(module):
-    check(SMALLEST[module])
+def test_the_smallest_network_of_every_timm_module_equals_its_zeroed_self(module, outside):
+    check(SMALLEST[module], outside)
