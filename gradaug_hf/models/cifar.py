@@ -1,4 +1,12 @@
-"""What the networks for CIFAR share: the images' statistics and timm's default configuration."""
+"""What the networks for CIFAR share: statistics of the images, configuration for timm, and all but their blocks."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, get_device_dtype
+from timm.models import checkpoint_seq
+from timm.models.resnet import drop_blocks
+from torch import Tensor, nn
 
 CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
@@ -20,3 +28,139 @@ def cifar_cfg(**changes) -> dict:
         "classifier": "fc",
         **changes,
     }
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Make sure that a rate is a probability below one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} is {rate!r}; a drop rate lies in [0, 1)")
+
+
+class CifarNetwork(nn.Module):
+    """Residual network for small images: 3x3 convolution, three stages of blocks, pooling, linear classifier.
+
+    Any image of at least 8x8 pixels is accepted: the features are pooled adaptively. A subclass replaces those of
+    `bn1` and `act1` behind the first convolution, and of `bn` and `act` behind the last block, that it has.
+
+    Args:
+        block: Makes a residual block from input channels, output channels and stride, `drop_block` (makes a DropBlock,
+            or None) and `drop_path` (a module).
+        channels: Output channels of each block of each stage; the second and third stage begin with stride 2.
+        num_classes: Number of outputs; 0 leaves the classifier out.
+        in_chans: Number of image channels.
+        global_pool: Pooling before the classifier: `avg`, `max`, `avgmax`, `catavgmax`, or an empty string for none.
+        drop_path_rate: Probability of dropping the last block's residual (stochastic depth, arXiv 1603.09382); it
+            rises linearly from 0 at the first block.
+        drop_block_rate: Drop probability of DropBlock (arXiv 1810.12890) in the last two stages.
+        device: Where the parameters are made.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: A rate is not in [0, 1).
+    """
+
+    STEM_CHANNELS = 16
+
+    def __init__(
+        self,
+        block: Callable[..., nn.Module],
+        channels: Sequence[Sequence[int]],
+        num_classes: int,
+        in_chans: int,
+        global_pool: str,
+        drop_path_rate: float,
+        drop_block_rate: float,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+    ):
+        super().__init__()
+        check_rate("drop_path_rate", drop_path_rate)
+        check_rate("drop_block_rate", drop_block_rate)
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.num_features = channels[-1][-1]
+        self.grad_checkpointing = False
+
+        self.conv1 = nn.Conv2d(in_chans, self.STEM_CHANNELS, 3, padding=1, bias=False, **dd)
+        self.bn1 = nn.Identity()
+        self.act1 = nn.Identity()
+        rates = calculate_drop_path_rates(drop_path_rate, [len(stage) for stage in channels], stagewise=True)
+        # timm has DropBlock settings for four stages, of which networks for small images have the last three.
+        drops = drop_blocks(drop_block_rate)[1:]
+        self.layer1 = _stage(block, self.STEM_CHANNELS, channels[0], 1, rates[0], drops[0], dd)
+        self.layer2 = _stage(block, channels[0][-1], channels[1], 2, rates[1], drops[1], dd)
+        self.layer3 = _stage(block, channels[1][-1], channels[2], 2, rates[2], drops[2], dd)
+        self.bn = nn.Identity()
+        self.act = nn.Identity()
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns of parameter names that make up the stem and each stage (`coarse`) or each block."""
+        return {"stem": r"^(conv1|bn1)\.", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each block for the backward pass, and compute the rest again."""
+        self.grad_checkpointing = enable
+
+    def get_classifier(self) -> nn.Module:
+        """The linear layer that gives the logits."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one.
+
+        Args:
+            num_classes: Number of outputs; 0 leaves the classifier out.
+            global_pool: Pooling before the classifier; None keeps it.
+        """
+        self.num_classes = num_classes
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=pool_type, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (N, in_chans, H, W) to features (N, num_features, H/4, W/4)."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        stages = [self.layer1, self.layer2, self.layer3]
+        if self.grad_checkpointing and self.training:
+            x = checkpoint_seq(stages, x, flatten=True)
+        else:
+            for stage in stages:
+                x = stage(x)
+        return self.act(self.bn(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits (N, num_classes), or to pooled features if `pre_logits`."""
+        x = self.global_pool(x)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _stage(
+    block: Callable[..., nn.Module],
+    in_channels: int,
+    channels: Sequence[int],
+    stride: int,
+    drop_path_rates: Sequence[float],
+    drop_block: Callable[[], nn.Module] | None,
+    dd: dict,
+) -> nn.Sequential:
+    blocks = []
+    for out_channels, rate in zip(channels, drop_path_rates, strict=True):
+        drop_path = DropPath(rate) if rate else nn.Identity()
+        blocks.append(block(in_channels, out_channels, stride, drop_block=drop_block, drop_path=drop_path, **dd))
+        in_channels, stride = out_channels, 1
+    return nn.Sequential(*blocks)
