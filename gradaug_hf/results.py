@@ -4,7 +4,7 @@ import json
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 VERSIONS_OF = ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets")
+RESULTS = "results.json"
 MARKERS = "osD^v"
 LINE_STYLES = ("--", "-", ":", "-.")
 
@@ -28,6 +29,7 @@ class Result:
         seconds: Time of training, without that of evaluation.
         peak_memory: Peak memory while training, in mebibytes.
         curve: Step and top-1 accuracy in 0..1 at each evaluation.
+        widths: Width, top-1 and top-5 accuracy in 0..1 of each sub-network that was evaluated.
     """
 
     method: str
@@ -37,6 +39,7 @@ class Result:
     seconds: float
     peak_memory: float
     curve: list[tuple[int, float]]
+    widths: list[tuple[float, float, float]] = field(default_factory=list)
 
 
 def results_table(results: Sequence[Result]) -> str:
@@ -53,6 +56,17 @@ def results_table(results: Sequence[Result]) -> str:
         )
         for r in results
     ]
+    return markdown_table(header, rows)
+
+
+def widths_table(widths: Sequence[tuple[float, float, float]]) -> str:
+    """Width, top-1 and top-5 accuracy in 0..1 of networks as a Markdown table."""
+    rows = [(f"{width:g}", f"{top1:.2%}"[:-1], f"{top5:.2%}"[:-1]) for width, top1, top5 in widths]
+    return markdown_table(("width", "top-1 %", "top-5 %"), rows)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column left-aligned and the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

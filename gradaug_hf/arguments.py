@@ -1,0 +1,178 @@
+"""Command line of the recipes: flags, a YAML or JSON file, and defaults that a recipe and a method set."""
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from gradaug_hf.config import GradAugConfig
+from gradaug_hf.methods import METHODS
+
+FILE_ENDINGS = (".yaml", ".yml", ".json")
+# What a recipe or method sets gives way to the other setting, on the left, that says the same in its own way.
+GIVES_WAY = {"warmup_steps": ("warmup_epochs", 0.0), "lr_scheduler_type": ("lr_drops", [])}
+
+
+@dataclass
+class ExperimentArguments:
+    """What a recipe needs to know beside GradAugConfig.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    method: str = field(
+        default="gradaug",
+        metadata={"help": "Regularisation to train with; flags that are given win over it.", "choices": list(METHODS)},
+    )
+    model: str = field(
+        default="resnet50",
+        metadata={
+            "help": (
+                "Name of a timm network, which is trained from scratch; or a Hub id or a folder of timm or "
+                "transformers, whose weights are loaded."
+            )
+        },
+    )
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "Probability with which stochastic depth drops the last block."}
+    )
+    drop_block_rate: float | None = field(default=None, metadata={"help": "Probability of DropBlock."})
+    shake_drop_rate: float | None = field(
+        default=None, metadata={"help": "Probability with which ShakeDrop shakes the last block."}
+    )
+    zero_init_last: bool | None = field(
+        default=None, metadata={"help": "Whether the last batch norm of each block starts at zero."}
+    )
+    dataset_name: str = field(
+        default="ILSVRC/imagenet-1k",
+        metadata={"help": "Hub id, parquet file, folder of parquet files, or folder of images sorted by class."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub data set that has several."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; found if not given."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of classes; found if not given."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on; by default `validation`, else `test`."}
+    )
+    labels_per_class: int | None = field(
+        default=None, metadata={"help": "Number of training images of each class, drawn from the seed; default: all."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Number of training images, drawn from the seed; default: all."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Number of images to evaluate on, drawn from the seed; default: all."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Whether to read the images while training instead of downloading first."}
+    )
+    batch_size: int = field(
+        default=128,
+        metadata={"help": "Images in an optimiser step, over all processes and accumulated batches."},
+    )
+    warmup_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs in which the learning rate rises linearly to its highest value."}
+    )
+    lr_drops: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Shares of the training, in (0, 1), after which the learning rate is a tenth of what it was."
+        },
+    )
+    subnet_rotation: bool = field(
+        default=False,
+        metadata={"help": "Whether each sub-network sees the images turned by 0, 90, 180 or 270 degrees."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "labels_per_class", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1")
+        for name in ("drop_path_rate", "drop_block_rate", "shake_drop_rate"):
+            self._check(name, 0 <= (getattr(self, name) or 0) < 1, "in [0, 1)")
+        self._check("warmup_epochs", self.warmup_epochs >= 0, "at least 0")
+        self._check("lr_drops", all(0 < share < 1 for share in self.lr_drops), "a list of shares in (0, 1)")
+
+    def _check(self, name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
+
+
+def parse(
+    settings: Mapping[str, Any],
+    methods: Mapping[str, Mapping[str, Any]],
+    description: str | None,
+    argv: Sequence[str],
+) -> tuple[ExperimentArguments, GradAugConfig]:
+    """The arguments of a run: flags, then the file, then the method, then the recipe, then the classes' defaults.
+
+    Args:
+        settings: what the recipe sets, by name of the field.
+        methods: what each method sets.
+        description: shown by --help.
+        argv: flags, after the name of a YAML or JSON file if there is one.
+
+    Raises:
+        ValueError: a setting is out of its range, or the file is not one of settings.
+        SystemExit: a flag is not known, or its value has a wrong type.
+    """
+    parser = HfArgumentParser((ExperimentArguments, GradAugConfig), description=description)
+    parser.set_defaults(**settings)
+    from_file = {}
+    if argv and argv[0].endswith(FILE_ENDINGS):
+        from_file, argv = _read_settings(argv[0]), argv[1:]
+    given = _given(parser, [*_as_flags(from_file), *argv])
+    given = {name: value for name, value in from_file.items() if _is_empty(value)} | given
+    if "per_device_train_batch_size" in given:
+        raise ValueError("per_device_train_batch_size follows from batch_size, the images in a step; set that instead")
+    method = given.get("method", settings.get("method", ExperimentArguments.method))
+    replaced = dict(GIVES_WAY[name] for name in given if name in GIVES_WAY)
+    return parser.parse_dict({**settings, **methods[method], **replaced, **given, "method": method})
+
+
+def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Values of the flags that are there, of the right types, without defaults."""
+    names = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
+    absent = object()
+    parsed = parser.parse_args(argv, Namespace(**dict.fromkeys(names, absent)))
+    return {name: value for name, value in vars(parsed).items() if value is not absent}
+
+
+def _read_settings(file: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML as well
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as YAML or JSON: {error}") from error
+    known = {f.name for kind in (ExperimentArguments, GradAugConfig) for f in fields(kind) if f.init}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected settings by name, such as `seed: 1`")
+    if unknown := sorted(str(name) for name in content if name not in known):
+        raise ValueError(f"{file} sets {', '.join(unknown)}, which is no setting; --help lists them")
+    return content
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == []
+
+
+def _as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags, so that a file's values are read as those of the command line are, 1e-4 for example."""
+    flags = []
+    for name, value in settings.items():
+        if not _is_empty(value):
+            flags += [f"--{name}", *_words(value)]
+    return flags
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [json.dumps(value) if isinstance(value, dict) else str(value)]

@@ -1,0 +1,277 @@
+"""What the recipes share: from the command line to `results.json`."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import DatasetDict
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
+
+from gradaug_hf.arguments import ExperimentArguments, parse
+from gradaug_hf.config import GradAugConfig
+from gradaug_hf.data import Transform, balanced_subset, class_names, load_image_data, with_pixels
+from gradaug_hf.memory import PeakMemory
+from gradaug_hf.methods import NETWORK_ARGUMENTS, check_method
+from gradaug_hf.metrics import topk_accuracy
+from gradaug_hf.networks import (
+    accepted_arguments,
+    create_network,
+    image_processor,
+    is_checkpoint,
+    load_network,
+    pixel_statistics,
+)
+from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
+from gradaug_hf.trainer import GradAugTrainer
+
+# The paper's optimiser and schedule, and what a run shows and keeps.
+SETTINGS = {
+    "optim": "sgd",
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 0.0,
+    "do_train": True,
+    "eval_strategy": "epoch",
+    "logging_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "report_to": "none",
+    "disable_tqdm": False,
+    "per_device_eval_batch_size": 100,
+    "dataloader_num_workers": min(8, os.cpu_count() or 1),
+    "dataloader_persistent_workers": True,
+    "dataloader_pin_memory": torch.accelerator.is_available(),
+}
+MOMENTUM = 0.9
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment of the paper.
+
+    Args:
+        settings: of ExperimentArguments and GradAugConfig, by name.
+        methods: what each method sets, by name.
+        transform: makes the transform of an image from whether to augment, `mean` and `std`.
+        description: shown by --help.
+        initialise: gives a new network the paper's initial weights; None keeps the network's own.
+    """
+
+    settings: Mapping[str, Any]
+    methods: Mapping[str, Mapping[str, Any]]
+    transform: Callable[..., Transform]
+    description: str | None
+    initialise: Callable[[nn.Module], None] | None = None
+
+
+class RecipeTrainer(GradAugTrainer):
+    """GradAugTrainer with the paper's SGD and learning rate.
+
+    With `optim="sgd"` momentum is Nesterov's, and weight decay is on all parameters, batch norm and biases among them.
+
+    Args:
+        trainer_args: positional arguments of GradAugTrainer.
+        lr_drops: shares of the training after which the learning rate is a tenth; none: `lr_scheduler_type` holds.
+        kwargs: keyword arguments of GradAugTrainer.
+    """
+
+    def __init__(self, *trainer_args: Any, lr_drops: Sequence[float] = (), **kwargs: Any) -> None:
+        self.lr_drops = lr_drops
+        self.evaluation_seconds = 0.0
+        super().__init__(*trainer_args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`GradAugTrainer.evaluate`, whose time is added to `evaluation_seconds`."""
+        start = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self.evaluation_seconds += time.perf_counter() - start
+        return metrics
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """SGD with Nesterov momentum on all parameters, or what another `optim` stands for."""
+        if self.args.optim != OptimizerNames.SGD or self.optimizer is not None:
+            return super().create_optimizer(model)
+        self.optimizer = SGD(
+            (self.model if model is None else model).parameters(),
+            lr=self.args.learning_rate,
+            momentum=MOMENTUM,
+            nesterov=True,
+            weight_decay=self.args.weight_decay,
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """The learning rate of each step, with `lr_drops` where there are any."""
+        if not self.lr_drops or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            drops = sum(step >= share * num_training_steps for share in self.lr_drops)
+            return (step / warmup if step < warmup else 1.0) * 0.1**drops
+
+        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
+        return self.lr_scheduler
+
+
+def run(recipe: Recipe) -> None:
+    """Train, or only evaluate, as the command line says; prints accuracies and writes `results.json`."""
+    with errors_as_messages():
+        args, config = parse({**SETTINGS, **recipe.settings}, recipe.methods, recipe.description, sys.argv[1:])
+        complete(args, config)
+        trainer = make_trainer(recipe, args, config)
+    if config.do_train:
+        train(trainer, args)
+    else:
+        evaluate(trainer, args)
+
+
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """End the process with the message of an error about its arguments or data, printed once and without a trace."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from error
+
+
+def complete(args: ExperimentArguments, config: GradAugConfig) -> None:
+    """Settle what follows from the arguments.
+
+    Raises:
+        ValueError: the arguments do not fit each other or the number of processes.
+    """
+    if not (config.do_train or config.do_eval):
+        raise ValueError("do_train and do_eval are both False, so there is nothing to do")
+    if config.load_best_model_at_end:
+        raise ValueError("load_best_model_at_end is True, but results are those of the final epoch; leave it out")
+    if config.output_dir is None:
+        config.output_dir = str(Path("outputs") / f"{Path(args.model).name}-{args.method}-seed{config.seed}")
+    devices = config.world_size * max(1, config.n_gpu)
+    batches = devices * config.gradient_accumulation_steps
+    if args.batch_size % batches:
+        raise ValueError(
+            f"batch_size is {args.batch_size}, which {devices} processes with gradient_accumulation_steps "
+            f"{config.gradient_accumulation_steps} cannot share; it must be a multiple of {batches}"
+        )
+    config.per_device_train_batch_size = args.batch_size // batches
+    if args.warmup_epochs >= config.num_train_epochs and args.warmup_epochs > 0:
+        raise ValueError(f"warmup_epochs is {args.warmup_epochs}; it must be below num_train_epochs")
+    if args.warmup_epochs > 0:
+        config.warmup_steps = args.warmup_epochs / config.num_train_epochs
+    if config.resume_from_checkpoint == LAST:
+        config.resume_from_checkpoint = (
+            get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+        )
+        if config.resume_from_checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint is {LAST!r}, but {config.output_dir} holds no checkpoint")
+
+
+def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfig) -> RecipeTrainer:
+    """Network, data and trainer of a run.
+
+    Raises:
+        OSError: the data set cannot be found, reached or read.
+        ValueError: the arguments do not fit the network or the data.
+    """
+    arguments = {name: getattr(args, name) for name in NETWORK_ARGUMENTS}
+    if config.do_train:
+        accepted = accepted_arguments(args.model)
+        check_method(args.method, recipe.methods, arguments, args.model, accepted)
+        arguments = {name: value for name, value in arguments.items() if value is not None and name in accepted}
+    with PartialState().main_process_first():
+        data = load_data(args, config.seed)
+
+    set_seed(config.seed)
+    if config.do_train:
+        network = create_network(args.model, class_names(data), arguments)
+        if recipe.initialise is not None and not is_checkpoint(args.model):
+            recipe.initialise(network)
+    else:
+        network = load_network(args.model, len(class_names(data)))
+    processor = image_processor(args.model)
+    statistics = pixel_statistics(network, processor)
+    return RecipeTrainer(
+        network,
+        config,
+        train_dataset=with_pixels(data["train"], recipe.transform(True, **statistics)),
+        eval_dataset=with_pixels(data["eval"], recipe.transform(False, **statistics)),
+        compute_metrics=topk_accuracy,
+        processing_class=processor,
+        lr_drops=args.lr_drops,
+    )
+
+
+def load_data(args: ExperimentArguments, seed: int) -> DatasetDict:
+    """The images to train on and to evaluate on, as many of them as are asked for."""
+    data = load_image_data(
+        args.dataset_name,
+        config_name=args.dataset_config_name,
+        train_split=args.train_split,
+        eval_split=args.eval_split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        seed=seed,
+    )
+    if args.labels_per_class is not None:
+        data["train"] = balanced_subset(data["train"], args.labels_per_class, seed)
+    for split, number in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
+        if number is not None:
+            data[split] = data[split].shuffle(seed=seed).take(min(number, len(data[split])))
+    return data
+
+
+def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
+    """Train, evaluate after the final epoch, and save the network and `results.json`."""
+    config = trainer.args
+    with PeakMemory(config.device) as peak:
+        seconds = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint).metrics["train_runtime"]
+    seconds -= trainer.evaluation_seconds
+    state = trainer.state
+    if not any("eval_top1" in entry and entry["step"] == state.global_step for entry in state.log_history):
+        trainer.evaluate()
+    trainer.save_model()
+    final = {k: v for entry in state.log_history if entry["step"] == state.global_step for k, v in entry.items()}
+    result = Result(
+        method=args.method,
+        top1=final["eval_top1"],
+        top5=final["eval_top5"],
+        steps=state.global_step,
+        seconds=seconds,
+        peak_memory=peak.mebibytes,
+        curve=[(entry["step"], entry["eval_top1"]) for entry in state.log_history if "eval_top1" in entry],
+        widths=accuracies(final, config.eval_widths),
+    )
+    if config.should_save:
+        file = Path(config.output_dir) / RESULTS
+        save_results([result], file, asdict(args) | config.to_dict(), config.device)
+        print(f"\n{args.model} on {args.dataset_name}, seed {config.seed}\n\n{results_table([result])}\n")
+        if config.eval_widths:
+            print(f"{widths_table(result.widths)}\n")
+        print(f"wrote the network and {RESULTS} to {config.output_dir}")
+
+
+def evaluate(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
+    """Print the accuracy of a checkpoint at full width and at `eval_widths`."""
+    metrics = trainer.evaluate()
+    if trainer.args.should_save:
+        full = (1.0, metrics["eval_top1"], metrics["eval_top5"])
+        print(f"\n{args.model} on {args.dataset_name}\n")
+        print(widths_table([full, *accuracies(metrics, trainer.args.eval_widths)]))
+
+
+def accuracies(metrics: Mapping[str, float], widths: Sequence[float]) -> list[tuple[float, float, float]]:
+    """Width, top-1 and top-5 of each width that was evaluated."""
+    return [(w, metrics[f"eval_width{w:g}_top1"], metrics[f"eval_width{w:g}_top5"]) for w in widths]

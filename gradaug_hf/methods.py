@@ -1,0 +1,72 @@
+"""The methods that the paper compares: what each sets, by name of the argument."""
+
+from collections.abc import Mapping
+from typing import Any
+
+PLAIN = {"num_subnets": 0}
+MIXUP = {"mixup_alpha": 1.0}  # arXiv 1710.09412
+CUTMIX = {"cutmix_alpha": 1.0, "mix_prob": 0.5}  # arXiv 1905.04899
+
+METHODS: dict[str, dict[str, Any]] = {
+    "baseline": PLAIN,
+    "dropblock": PLAIN | {"drop_block_rate": 0.1},  # arXiv 1810.12890
+    "mixup": PLAIN | MIXUP,
+    "cutmix": PLAIN | CUTMIX,
+    "stochdepth": PLAIN | {"drop_path_rate": 0.5},  # arXiv 1603.09382
+    "shakedrop": PLAIN | {"shake_drop_rate": 0.5},  # arXiv 1802.02375
+    "bag_of_tricks": PLAIN  # arXiv 1812.01187
+    | {
+        "label_smoothing_factor": 0.1,
+        "mixup_alpha": 0.2,
+        "lr_scheduler_type": "cosine",
+        "lr_drops": [],
+        "warmup_epochs": 5,
+        "zero_init_last": True,
+    },
+    "gradaug": {},
+    "gradaug_cutmix": CUTMIX,
+    "gradaug_mixup": MIXUP,
+}
+# Arguments that are passed to the constructor of the network.
+NETWORK_ARGUMENTS = ("drop_path_rate", "drop_block_rate", "shake_drop_rate", "zero_init_last")
+
+
+def methods_with(**changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The methods with the settings that a recipe has for some of them.
+
+    Args:
+        changes: name of a method -> what it sets beside or instead of its own.
+    """
+    return {name: {**settings, **changes.get(name, {})} for name, settings in METHODS.items()}
+
+
+def check_method(
+    method: str,
+    methods: Mapping[str, Mapping[str, Any]],
+    network_arguments: Mapping[str, Any],
+    model: str,
+    accepted: set[str],
+) -> None:
+    """Make sure that a network has what a method regularises.
+
+    Args:
+        method: name of the method.
+        methods: what each method sets.
+        network_arguments: the settings of the run that are for the network's constructor.
+        model: name of the network.
+        accepted: parameters of its constructor.
+
+    Raises:
+        ValueError: the constructor lacks a parameter that is on; names the methods that the network can be trained by.
+    """
+    missing = _missing(network_arguments, accepted)
+    if missing:
+        possible = [name for name, settings in methods.items() if not _missing(settings, accepted)]
+        raise ValueError(
+            f"{model} cannot be trained with method {method!r}: it has no {', '.join(missing)}. "
+            f"Methods for it: {', '.join(possible)}"
+        )
+
+
+def _missing(settings: Mapping[str, Any], accepted: set[str]) -> list[str]:
+    return [name for name in NETWORK_ARGUMENTS if settings.get(name) and name not in accepted]

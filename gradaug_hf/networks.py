@@ -1,0 +1,149 @@
+"""Networks by name: timm's by their name, and checkpoints of timm or transformers in a folder or on the Hub."""
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.image_processing_utils import BaseImageProcessor
+
+CONFIG = "config.json"
+
+
+def timm_name(model: str) -> str | None:
+    """Name under which `timm.create_model` knows a network; None where it is one of transformers.
+
+    Args:
+        model: name in timm's registry, Hub id, or folder with a `config.json`.
+
+    Raises:
+        ValueError: there is no such network, or it cannot be reached.
+    """
+    if "/" not in model and timm.is_model(model):
+        return model
+    is_folder = Path(model).is_dir()
+    config = _read_config(Path(model) / CONFIG if is_folder else _download_config(model))
+    if "model_type" in config:
+        return None
+    return f"{'local-dir' if is_folder else 'hf-hub'}:{model}"
+
+
+def is_checkpoint(model: str) -> bool:
+    """Whether a network comes with trained weights, rather than by its name in timm's registry alone."""
+    return timm_name(model) != model
+
+
+def _download_config(model: str) -> Path:
+    accepted = "a timm network, a folder with a config.json and a Hub id are accepted"
+    if "/" not in model:
+        similar = ", ".join(timm.list_models(f"{model[:6]}*")[:8])
+        raise ValueError(
+            f"model is {model!r}, which is unknown; {accepted}" + (f". timm has {similar}" * bool(similar))
+        )
+    try:
+        return Path(hf_hub_download(model, CONFIG))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"model {model!r} is gated: accept its terms at https://huggingface.co/{model}, then run `hf auth login`"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"model {model!r} is no folder, and the Hub cannot be reached to look for it") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"model is {model!r}, which is neither a folder nor on the Hub; {accepted}") from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"model: {file} cannot be read: {error}") from error
+
+
+def accepted_arguments(model: str) -> set[str]:
+    """Parameters of the constructor of a network; none for one of transformers.
+
+    Args:
+        model: as for `timm_name`.
+    """
+    name = timm_name(model)
+    if name is None:
+        return set()
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    return set(inspect.signature(type(network).__init__).parameters)
+
+
+def create_network(model: str, class_names: Sequence[str], arguments: Mapping[str, Any]) -> nn.Module:
+    """A network to train: from scratch if `model` names one of timm, else with the weights of the checkpoint.
+
+    Args:
+        model: as for `timm_name`.
+        class_names: in the order of the labels; another classifier than the checkpoint's is made where they differ in
+            number.
+        arguments: of the constructor of a timm network.
+    """
+    name = timm_name(model)
+    if name is not None:
+        return timm.create_model(name, pretrained=is_checkpoint(model), num_classes=len(class_names), **arguments)
+    return AutoModelForImageClassification.from_pretrained(
+        model,
+        num_labels=len(class_names),
+        id2label=dict(enumerate(class_names)),
+        label2id={name: label for label, name in enumerate(class_names)},
+        ignore_mismatched_sizes=True,
+    )
+
+
+def load_network(model: str, num_classes: int) -> nn.Module:
+    """A trained network to evaluate.
+
+    Args:
+        model: as for `timm_name`; a name of timm, such as `resnet50.a1_in1k`, gives its pretrained weights.
+        num_classes: of the data set.
+
+    Raises:
+        ValueError: the network has another number of classes.
+    """
+    name = timm_name(model)
+    if name is not None:
+        network = timm.create_model(name, pretrained=True)
+        found = network.num_classes
+    else:
+        network = AutoModelForImageClassification.from_pretrained(model)
+        found = network.config.num_labels
+    if found != num_classes:
+        raise ValueError(f"model {model!r} has {found} classes, the data set {num_classes}")
+    return network
+
+
+def image_processor(model: str) -> BaseImageProcessor | None:
+    """The image processor that comes with a checkpoint of transformers, if one does."""
+    if timm_name(model) is not None:
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except OSError:
+        return None
+
+
+def pixel_statistics(network: nn.Module, processor: BaseImageProcessor | None) -> dict[str, tuple[float, ...]]:
+    """`mean` and `std` of the images that a network expects, of each channel in 0..1; nothing if it does not say.
+
+    Args:
+        network: of timm or transformers.
+        processor: of a network of transformers.
+    """
+    if hasattr(network, "pretrained_cfg"):
+        config = timm.data.resolve_model_data_config(network)
+    elif processor is None:
+        return {}
+    else:  # the processor of a TimmWrapper has timm's configuration
+        config = getattr(processor, "data_config", None) or {"mean": processor.image_mean, "std": processor.image_std}
+    return {name: tuple(config[name]) for name in ("mean", "std")}
