@@ -7,7 +7,6 @@ from transformers import TrainingArguments
 from gradaug_hf.subnets import SubnetSampler
 
 SUBNET_BACKWARDS = ("sequential", "joint")
-SUBNET_MODES = ("width",)
 
 
 @dataclass
@@ -23,8 +22,10 @@ class GradAugConfig(TrainingArguments):
         max_width: Upper end of the widths that the other sub-networks draw; in [min_width, 1].
         resolutions: Sides in pixels, one of which is drawn for each sub-network; by default 1, 6/7, 5/7 and 4/7 of
             the input side.
-        subnet_mode: What a sub-network leaves out of the network; "width": its last channels.
-        min_survival: Survival probability of the last block where blocks are dropped at random; in (0, 1].
+        subnet_mode: What a sub-network leaves out of the network; "width": its last channels, "depth": residual
+            blocks at random, "width+depth": both.
+        min_survival: With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it
+            falls linearly from 1 at the first.
         width_divisor: Channel counts are rounded to the nearest multiple of it, at least 1; 1 is exact to the paper,
             8 suits tensor cores.
         width_levels: Number of evenly spaced widths to draw from, at least 2; by default widths are drawn
@@ -65,11 +66,21 @@ class GradAugConfig(TrainingArguments):
     )
     subnet_mode: str = field(
         default="width",
-        metadata={"help": 'What a sub-network leaves out of the network; "width": its last channels.'},
+        metadata={
+            "help": (
+                'What a sub-network leaves out of the network; "width": its last channels, "depth": residual blocks '
+                'at random, "width+depth": both.'
+            )
+        },
     )
     min_survival: float = field(
         default=0.8,
-        metadata={"help": "Survival probability of the last block where blocks are dropped at random; in (0, 1]."},
+        metadata={
+            "help": (
+                'With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it '
+                "falls linearly from 1 at the first."
+            )
+        },
     )
     width_divisor: int = field(
         default=1,
@@ -133,19 +144,23 @@ class GradAugConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        SubnetSampler(self.num_subnets, self.min_width, self.max_width, self.resolutions, self.width_levels)
-        self._check_choice("subnet_mode", SUBNET_MODES)
-        self._check_choice("subnet_backward", SUBNET_BACKWARDS)
-        self._check("min_survival", 0 < self.min_survival <= 1, "in (0, 1]")
+        SubnetSampler(
+            self.num_subnets,
+            self.min_width,
+            self.max_width,
+            self.resolutions,
+            self.width_levels,
+            subnet_mode=self.subnet_mode,
+            min_survival=self.min_survival,
+        )
+        choices = ", ".join(map(repr, SUBNET_BACKWARDS))
+        self._check("subnet_backward", self.subnet_backward in SUBNET_BACKWARDS, f"one of {choices}")
         self._check("width_divisor", isinstance(self.width_divisor, int) and self.width_divisor >= 1, "at least 1")
         for name in ("kl_weight", "mixup_alpha", "cutmix_alpha"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("mix_prob", 0 <= self.mix_prob <= 1, "in [0, 1]")
         self._check("eval_widths", all(0 < width <= 1 for width in self.eval_widths), "a list of widths in (0, 1]")
         super().__post_init__()
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from gradaug_hf.depth import make_droppable
 from gradaug_hf.losses import check_logits, cross_entropy, soft_target_divergence
 from gradaug_hf.resolutions import default_resolutions
 from gradaug_hf.slimming import make_slimmable, subnet_pass
-from gradaug_hf.slimming.patching import is_slimmable
-from gradaug_hf.subnets import Subnet, SubnetSampler
+from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
+from gradaug_hf.subnets import Subnet, SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.transforms import ImageTransform, check_images, transform_for_subnet
 
 
@@ -23,11 +25,13 @@ class Pass:
         loss: its part of the objective, a scalar with its graph.
         logits: (N, classes), detached.
         subnet: the sub-network; None for the full network.
+        dropped: indices of the residual blocks that it left out, among those that can be.
     """
 
     loss: Tensor
     logits: Tensor
     subnet: Subnet | None = None
+    dropped: frozenset[int] = frozenset()
 
 
 class GradAug:
@@ -43,7 +47,8 @@ class GradAug:
             optimizer.step()
 
     Args:
-        model: a network in training mode, wrapped or not; made slimmable if it is not yet.
+        model: a network in training mode, wrapped or not; made slimmable and droppable, as `subnet_mode` needs it, if
+            it is not yet.
         num_subnets: number of sub-networks, at least 0.
         min_width: width multiplier of the narrowest sub-network, in (0, 1].
         max_width: upper end of the widths of the others, in [min_width, 1].
@@ -53,11 +58,15 @@ class GradAug:
         kl_weight: weight of the sub-networks' divergences, at least 0.
         label_smoothing: of the full network's cross-entropy, in [0, 1].
         seed: of the sub-networks that are drawn.
+        subnet_mode: what a sub-network leaves out; "width": its last channels, "depth": residual blocks at random,
+            "width+depth": both.
+        min_survival: with "depth", probability in (0, 1] with which the last residual block is kept; it falls linearly
+            from 1 at the first.
         sampler: draws the sub-networks; the settings above that are about them then have no effect.
         transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of its range, or blocks are to be dropped of a network that has none.
     """
 
     def __init__(
@@ -72,6 +81,8 @@ class GradAug:
         kl_weight: float = 1.0,
         label_smoothing: float = 0.0,
         seed: int = 0,
+        subnet_mode: str = "width",
+        min_survival: float = 0.8,
         sampler: SubnetSampler | None = None,
         transform: ImageTransform | None = None,
     ) -> None:
@@ -79,13 +90,21 @@ class GradAug:
             raise ValueError(f"kl_weight is {kl_weight!r}; it must be at least 0")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 1]")
-        self.sampler = sampler or SubnetSampler(num_subnets, min_width, max_width, resolutions, width_levels, seed)
+        self.sampler = sampler or SubnetSampler(
+            num_subnets, min_width, max_width, resolutions, width_levels, seed, subnet_mode, min_survival
+        )
         self._use_default_resolutions = sampler is None and resolutions is None
         self.kl_weight = kl_weight
         self.label_smoothing = label_smoothing
         self.transform = transform
         self.step = 0
-        self.model = model if is_slimmable(model) else make_slimmable(model)
+        self.model = model
+        network = model.module if isinstance(model, DistributedDataParallel) else model
+        mode = getattr(self.sampler, "subnet_mode", "width")
+        if drops_channels(mode) and not is_slimmable(network):
+            make_slimmable(network)
+        if drops_blocks(mode) and not num_droppable_blocks(network):
+            make_droppable(network)
 
     def loss(self, images: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
         """The objective with the graphs of all passes, for one joint backward.
@@ -151,10 +170,20 @@ class GradAug:
         del logits
         for subnet in subnets:
             transformed = transform_for_subnet(images, subnet, self.transform)
-            with subnet_pass(self.model, subnet.width):
+            dropped = self._dropped_blocks(subnet)
+            with subnet_pass(self.model, subnet.width, dropped):
                 logits = logits_of(self.model(transformed, **inputs), len(labels))
-                yield Pass(self.kl_weight * soft_target_divergence(logits, target), logits.detach(), subnet)
+                yield Pass(self.kl_weight * soft_target_divergence(logits, target), logits.detach(), subnet, dropped)
                 del logits
+
+    def _dropped_blocks(self, subnet: Subnet) -> frozenset[int]:
+        num_blocks = num_droppable_blocks(self.model)
+        if subnet.survival < 1 and not num_blocks:
+            raise ValueError(
+                f"a sub-network has survival {subnet.survival!r}, but no block of {type(self.model).__name__} can be "
+                "dropped: call gradaug_hf.depth.make_droppable(model) first"
+            )
+        return subnet.dropped_blocks(num_blocks)
 
     def _sample(self, images: Tensor, step: int | None) -> list[Subnet]:
         if self._use_default_resolutions:

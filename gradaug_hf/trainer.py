@@ -9,7 +9,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
@@ -20,15 +19,17 @@ from transformers.utils.generic import find_labels
 
 from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
+from gradaug_hf.depth import make_droppable
 from gradaug_hf.hub import is_timm_network, save_timm_config
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
 from gradaug_hf.objective import GradAug, Pass, logits_of
+from gradaug_hf.randomness import random_states_kept
 from gradaug_hf.resolutions import ResolutionTrial
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
-from gradaug_hf.slimming.patching import is_slimmable
-from gradaug_hf.subnets import SubnetSampler
+from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
+from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.transforms import ImageTransform
 
 IMAGES, LABELS = "pixel_values", "labels"
@@ -41,17 +42,18 @@ class GradAugTrainer(Trainer):
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
     Sub-networks run only while training: `evaluate` and `predict` are those of the plain full network, and with
-    `num_subnets=0` so is training. Beside `loss`, training logs `loss_full`, `loss_subnets`, `subnet_width` and
-    `subnet_resolution`, means since the last log.
+    `num_subnets=0` so is training. Beside `loss`, training logs `loss_full`, `loss_subnets`, `subnet_width`,
+    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log.
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
-            slimmable in place.
+            slimmable and droppable in place, as `args.subnet_mode` needs it.
         args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
         trainer_args: further positional arguments of `transformers.Trainer`.
         subnet_sampler: draws the sub-networks; what `args` says about them then has no effect.
         subnet_transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized, for
-            example a `torchvision.transforms.v2` module; the sampler seeds what it draws at random from torch.
+            example `RandomQuarterTurn` or a `torchvision.transforms.v2` module; what it draws at random from Python,
+            NumPy and torch is seeded by the sampler.
         kwargs: further keyword arguments of `transformers.Trainer`.
 
     Raises:
@@ -140,18 +142,22 @@ class GradAugTrainer(Trainer):
     def _prepare_network(self, network: nn.Module) -> None:
         """Make a network slimmable, and settle what its sub-networks are before any long work."""
         check_checkpointing(network, self.args)
-        make_slimmable(network, width_divisor=self.args.width_divisor)
-        if slicing_report(network).sliced_macs == 0:
-            warnings.warn(
-                f"0 % of {type(network).__name__} is sliced, so that its sub-networks differ from it by their images "
-                "only; print(gradaug_hf.slicing_report(model)) says why",
-                stacklevel=3,
-            )
+        if drops_channels(self._subnet_mode):
+            make_slimmable(network, width_divisor=self.args.width_divisor)
+            if slicing_report(network).sliced_macs == 0:
+                others = "images and their dropped blocks" if drops_blocks(self._subnet_mode) else "images"
+                warnings.warn(
+                    f"0 % of {type(network).__name__} is sliced, so that its sub-networks differ from it by their "
+                    f"{others} only; print(gradaug_hf.slicing_report(model)) says why",
+                    stacklevel=3,
+                )
+        if drops_blocks(self._subnet_mode):
+            make_droppable(network)
         self._resolution_trial = ResolutionTrial(network)
         chosen = getattr(self._subnet_sampler or self.args, "resolutions", None)
         self._resolution_trial.check(chosen or [])
         if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):
-            with _random_states_kept():
+            with random_states_kept():
                 batch = self.data_collator([self.train_dataset[0]])
             self._settle_resolutions(network, min(_split(batch)[0].shape[2:]))
 
@@ -161,12 +167,21 @@ class GradAugTrainer(Trainer):
             self._resolutions = []
             return
         self._resolutions = self.args.resolutions or self._resolution_trial.default(side)
-        widths_differ = slicing_report(network).sliced_macs > 0 and self.args.min_width < 1
-        if set(self._resolutions) == {side} and not widths_differ and self._subnet_transform is None:
+        if set(self._resolutions) == {side} and not self._subnets_differ(network) and self._subnet_transform is None:
             raise ValueError(
                 f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions "
                 f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
             )
+
+    @property
+    def _subnet_mode(self) -> str:
+        return getattr(self._subnet_sampler or self.args, "subnet_mode", "width")
+
+    def _subnets_differ(self, network: nn.Module) -> bool:
+        """Whether sub-networks leave out anything of a network."""
+        mode, args = self.args.subnet_mode, self.args
+        narrower = drops_channels(mode) and slicing_report(network).sliced_macs > 0 and args.min_width < 1
+        return narrower or (drops_blocks(mode) and args.min_survival < 1)
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
@@ -182,6 +197,8 @@ class GradAugTrainer(Trainer):
             kl_weight=args.kl_weight,
             label_smoothing=args.label_smoothing_factor,
             seed=args.seed,
+            subnet_mode=args.subnet_mode,
+            min_survival=args.min_survival,
             sampler=self._subnet_sampler,
             transform=self._subnet_transform,
         )
@@ -297,7 +314,7 @@ class GradAugTrainer(Trainer):
     ) -> dict[str, float]:
         if not is_slimmable(self.model):
             make_slimmable(self.model, width_divisor=self.args.width_divisor)
-        with _random_states_kept(), recalibrate_batchnorm(self.model, width, self._calibration_batches()):
+        with random_states_kept(), recalibrate_batchnorm(self.model, width, self._calibration_batches()):
             return self.evaluation_loop(
                 self.get_eval_dataloader(eval_dataset),
                 description=f"Evaluation at width {width:g}",
@@ -324,8 +341,12 @@ class GradAugTrainer(Trainer):
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
         self._means.add(loss_full=full.loss.detach(), loss_subnets=sum(p.loss.detach() for p in others))
-        for subnet in (p.subnet for p in others):
-            self._means.add(subnet_width=subnet.width, subnet_resolution=subnet.resolution or min(images.shape[2:]))
+        num_blocks = num_droppable_blocks(self.model)
+        for p in others:
+            side = p.subnet.resolution or min(images.shape[2:])
+            self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
+            if num_blocks:
+                self._means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training."""
@@ -371,15 +392,3 @@ def _label_smoothing_set_aside(args: TrainingArguments, model: nn.Module | None)
         yield
     finally:
         args.label_smoothing_factor = factor
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Give back the global random numbers as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -1,15 +1,23 @@
 """Transforms of a batch before it enters a sub-network."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from gradaug_hf.randomness import seeded
 from gradaug_hf.subnets import Subnet
 
 ImageTransform = Callable[[Tensor], Tensor]
+
+
+class RandomQuarterTurn(nn.Module):
+    """Turns a batch of images by 0, 90, 180 or 270 degrees, all alike, as GradAug does with their size."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Turn images (..., H, W); those that are not square may come out as (..., W, H)."""
+        return images.rot90(int(torch.randint(4, ())), dims=(-2, -1))
 
 
 def resize(images: Tensor, resolution: int) -> Tensor:
@@ -36,27 +44,14 @@ def transform_for_subnet(images: Tensor, subnet: Subnet, transform: ImageTransfo
 
     Args:
         images: (N, C, H, W).
-        subnet: its `seed` is that of the random numbers `transform` draws from torch, its `resolution` the size.
+        subnet: its `seed` is that of the random numbers which `transform` draws from Python, NumPy and torch, its
+            `resolution` the size.
         transform: maps images (N, C, H, W) to such images, for example a `torchvision.transforms.v2` module.
     """
     if transform is not None:
         with seeded(subnet.seed, images.device):
             images = transform(images)
     return images if subnet.resolution is None else resize(images, subnet.resolution)
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's random numbers on the CPU and on a device; the former states come back on leaving."""
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_accelerator(device)):
-        torch.default_generator.manual_seed(seed)
-        if device.type != "cpu":
-            torch.get_device_module(device.type).manual_seed(seed)
-        yield
-
-
-def _accelerator(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type
 
 
 def check_images(images: Tensor) -> None:

@@ -56,7 +56,7 @@ def test_every_own_field_is_a_flag(tmp_path):
     line = (
         f"--output_dir {tmp_path} --num_subnets 2 --min_width 0.8 --max_width 0.95 --resolutions 32 28 "
         "--width_divisor 8 --width_levels 4 --kl_weight 0.5 --subnet_backward joint --mixup_alpha 0.2 "
-        "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width --min_survival 0.7"
+        "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width+depth --min_survival 0.7"
     )
     (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(line.split())
     parsed = {name: getattr(args, name) for name in OWN_FIELDS}
@@ -65,7 +65,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         "min_width": 0.8,
         "max_width": 0.95,
         "resolutions": [32, 28],
-        "subnet_mode": "width",
+        "subnet_mode": "width+depth",
         "min_survival": 0.7,
         "width_divisor": 8,
         "width_levels": 4,
@@ -97,9 +97,9 @@ def test_settings_survive_json_and_pickle(tmp_path):
         ({"max_width": 0.5}, "max_width is 0.5"),
         ({"resolutions": []}, r"resolutions is \[\]; .* non-empty"),
         ({"resolutions": [32, -4]}, r"resolutions is \[32, -4\]"),
-        ({"subnet_mode": "height"}, "subnet_mode is 'height'; it must be one of 'width'"),
+        ({"subnet_mode": "height"}, "subnet_mode is 'height'; it must be one of 'width', 'depth', 'width\\+depth'"),
         ({"subnet_backward": "both"}, "subnet_backward is 'both'; it must be one of 'sequential', 'joint'"),
-        ({"min_survival": 0}, r"min_survival is 0; it must be in \(0, 1\]"),
+        ({"min_survival": 0}, r"min_survival is 0; it must lie in \(0, 1\]"),
         ({"width_divisor": 0}, "width_divisor is 0; it must be at least 1"),
         ({"width_levels": 1}, "width_levels is 1"),
         ({"kl_weight": -0.1}, "kl_weight is -0.1; it must be at least 0"),

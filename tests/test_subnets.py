@@ -2,7 +2,7 @@ import random
 import statistics
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -69,6 +69,55 @@ def test_width_levels_are_evenly_spaced_and_all_drawn():
     assert max(widths) <= 1.0
 
 
+def test_subnetworks_of_random_depth_are_wide_and_all_lose_blocks_at_random():
+    sampler = SubnetSampler(3, 0.6, 0.9, [32, 24], subnet_mode="depth", min_survival=0.7)
+    for step in range(20):
+        assert [(subnet.width, subnet.survival) for subnet in sampler.sample(step)] == [(1.0, 0.7)] * 3
+    both = SubnetSampler(**SETTINGS, subnet_mode="width+depth", min_survival=0.7)
+    narrow = SubnetSampler(**SETTINGS, min_survival=0.7)
+    for step in range(20):
+        assert both.sample(step) == [replace(subnet, survival=0.7) for subnet in narrow.sample(step)]
+        assert {subnet.survival for subnet in narrow.sample(step)} == {1.0}
+
+
+def test_the_survival_of_blocks_falls_linearly_from_one_at_the_first():
+    draws = 4000
+    counts = [0] * 5
+    for seed in range(draws):
+        for index in Subnet(seed=seed, survival=0.6).dropped_blocks(5):
+            counts[index] += 1
+    assert counts[0] == 0
+    for count, expected in zip(counts, (0, 0.1, 0.2, 0.3, 0.4), strict=True):
+        assert count / draws == pytest.approx(expected, abs=0.035)  # the deviation of the last is 0.0077
+
+
+def test_blocks_are_dropped_independently_of_each_other():
+    dropped = [Subnet(seed=seed, survival=0.5).dropped_blocks(3) for seed in range(4000)]
+    assert sum({1, 2} <= blocks for blocks in dropped) / 4000 == pytest.approx(0.25 * 0.5, abs=0.025)
+
+
+def test_dropped_blocks_depend_on_the_seed_of_the_pass_alone():
+    subnet = Subnet(seed=9, survival=0.5)
+    assert subnet.dropped_blocks(54) == subnet.dropped_blocks(54)
+    assert Subnet(width=0.5, resolution=8, seed=9, survival=0.5).dropped_blocks(54) == subnet.dropped_blocks(54)
+    assert Subnet(seed=10, survival=0.5).dropped_blocks(54) != subnet.dropped_blocks(54)
+
+
+def test_without_random_depth_no_block_is_dropped():
+    assert not any(Subnet(seed=seed).dropped_blocks(54) for seed in range(100))
+
+
+def test_a_single_block_is_the_last():
+    kept = sum(not Subnet(seed=seed, survival=0.25).dropped_blocks(1) for seed in range(2000))
+    assert kept / 2000 == pytest.approx(0.25, abs=0.045)  # the deviation is 0.0097
+
+
+@pytest.mark.parametrize("survival", [0.0, 1.2, float("nan")])
+def test_a_survival_out_of_range_is_named(survival):
+    with pytest.raises(ValueError, match=rf"survival is {survival}; it must lie in \(0, 1\]"):
+        Subnet(survival=survival).dropped_blocks(3)
+
+
 def test_one_subnetwork_is_the_narrowest_and_none_is_none():
     assert [subnet.width for subnet in SubnetSampler(1, 0.75).sample(3)] == [0.75]
     assert SubnetSampler(0).sample(3) == []
@@ -99,6 +148,8 @@ def test_a_subnet_cannot_be_changed():
         ({"max_width": 0.8}, r"max_width is 0.8; it must lie in \[min_width, 1\] = \[0.9, 1\]"),
         ({"max_width": 1.1}, "max_width is 1.1"),
         ({"width_levels": 1}, "width_levels is 1"),
+        ({"subnet_mode": "height"}, r"subnet_mode is 'height'; .* one of 'width', 'depth', 'width\+depth'"),
+        ({"min_survival": 0}, r"min_survival is 0; it must lie in \(0, 1\]"),
         ({"resolutions": []}, r"resolutions is \[\]"),
         ({"resolutions": [32, 0]}, r"resolutions is \[32, 0\]"),
         ({"resolutions": [32.5]}, r"resolutions is \[32.5\]"),

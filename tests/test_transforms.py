@@ -1,9 +1,13 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 from gradaug_hf.subnets import Subnet
-from gradaug_hf.transforms import resize, transform_for_subnet
+from gradaug_hf.transforms import RandomQuarterTurn, resize, transform_for_subnet
 from tests.residual_network import resize_by_hand
 
 
@@ -35,18 +39,48 @@ def test_a_subnetwork_sees_the_transform_then_its_resolution():
     assert transform_for_subnet(images, Subnet(0.9)) is images
 
 
-def test_random_numbers_of_a_transform_come_from_the_subnetworks_seed_alone():
-    def noisy(images: Tensor) -> Tensor:
-        return images + torch.randn_like(images)
+def test_quarter_turns_are_equally_likely_and_turn_all_images_alike():
+    images = torch.randn(3, 2, 4, 4)
+    turned = [images] + [torch.stack([turn_by_hand(image) for image in images])]
+    while len(turned) < 4:
+        turned.append(torch.stack([turn_by_hand(image) for image in turned[-1]]))
+    counts = [0] * 4
+    for seed in range(400):
+        seen = transform_for_subnet(images, Subnet(seed=seed), RandomQuarterTurn())
+        counts[next(turns for turns in range(4) if torch.equal(seen, turned[turns]))] += 1
+    assert counts == pytest.approx([100] * 4, abs=35)  # the deviation is 8.7
 
-    images = torch.zeros(1, 1, 4, 4)
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    first = transform_for_subnet(images, Subnet(seed=3), noisy)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(1)
-    assert torch.equal(transform_for_subnet(images, Subnet(seed=3), noisy), first)
-    assert not torch.equal(transform_for_subnet(images, Subnet(seed=4), noisy), first)
+
+def turn_by_hand(image: Tensor) -> Tensor:
+    """A quarter turn counter-clockwise: the last column becomes the first row."""
+    return torch.stack([image[:, :, column] for column in reversed(range(image.shape[2]))], dim=1)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        RandomQuarterTurn(),
+        v2.RandomAffine(degrees=30),
+        v2.RandomErasing(p=1.0),
+        v2.Compose([v2.ColorJitter(brightness=0.5), v2.RandomHorizontalFlip()]),
+        v2.RandomChoice([v2.RandomVerticalFlip(), RandomQuarterTurn()]),
+        lambda images: images * random.random(),
+        lambda images: images * float(np.random.rand()),
+    ],
+    ids=["turn", "affine", "erasing", "compose", "choice", "random", "numpy"],
+)
+def test_any_transform_draws_from_the_subnetworks_seed_alone(transform):
+    images = torch.rand(2, 3, 8, 8)
+    first = []
+    for salt in (1, 2):
+        random.seed(salt)
+        np.random.seed(salt)
+        torch.manual_seed(salt)
+        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        first.append([transform_for_subnet(images, Subnet(seed=seed), transform) for seed in range(8)])
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    assert all(torch.equal(one, other) for one, other in zip(*first, strict=True))
+    assert any(not torch.equal(seen, first[0][0]) for seen in first[0])
 
 
 @pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)])

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from gradaug_hf.slimming.patching import Slices, SlimModule, check_width, unpatch, width_state
+from gradaug_hf.slimming.patching import Slices, SlimModule, check_width, slices_of, unpatch, width_state
 from gradaug_hf.slimming.patterns import Width, pattern_size, take_pattern
 
 
@@ -26,7 +26,7 @@ def extract_subnet(model: nn.Module, width: float) -> nn.Module:
     """
     width = check_width(width)
     state = width_state(model)
-    slices = {name: module._slices for name, module in model.named_modules() if isinstance(module, SlimModule)}
+    slices = slices_of(model)
     overrides = {
         name: dict(module._overrides)
         for name, module in model.named_modules()

@@ -2,32 +2,43 @@
 
 A module's class is exchanged for a subclass whose `weight`, `bias`, `groups`, ... are properties. They read the stored
 parameter and return the part that the current width keeps, so that the module's own forward, autograd, the optimiser,
-`state_dict` and DDP work unmodified.
+`state_dict` and DDP work unmodified. A residual block's subclass gives its shortcut while the block is dropped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradaug_hf.slimming.patterns import Pattern, Width, is_sliced, pattern_size, take_pattern
+from gradaug_hf.slimming.shortcuts import Shortcut, run_shortcut, with_zero_gradients
 
-# What a slimmable network itself carries.
+# What a patched network itself carries; the report only once it was made slimmable.
 NETWORK_ATTRIBUTES = ("_width_state", "_slicing_report")
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
 class WidthState:
-    """The width that all sliced modules of one network share, and whether a sub-network pass is under way."""
+    """What all patched modules of one network share.
+
+    Args:
+        width: the width of the sliced ones.
+        subnet_pass: whether the training pass of a sub-network is under way.
+        dropped: indices of the residual blocks that are dropped.
+        num_blocks: how many residual blocks can be.
+    """
 
     width: Width = field(default_factory=Width)
     subnet_pass: bool = False
+    dropped: frozenset[int] = frozenset()
+    num_blocks: int = 0
 
     @property
     def is_subnet(self) -> bool:
@@ -58,23 +69,41 @@ class SlimModule(nn.Module):
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         cls = type(self)
-        return _rebuild, (cls._unsliced, cls._sliced_tensors, cls._sliced_attributes), self.__dict__
+        return _rebuild, (cls._kind, cls._unsliced, cls._sliced_tensors, cls._sliced_attributes), self.__dict__
 
 
-def _rebuild(base: type[nn.Module], tensors: tuple[str, ...], attributes: tuple[str, ...]) -> nn.Module:
-    cls = _slim_class(base, tensors, attributes)
+class DroppableBlock(SlimModule):
+    """Base of the classes that residual blocks are given which can be dropped. Never instantiated by itself."""
+
+    _shortcut: Shortcut
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        shortcut = self._shortcut
+        if shortcut.index not in self._state.dropped:
+            return super().forward(*args, **kwargs)
+        out = run_shortcut(self, shortcut.path, shortcut.act, args[0])
+        # Several processes wait for the gradient of every parameter.
+        return with_zero_gradients(out, self) if dist.is_available() and dist.is_initialized() else out
+
+
+def _rebuild(
+    kind: type[SlimModule], base: type[nn.Module], tensors: tuple[str, ...], attributes: tuple[str, ...]
+) -> nn.Module:
+    cls = _slim_class(kind, base, tensors, attributes)
     return cls.__new__(cls)
 
 
 @cache
-def _slim_class(base: type[nn.Module], tensors: tuple[str, ...], attributes: tuple[str, ...]) -> type[nn.Module]:
+def _slim_class(
+    kind: type[SlimModule], base: type[nn.Module], tensors: tuple[str, ...], attributes: tuple[str, ...]
+) -> type[nn.Module]:
     properties = {name: _tensor_property(name) for name in tensors}
     properties |= {name: _attribute_property(name) for name in attributes}
     if issubclass(base, _BatchNorm):
         properties |= {name: _tensor_property(name) for name in BATCH_NORM_STATE}
         properties |= {"momentum": _override_property("momentum"), "track_running_stats": _tracking_property()}
-    names = {"_unsliced": base, "_sliced_tensors": tensors, "_sliced_attributes": attributes}
-    return type(base.__name__, (SlimModule, base), {**properties, **names, "__module__": base.__module__})
+    names = {"_kind": kind, "_unsliced": base, "_sliced_tensors": tensors, "_sliced_attributes": attributes}
+    return type(base.__name__, (kind, base), {**properties, **names, "__module__": base.__module__})
 
 
 def _tensor_property(name: str) -> property:
@@ -130,31 +159,48 @@ def _set_in_dict(name: str) -> Any:
     return set_value
 
 
-def patch(network: nn.Module, slices: dict[str, Slices], state: WidthState) -> None:
-    """Make modules slimmable in place.
+def patch(
+    network: nn.Module, slices: Mapping[str, Slices], shortcuts: Mapping[str, Shortcut], state: WidthState
+) -> None:
+    """Make modules slimmable and residual blocks droppable in place.
 
     Args:
-        network: the network; gets an attribute `_width_state`.
+        network: the network, unpatched; gets an attribute `_width_state`.
         slices: module name -> what of it is sliced. Every batch norm is patched, sliced or not.
-        state: the width that they share.
+        shortcuts: block name -> what stays of it when it is dropped.
+        state: the width and the dropped blocks that they share.
     """
     for name, module in network.named_modules():
-        own = slices.get(name)
-        if own is None and not isinstance(module, _BatchNorm):
+        if name not in slices and name not in shortcuts and not isinstance(module, _BatchNorm):
             continue
-        own = own or Slices()
+        own = slices.get(name) or Slices()
+        kind = DroppableBlock if name in shortcuts else SlimModule
         tensors = tuple(sorted({*own.tensors, *own.written}))
-        module.__class__ = _slim_class(type(module), tensors, tuple(sorted(own.attributes)))
+        module.__class__ = _slim_class(kind, type(module), tensors, tuple(sorted(own.attributes)))
         module._slices, module._state, module._overrides = own, state, {}
+        if name in shortcuts:
+            module._shortcut = shortcuts[name]
+    state.num_blocks = len(shortcuts)
     network._width_state = state
 
 
+def slices_of(network: nn.Module) -> dict[str, Slices]:
+    """Module name -> what of it is sliced, of a patched network."""
+    return {name: module._slices for name, module in network.named_modules() if isinstance(module, SlimModule)}
+
+
+def shortcuts_of(network: nn.Module) -> dict[str, Shortcut]:
+    """Block name -> what stays of it when it is dropped, of a patched network."""
+    return {name: module._shortcut for name, module in network.named_modules() if isinstance(module, DroppableBlock)}
+
+
 def unpatch(network: nn.Module) -> None:
-    """Give sliced modules their own classes back."""
+    """Give patched modules their own classes back."""
     for module in network.modules():
         if isinstance(module, SlimModule):
             module.__class__ = type(module)._unsliced
-            del module._slices, module._state, module._overrides
+            for name in ("_slices", "_state", "_overrides", "_shortcut"):
+                vars(module).pop(name, None)
         for name in NETWORK_ATTRIBUTES:
             vars(module).pop(name, None)
 
@@ -166,14 +212,24 @@ def width_state(model: nn.Module) -> WidthState:
         ValueError: `make_slimmable` was not called on the model.
     """
     for module in model.modules():
-        if "_width_state" in vars(module):
+        if "_slicing_report" in vars(module):
             return module._width_state
     raise ValueError(f"{type(model).__name__} is not slimmable: call gradaug_hf.make_slimmable(model) first")
 
 
 def is_slimmable(model: nn.Module) -> bool:
     """Whether `make_slimmable` was called on a model, or on what it wraps."""
-    return any("_width_state" in vars(module) for module in model.modules())
+    return any("_slicing_report" in vars(module) for module in model.modules())
+
+
+def num_droppable_blocks(model: nn.Module) -> int:
+    """How many residual blocks of a network can be dropped: 0 unless `make_droppable` was called on it."""
+    state = _state_in(model)
+    return 0 if state is None else state.num_blocks
+
+
+def _state_in(model: nn.Module) -> WidthState | None:
+    return next((vars(module)["_width_state"] for module in model.modules() if "_width_state" in vars(module)), None)
 
 
 def check_width(width: float) -> float:
@@ -217,21 +273,24 @@ def at_width(model: nn.Module, width: float) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def subnet_pass(model: nn.Module, width: float) -> Iterator[nn.Module]:
+def subnet_pass(model: nn.Module, width: float, dropped: Collection[int] = ()) -> Iterator[nn.Module]:
     """`at_width` for the training pass of a sub-network: no statistics are written, also at width 1.
 
     Args:
-        model: a network that `make_slimmable` was called on, or a wrapper of one.
+        model: a network that `make_slimmable` was called on, or a wrapper of one; one that `make_droppable` was
+            called on does as well at width 1.
         width: width multiplier in (0, 1].
+        dropped: indices of the residual blocks that are replaced by their shortcuts.
 
     Raises:
         ValueError: the width is out of range, or the model is not slimmable.
     """
-    state = width_state(model)
-    before = state.subnet_pass
-    with at_width(model, width):
-        state.subnet_pass = True
-        try:
-            yield model
-        finally:
-            state.subnet_pass = before
+    droppable = num_droppable_blocks(model) > 0
+    state = _state_in(model) if droppable and width == 1 else width_state(model)
+    before = state.width, state.subnet_pass, state.dropped
+    state.width = Width(check_width(width), state.width.divisor)
+    state.subnet_pass, state.dropped = True, frozenset(dropped)
+    try:
+        yield model
+    finally:
+        state.width, state.subnet_pass, state.dropped = before

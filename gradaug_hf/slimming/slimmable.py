@@ -7,7 +7,7 @@ from torch import nn
 
 from gradaug_hf.slimming.handlers import find_handler
 from gradaug_hf.slimming.meta import example_images, example_sizes, meta_copy
-from gradaug_hf.slimming.patching import WidthState, patch, unpatch, width_state
+from gradaug_hf.slimming.patching import WidthState, patch, shortcuts_of, unpatch, width_state
 from gradaug_hf.slimming.patterns import Width
 from gradaug_hf.slimming.planning import Plan
 from gradaug_hf.slimming.proof import prove
@@ -42,6 +42,7 @@ def make_slimmable(
     if not isinstance(width_divisor, int) or width_divisor < 1:
         raise ValueError(f"width_divisor is {width_divisor!r}; it must be a positive integer")
     sizes = list(example_sizes(model, input_size))
+    shortcuts = shortcuts_of(model)
     unpatch(model)
     network = meta_copy(model)
     slices, report = {}, SlicingReport()
@@ -53,7 +54,7 @@ def make_slimmable(
             continue
         slices, report = plan.slices(), make_report(network, plan, TRACED_BATCH)
         break
-    patch(model, slices, WidthState(Width(1.0, width_divisor)))
+    patch(model, slices, shortcuts, WidthState(Width(1.0, width_divisor)))
     model._slicing_report = report
     return model
 
