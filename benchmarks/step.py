@@ -5,7 +5,8 @@
 
 The steps of all methods take turns in one process, so that whatever else the machine does falls on all alike. The
 bound is the multiply-adds of the drawn sub-networks over those of the full network, width squared times side squared
-as the paper counts them (arXiv 2006.07989), plus one for the full network.
+as the paper counts them (arXiv 2006.07989), plus one for the full network. "dense" runs the same sub-networks as
+ordinary narrow networks (`extract_subnet`, not timed) in place of slices: what is beyond its time is the slicing's.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import gradaug_hf
+from gradaug_hf.losses import soft_target_divergence
+from gradaug_hf.transforms import resize
 
 MIN_WIDTH = {"resnet50": 0.9, "wrn28_2": 0.8}
 RESOLUTIONS = {224: [224, 192, 160, 128], 32: [32, 28, 24]}
@@ -28,10 +31,11 @@ RESOLUTIONS = {224: [224, 192, 160, 128], 32: [32, 28, 24]}
 
 @dataclass
 class Method:
-    """A way of taking one training step."""
+    """A way of taking one training step, and what it needs beforehand."""
 
     name: str
     step: Callable[[int], object]
+    prepare: Callable[[int], object] = lambda step: None
     seconds: list[float] = field(default_factory=list)
     peak: float = 0.0
 
@@ -75,16 +79,34 @@ def measure(name: str, side: int, batch: int, steps: int, divisor: int, device: 
     def joint(step: int) -> None:
         gradaug.loss(images, labels, step).backward()
 
-    methods = [Method("plain", plain), Method("GradAug, sequential", sequential), Method("GradAug, joint", joint)]
+    narrow: list[nn.Module] = []
+
+    def extract(step: int) -> None:
+        narrow[:] = [gradaug_hf.extract_subnet(model, subnet.width) for subnet in gradaug.sampler.sample(step)]
+
+    def dense(step: int) -> None:
+        logits = model(images)
+        nn.functional.cross_entropy(logits, labels).backward()
+        for network, subnet in zip(narrow, gradaug.sampler.sample(step), strict=True):
+            soft_target_divergence(network(resize(images, subnet.resolution)), logits.detach()).backward()
+
+    methods = [
+        Method("plain", plain),
+        Method("GradAug, sequential", sequential),
+        Method("GradAug, joint", joint),
+        Method("dense", dense, extract),
+    ]
     for step in range(-1, steps):
         for method in methods:
+            method.prepare(max(step, 0))
             start = time.perf_counter()
             take_step(method, max(step, 0), optimizer, device)
             if step >= 0:
                 method.seconds.append(time.perf_counter() - start)
+    del narrow[:]
     # One step with the largest images shows the peak; it is the same draw for both ways of going backward.
     widest = max(range(steps), key=lambda step: sum(s.resolution or side for s in gradaug.sampler.sample(step)))
-    for method in methods:
+    for method in methods[:3]:
         work = partial(take_step, method, widest, optimizer, device)
         method.peak = peak_memory(work, device, optimizer)
     bound = 1 + sum(relative_cost(gradaug.sampler.sample(step), side) for step in range(steps)) / steps
@@ -129,9 +151,10 @@ def print_rows(name: str, batch: int, methods: list[Method], bound: float) -> No
         seconds = sum(method.seconds) / len(method.seconds)
         ratio = sum(method.seconds) / sum(plain.seconds)
         own_bound = 1.0 if method is plain else bound
+        memory = f"{method.peak:.0f} | {method.peak / plain.peak:.2f}" if method.peak else " | "
         print(
             f"| {name} | {batch} | {method.name} | {seconds:.3f} | {ratio:.2f} | {own_bound:.2f} "
-            f"| {ratio / own_bound:.2f} | {method.peak:.0f} | {method.peak / plain.peak:.2f} |",
+            f"| {ratio / own_bound:.2f} | {memory} |",
             flush=True,
         )
 
