@@ -1,14 +1,25 @@
 """Image classification data: loading with `datasets`, columns and splits, decoding, and the paper's transforms."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+)
+from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision.transforms import v2
@@ -21,6 +32,11 @@ IMAGE_COLUMNS = ("image", "img", "pixel_values", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 EVAL_SPLITS = ("validation", "test")
 EVAL_SHARE = 0.2
+ACCEPTED = "a Hub id, a parquet file, a folder of parquet files or a folder of images"
+# Images that a stream holds in memory to shuffle them, still encoded; shards are shuffled as well.
+SHUFFLE_BUFFER = 2000
+# Images that a stream decodes at a time.
+STREAM_BATCH = 16
 
 
 def load_image_data(
@@ -53,13 +69,60 @@ def load_image_data(
         OSError: The data set cannot be found, reached or read.
         ValueError: A split or column is missing or ambiguous, or a label is missing or out of range.
     """
-    loaded = _load(name, config_name)
-    chosen = _choose_splits(loaded, train_split, eval_split)
-    features = chosen["train"].features
-    images = _find_column(features, "image", image_column, IMAGE_COLUMNS, _is_image, _is_encoded_image)
-    labels = _find_column(features, "label", label_column, LABEL_COLUMNS, _is_class_label, _is_int_or_string)
+    chosen = _choose_splits(_load(name, config_name), train_split, eval_split)
+    images, labels = _find_columns(chosen["train"].features, image_column, label_column)
     data = _standard_columns(chosen, images, labels)
     return data if "eval" in data else _hold_out(data["train"], seed)
+
+
+def stream_image_data(
+    name: str,
+    *,
+    config_name: str | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> IterableDatasetDict:
+    """`load_image_data` without downloading or preparing anything first: images are read when they are needed.
+
+    Args:
+        name: as for `load_image_data`.
+        config_name: as for `load_image_data`.
+        train_split: as for `load_image_data`.
+        eval_split: as for `load_image_data`, but nothing can be held out.
+        image_column: as for `load_image_data`.
+        label_column: as for `load_image_data`; its classes must have names.
+
+    Returns:
+        Splits `train` and `eval` with the columns `image` (encoded) and `label` (a `ClassLabel`), in the stored order.
+
+    Raises:
+        OSError: The data set cannot be found, reached or read.
+        ValueError: A split or column is missing or ambiguous, or the labels have no names.
+    """
+    chosen = _choose_splits(_load(name, config_name, streaming=True), train_split, eval_split)
+    if "eval" not in chosen:
+        raise ValueError(
+            f"split {train_split!r} is the only one, and nothing can be held out of a stream; name a split"
+        )
+    features = chosen["train"].features
+    if features is None:
+        raise ValueError(f"data set {name!r} does not say which columns it has; load it without streaming")
+    images, labels = _find_columns(features, image_column, label_column)
+    if not _is_class_label(features[labels]):
+        raise ValueError(
+            f"label_column {labels!r} is a {features[labels]}, whose classes are known only once all of it was read; "
+            "load the data set without streaming"
+        )
+    return IterableDatasetDict(
+        {
+            key: split.select_columns([images, labels])
+            .rename_columns({images: "image", labels: "label"})
+            .cast_column("image", Image(decode=False))
+            for key, split in chosen.items()
+        }
+    )
 
 
 def load_digits_data(size: int = 32) -> DatasetDict:
@@ -92,9 +155,24 @@ def load_digits_data(size: int = 32) -> DatasetDict:
     return _standard_columns(DatasetDict(chosen), "image", "label")
 
 
-def class_names(data: DatasetDict) -> list[str]:
+def class_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
     """Names of the classes, in the order of the labels."""
     return data["train"].features["label"].names
+
+
+def number_of_images(split: Dataset | IterableDataset) -> int | None:
+    """Number of images of a split; None where a stream does not say."""
+    if isinstance(split, Dataset):
+        return len(split)
+    known = (split.info.splits or {}).get(str(split.split))
+    return known.num_examples if known is not None and known.num_examples else None
+
+
+def take_images(split: Dataset | IterableDataset, number: int, seed: int) -> Dataset | IterableDataset:
+    """At most `number` images, drawn from the seed; of a stream the first ones."""
+    if isinstance(split, IterableDataset):
+        return split.take(number)
+    return split.shuffle(seed=seed).take(min(number, len(split)))
 
 
 def balanced_subset(split: Dataset, labels_per_class: int, seed: int = 0) -> Dataset:
@@ -122,17 +200,20 @@ def balanced_subset(split: Dataset, labels_per_class: int, seed: int = 0) -> Dat
     return split.select(np.sort(np.concatenate(rows)))
 
 
-def with_pixels(split: Dataset, transform: Transform) -> Dataset:
+def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Dataset | IterableDataset:
     """Decode and transform the images when they are read, so in the workers of a data loader.
 
     Args:
-        split: Data with the columns `image`, `label` and `row`.
+        split: Data with the columns `image`, `label` and, unless it is a stream, `row`.
         transform: Function of an RGB image that returns a tensor (3, H, W).
 
     Returns:
         Data whose examples are `pixel_values`, a tensor (3, H, W), and `labels`, an int. Reading an example raises
         `ValueError` with its row where the image cannot be decoded.
     """
+    if isinstance(split, IterableDataset):
+        read = partial(_read_batch, transform=transform, split=str(split.split))
+        return split.map(read, batched=True, batch_size=STREAM_BATCH, remove_columns=["image", "label"])
     return split.with_transform(partial(_read_batch, transform=transform, split=str(split.split)))
 
 
@@ -190,28 +271,51 @@ def _to_tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[v2.Trans
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
 
 
-def _load(name: str, config_name: str | None) -> DatasetDict:
+def _load(name: str, config_name: str | None, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
     try:
         if Path(name).is_file():
-            return load_dataset("parquet", data_files=str(name))
-        return load_dataset(str(name), config_name)
+            return load_dataset("parquet", data_files=str(name), streaming=streaming)
+        return load_dataset(str(name), config_name, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
-        accepted = "a Hub id, a parquet file, a folder of parquet files or a folder of images"
-        raise OSError(f"data set {name!r} cannot be loaded; {accepted} is accepted. {error}") from error
+        raise OSError(f"data set {name!r} {_what_to_do(error, name)}") from error
 
 
-def _choose_splits(loaded: DatasetDict, train_split: str, eval_split: str | None) -> DatasetDict:
+def _what_to_do(error: BaseException, name: str) -> str:
+    causes = list(_causes(error))
+    if any(isinstance(cause, GatedRepoError) or "gated dataset" in str(cause) for cause in causes):
+        page = f"https://huggingface.co/datasets/{name}"
+        return f"is gated: accept its terms at {page}, then sign in with `hf auth login`"
+    if any(isinstance(cause, (ConnectionError, LocalEntryNotFoundError)) for cause in causes):
+        return (
+            "is neither a file nor a folder here, and the Hub cannot be reached to look for it: connect to the "
+            f"network, or unset HF_HUB_OFFLINE; {ACCEPTED} is accepted. {error}"
+        )
+    if isinstance(error, DatasetNotFoundError):
+        return f"is not on the Hub, or it is private: check its name, or sign in with `hf auth login`. {error}"
+    return f"cannot be loaded; {ACCEPTED} is accepted. {error}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _choose_splits(
+    loaded: DatasetDict | IterableDatasetDict, train_split: str, eval_split: str | None
+) -> DatasetDict | IterableDatasetDict:
+    kind = type(loaded)
     found = ", ".join(loaded)
     for split in filter(None, (train_split, eval_split)):
         if split not in loaded:
             raise ValueError(f"the data set has no split {split!r}; splits found: {found}")
     if len(loaded) == 1 and eval_split is None:
-        return DatasetDict(train=loaded[train_split])
+        return kind(train=loaded[train_split])
     if eval_split is None:
         eval_split = next((split for split in EVAL_SPLITS if split in loaded and split != train_split), None)
     if eval_split is None:
         raise ValueError(f"no split to evaluate on; name one as eval_split. Splits found: {found}")
-    return DatasetDict(train=loaded[train_split], eval=loaded[eval_split])
+    return kind(train=loaded[train_split], eval=loaded[eval_split])
 
 
 def _is_image(feature) -> bool:
@@ -228,6 +332,12 @@ def _is_class_label(feature) -> bool:
 
 def _is_int_or_string(feature) -> bool:
     return isinstance(feature, Value) and feature.dtype in {"int8", "int16", "int32", "int64", "uint8", "string"}
+
+
+def _find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    images = _find_column(features, "image", image_column, IMAGE_COLUMNS, _is_image, _is_encoded_image)
+    labels = _find_column(features, "label", label_column, LABEL_COLUMNS, _is_class_label, _is_int_or_string)
+    return images, labels
 
 
 def _find_column(
@@ -313,18 +423,20 @@ def _hold_out(split: Dataset, seed: int) -> DatasetDict:
 
 
 def _read_batch(batch: dict[str, list], transform: Transform, split: str) -> dict[str, list]:
-    images = (_decode(image, row, split) for image, row in zip(batch["image"], batch["row"], strict=True))
+    rows = batch.get("row", [None] * len(batch["image"]))
+    images = (_decode(image, row, split) for image, row in zip(batch["image"], rows, strict=True))
     return {"pixel_values": [transform(image) for image in images], "labels": batch["label"]}
 
 
-def _decode(encoded: dict | None, row: int, split: str) -> PIL.Image.Image:
+def _decode(encoded: dict | None, row: int | None, split: str) -> PIL.Image.Image:
+    place = f"split {split}" if row is None else f"row {row} of split {split}"
     if encoded is None:
-        raise ValueError(f"there is no image in row {row} of split {split}")
+        raise ValueError(f"there is no image in {place}")
     try:
         return _to_rgb(Image().decode_example(encoded))
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         file = f" ({encoded['path']})" if encoded["path"] else ""
-        raise ValueError(f"the image in row {row} of split {split}{file} cannot be decoded: {error}") from error
+        raise ValueError(f"the image in {place}{file} cannot be decoded: {error}") from error
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -1,5 +1,6 @@
 """What the recipes share: from the command line to `results.json`."""
 
+import math
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -21,7 +22,17 @@ from transformers.training_args import OptimizerNames
 
 from gradaug_hf.arguments import ExperimentArguments, parse
 from gradaug_hf.config import GradAugConfig
-from gradaug_hf.data import Transform, balanced_subset, class_names, load_image_data, with_pixels
+from gradaug_hf.data import (
+    SHUFFLE_BUFFER,
+    Transform,
+    balanced_subset,
+    class_names,
+    load_image_data,
+    number_of_images,
+    stream_image_data,
+    take_images,
+    with_pixels,
+)
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.methods import NETWORK_ARGUMENTS, check_method
 from gradaug_hf.metrics import topk_accuracy
@@ -35,6 +46,7 @@ from gradaug_hf.networks import (
 )
 from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
 from gradaug_hf.trainer import GradAugTrainer
+from gradaug_hf.transforms import RandomQuarterTurn
 
 # The paper's optimiser and schedule, and what a run shows and keeps.
 SETTINGS = {
@@ -193,6 +205,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         arguments = {name: value for name, value in arguments.items() if value is not None and name in accepted}
     with PartialState().main_process_first():
         data = load_data(args, config.seed)
+    settle_steps(args, config, data["train"])
 
     set_seed(config.seed)
     if config.do_train:
@@ -210,27 +223,52 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         eval_dataset=with_pixels(data["eval"], recipe.transform(False, **statistics)),
         compute_metrics=topk_accuracy,
         processing_class=processor,
+        subnet_transform=RandomQuarterTurn() if args.subnet_rotation else None,
         lr_drops=args.lr_drops,
     )
 
 
-def load_data(args: ExperimentArguments, seed: int) -> DatasetDict:
+def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """The images to train on and to evaluate on, as many of them as are asked for."""
-    data = load_image_data(
-        args.dataset_name,
-        config_name=args.dataset_config_name,
-        train_split=args.train_split,
-        eval_split=args.eval_split,
-        image_column=args.image_column,
-        label_column=args.label_column,
-        seed=seed,
-    )
+    options = {
+        "config_name": args.dataset_config_name,
+        "train_split": args.train_split,
+        "eval_split": args.eval_split,
+        "image_column": args.image_column,
+        "label_column": args.label_column,
+    }
+    if args.streaming:
+        data = stream_image_data(args.dataset_name, **options)
+    else:
+        data = load_image_data(args.dataset_name, seed=seed, **options)
     if args.labels_per_class is not None:
+        if args.streaming:
+            raise ValueError("labels_per_class needs to see all labels first; leave out streaming")
         data["train"] = balanced_subset(data["train"], args.labels_per_class, seed)
     for split, number in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
         if number is not None:
-            data[split] = data[split].shuffle(seed=seed).take(min(number, len(data[split])))
+            data[split] = take_images(data[split], number, seed)
+    if args.streaming:
+        data["train"] = data["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return data
+
+
+def settle_steps(args: ExperimentArguments, config: GradAugConfig, train_split: Dataset | IterableDataset) -> None:
+    """Set the number of steps of a stream, which the Trainer has to know.
+
+    Raises:
+        ValueError: neither the data set nor the arguments say how many images or steps there are.
+    """
+    if not (args.streaming and config.do_train) or config.max_steps > 0:
+        return
+    counts = [number_of_images(train_split), args.max_train_samples]
+    if counts[0] is None:
+        raise ValueError(
+            f"{args.dataset_name} does not say how many images split {args.train_split!r} has; give max_steps, or "
+            "leave out streaming"
+        )
+    images = min(count for count in counts if count is not None)
+    config.max_steps = round(config.num_train_epochs * math.ceil(images / args.batch_size))
 
 
 def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:

@@ -1,4 +1,4 @@
-"""WRN-28-10 on CIFAR-100 with GradAug (arXiv 2006.07989), or with another method of the paper's table.
+"""WRN-28-10 on CIFAR-100 with GradAug (arXiv 2006.07989), or with another method of its table.
 
     accelerate launch recipes/cifar_wideresnet.py
     accelerate launch recipes/cifar_wideresnet.py --method baseline --seed 1

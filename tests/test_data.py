@@ -187,9 +187,15 @@ def test_label_out_of_range_names_its_row(tmp_path, label, shown: str, feature):
 def test_data_set_that_cannot_be_loaded_is_named(tmp_path):
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 nothing")
-    for name in (str(tmp_path / "absent"), "nobody/nothing", str(broken)):
+    for name in (str(tmp_path / "absent"), str(broken)):
         with pytest.raises(OSError, match=f"data set '{name}' cannot be loaded; a Hub id, a parquet file"):
             load_image_data(name)
+
+
+def test_hub_data_set_without_a_network_says_what_to_do():
+    message = "'nobody/nothing' is neither a file nor a folder here, and the Hub cannot be reached.*HF_HUB_OFFLINE"
+    with pytest.raises(OSError, match=message):
+        load_image_data("nobody/nothing")
 
 
 def test_balanced_subset_draws_as_many_of_each_class_and_depends_on_the_seed():
