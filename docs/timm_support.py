@@ -17,7 +17,7 @@ import timm
 import torch
 
 import gradaug_hf
-from gradaug_hf.slimming import meta_copy
+from gradaug_hf.resolutions import ResolutionTrial, dynamic_size_arguments
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS / "timm-support.json"
@@ -28,10 +28,11 @@ HEADER = """# Which networks of timm are sliced
 
 One network of every module of timm {version}, the smallest. *Multiply-adds* and *parameters* are the shares that
 shrink with the width. *Other sides* are those of 6/7, 5/7 and 4/7 of the native side that the network takes as timm
-builds it. *Checked*: at widths 0.5, 0.75 and 0.9 the sub-network equals the full network with the left-out channels
-zeroed, and the extracted one, in float64; the full width is bit-identical (`tests/slimming/test_zoo.py`). *Patch* is
-the time of `make_slimmable` on a machine with 2 cores, other work running beside it. Regenerate it with
-`python docs/timm_support.py`.
+builds it, and the arguments with which timm builds it to take them all. *Checked*: at widths 0.5, 0.75 and 0.9 the
+sub-network equals the full network with the left-out channels zeroed, in float64, and the extracted one, which runs in
+a process without gradaug_hf; forward and backward run; the full width is bit-identical (`tests/slimming/test_zoo.py`).
+*Patch* is the time of `make_slimmable` on 2 CPU cores, other work running beside it. Regenerate the table with
+`python docs/timm_support.py --check`.
 
 | module | network | multiply-adds | parameters | side | other sides | checked | patch | at full width |
 |---|---|---|---|---|---|---|---|---|
@@ -66,27 +67,20 @@ def measure(name: str) -> dict[str, object]:
     seconds = time.perf_counter() - start
     report = gradaug_hf.slicing_report(model)
     side = model.pretrained_cfg["input_size"][-1]
+    others = [round(side * scale) for scale in SCALES]
+    accepted = ResolutionTrial(model).accepted(others)
     reasons = list(dict.fromkeys(report.refused.values()))
     return {
         "module": model.__class__.__module__.removeprefix("timm.models."),
         "sliced_macs": report.sliced_macs,
         "sliced_params": report.sliced_params,
         "side": side,
-        "other_sides": [scaled for scaled in (round(side * scale) for scale in SCALES) if accepts(model, scaled)],
+        "other_sides": accepted,
+        "dynamic": None if accepted == others else dynamic_size_arguments(model, others),
         "seconds": seconds,
         "refused": len(report.refused),
         "reason": reasons[0] if reasons else "",
     }
-
-
-def accepts(model: torch.nn.Module, side: int) -> bool:
-    """Whether the network as built takes images of another side."""
-    channels = model.pretrained_cfg["input_size"][0]
-    try:
-        meta_copy(model).eval()(torch.empty(2, channels, side, side, device="meta"))
-    except Exception:  # whatever a network raises at a size that it cannot take
-        return False
-    return True
 
 
 def check(name: str) -> str:
@@ -111,6 +105,8 @@ def table(results: dict[str, dict]) -> str:
     for name, row in sorted(results.items(), key=lambda item: (item[1]["module"], item[0])):
         reason = f"{row['refused']} layers: {row['reason']}"[:140].replace("|", "/") if row["refused"] else ""
         sides = ", ".join(map(str, row["other_sides"])) or "none"
+        if row.get("dynamic"):
+            sides += f"; all with `{', '.join(f'{key}={value}' for key, value in row['dynamic'].items())}`"
         lines.append(
             f"| {row['module']} | `{name}` | {row['sliced_macs']:.1%} | {row['sliced_params']:.1%} | {row['side']} "
             f"| {sides} | {row.get('checked', 'not')} | {row['seconds']:.1f} s | {reason} |"

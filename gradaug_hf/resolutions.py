@@ -110,20 +110,31 @@ def dynamic_size_hint(model: nn.Module, sides: Iterable[int]) -> str:
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification`, or any module.
-        sides: in pixels. Where none of timm's arguments makes the network take them all, but timm builds it for
-            another size, that is said of a single side.
+        sides: in pixels.
+    """
+    arguments = dynamic_size_arguments(model, sides)
+    if arguments is None:
+        return ""
+    network = getattr(model, "timm_model", model)
+    call = _build_call(network.pretrained_cfg["architecture"], arguments, wrapped=network is not model)
+    return f"; {call} builds it for {'that side alone' if 'img_size' in arguments else 'others'}"
+
+
+def dynamic_size_arguments(model: nn.Module, sides: Iterable[int]) -> dict[str, Any] | None:
+    """The arguments with which timm builds a network so that it takes some sides, or None.
+
+    Args:
+        model: a timm network, a `TimmWrapperForImageClassification`, or any module.
+        sides: in pixels. Where none of timm's arguments makes the network take any size, one that makes it take
+            another is given for a single side.
     """
     network = getattr(model, "timm_model", model)
     name = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
     if name is None or not timm.is_model(name):
-        return ""
+        return None
     sides = list(sides)
     fixed_sizes = ({"img_size": sides[0]},) if len(sides) == 1 else ()
-    for arguments in (*DYNAMIC_SIZE, *fixed_sizes):
-        if _takes(name, arguments, sides):
-            which = "that side alone" if "img_size" in arguments else "others"
-            return f"; {_build_call(name, arguments, wrapped=network is not model)} builds it for {which}"
-    return ""
+    return next((each for each in (*DYNAMIC_SIZE, *fixed_sizes) if _takes(name, each, sides)), None)
 
 
 def _takes(name: str, arguments: dict[str, Any], sides: list[int]) -> bool:
