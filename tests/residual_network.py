@@ -1,6 +1,7 @@
-"""A small residual network, and the same network narrowed by hand: tensors, slices and formulas only."""
+"""A small residual network, and the same network narrowed and shortened by hand: tensors, slices and formulas only."""
 
 from collections import OrderedDict
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,16 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(in_channels, out_channels, 1, stride)
+        self.drop_path = nn.Identity()
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return self.act(self.drop_path(self.bn2(self.conv2(y))) + self.shortcut(x))
 
 
 class ResidualNetwork(nn.Module):
-    """Stem, a block of 8 channels, one of 12 at half the size, pooling, classifier."""
+    """Stem, a block of 8 channels, two of 12 at half the size, pooling, classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,11 +35,12 @@ class ResidualNetwork(nn.Module):
         self.bn = nn.BatchNorm2d(STEM)
         self.block1 = ResidualBlock(STEM, STEM, 1)
         self.block2 = ResidualBlock(STEM, WIDE, 2)
+        self.block3 = ResidualBlock(WIDE, WIDE, 1)
         self.fc = nn.Linear(WIDE, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.bn(self.stem(x)))
-        return self.fc(self.block2(self.block1(x)).mean(dim=(2, 3)))
+        return self.fc(self.block3(self.block2(self.block1(x))).mean(dim=(2, 3)))
 
 
 def make_network(seed: int = 0, dtype: torch.dtype = torch.float64) -> ResidualNetwork:
@@ -49,8 +53,8 @@ def make_network(seed: int = 0, dtype: torch.dtype = torch.float64) -> ResidualN
     return network
 
 
-def narrow_forward(p: dict[str, Tensor], images: Tensor, width: float) -> Tensor:
-    """Logits of the network that keeps its first channels, from parameters by name; training mode."""
+def narrow_forward(p: dict[str, Tensor], images: Tensor, width: float, dropped: Collection[str] = ()) -> Tensor:
+    """Logits of the network that keeps its first channels and not its dropped blocks, in training mode."""
     few, many = int(STEM * width + 0.5), int(WIDE * width + 0.5)
 
     def norm(x: Tensor, name: str, kept: int) -> Tensor:
@@ -60,17 +64,21 @@ def narrow_forward(p: dict[str, Tensor], images: Tensor, width: float) -> Tensor
         return (x - mean) / torch.sqrt(variance + 1e-5) * gain + offset
 
     def block(x: Tensor, name: str, kept_in: int, kept: int, stride: int) -> Tensor:
+        shortcut = x
+        if stride != 1:
+            weight, bias = p[f"{name}.shortcut.weight"][:kept, :kept_in], p[f"{name}.shortcut.bias"][:kept]
+            shortcut = functional.conv2d(x, weight, bias, stride)
+        if name in dropped:
+            return shortcut.clamp(min=0)
         y = functional.conv2d(x, p[f"{name}.conv1.weight"][:kept, :kept_in], None, stride, 1)
         y = norm(y, f"{name}.bn1", kept).clamp(min=0)
         y = norm(functional.conv2d(y, p[f"{name}.conv2.weight"][:kept, :kept], None, 1, 1), f"{name}.bn2", kept)
-        if stride == 1:
-            return (y + x).clamp(min=0)
-        weight, bias = p[f"{name}.shortcut.weight"][:kept, :kept_in], p[f"{name}.shortcut.bias"][:kept]
-        return (y + functional.conv2d(x, weight, bias, stride)).clamp(min=0)
+        return (y + shortcut).clamp(min=0)
 
     x = functional.conv2d(images, p["stem.weight"][:few], p["stem.bias"][:few], 1, 1)
     x = norm(x, "bn", few).clamp(min=0)
     x = block(block(x, "block1", few, few, 1), "block2", few, many, 2)
+    x = block(x, "block3", many, many, 1)
     return x.mean(dim=(2, 3)) @ p["fc.weight"][:, :many].T + p["fc.bias"]
 
 
@@ -86,16 +94,19 @@ def resize_by_hand(images: Tensor, side: int) -> Tensor:
 
 
 def objective_by_hand(
-    p: dict[str, Tensor], images: Tensor, labels: Tensor, subnets: list[tuple[float, int]]
+    p: dict[str, Tensor], images: Tensor, labels: Tensor, subnets: list[tuple]
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and the sum of the divergences, for sub-networks of (width, side) and labels or probabilities."""
+    """Cross-entropy and the sum of the divergences, for labels or probabilities.
+
+    A sub-network is (width, side, names of dropped blocks...).
+    """
     log_p = _log_softmax(narrow_forward(p, images, 1.0))
     target = functional.one_hot(labels, CLASSES).to(images.dtype) if labels.ndim == 1 else labels
     cross_entropy = -(target * log_p).sum() / len(images)
     log_target = log_p.detach()
     divergence = torch.zeros((), dtype=images.dtype)
-    for width, side in subnets:
-        log_q = _log_softmax(narrow_forward(p, resize_by_hand(images, side), width))
+    for width, side, *dropped in subnets:
+        log_q = _log_softmax(narrow_forward(p, resize_by_hand(images, side), width, dropped))
         divergence = divergence + (log_target.exp() * (log_target - log_q)).sum() / len(images)
     return cross_entropy, divergence
 
@@ -105,7 +116,7 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def gradients_by_hand(
-    network: nn.Module, images: Tensor, labels: Tensor, subnets: list[tuple[float, int]], kl_weight: float = 1.0
+    network: nn.Module, images: Tensor, labels: Tensor, subnets: list[tuple], kl_weight: float = 1.0
 ) -> tuple[float, OrderedDict[str, Tensor]]:
     """The objective and its gradients, from copies of the network's parameters."""
     p = {name: parameter.detach().clone().requires_grad_() for name, parameter in network.named_parameters()}
