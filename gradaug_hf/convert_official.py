@@ -1,0 +1,202 @@
+"""Turns weights that the paper's own code trained into a checkpoint folder of timm.
+
+python -m gradaug_hf.convert_official FILE.pth.tar --arch resnet50 --output DIR
+
+A ResNet-110 becomes the network that was trained: the paper's code multiplies the residuals by their survival
+probability when it tests, although its full network never drops a block while training.
+"""
+
+import pickle
+import re
+import tempfile
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from gradaug_hf import models  # noqa: F401  (registers the paper's networks in timm)
+from gradaug_hf.hub import save_timm_config
+
+WRAPPED = "module."
+# The transform that the paper's code tests with, which is not the one of timm's own ResNet-50 weights.
+IMAGENET_CFG = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bilinear",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "conv1",
+    "classifier": "fc",
+}
+
+
+def _resnet50_name(name: str) -> str:
+    """There all blocks follow each other behind the stem, each with its residual's layers as a sequence."""
+    first_blocks = (1, 4, 8, 14)
+    name = re.sub(r"^conv1", "features.0.0", name)
+    name = re.sub(r"^bn1", "features.0.1", name)
+    name = re.sub(r"^layer(\d)\.(\d+)", lambda at: f"features.{first_blocks[int(at[1]) - 1] + int(at[2])}", name)
+    name = re.sub(r"conv(\d)", lambda at: f"body.{3 * int(at[1]) - 3}", name)
+    name = re.sub(r"bn(\d)", lambda at: f"body.{3 * int(at[1]) - 2}", name)
+    return re.sub(r"^fc", "classifier.0", name.replace("downsample", "shortcut"))
+
+
+def _wide_resnet_name(name: str) -> str:
+    name = re.sub(r"^layer(\d)", r"block\1.layer", name)
+    return re.sub(r"^bn\.", "bn1.", name).replace("shortcut", "convShortcut")
+
+
+def _pyramidnet_name(name: str) -> str:
+    return re.sub(r"^bn\.", "bn_final.", name)
+
+
+# How the paper's code names a tensor of the network in timm.
+OFFICIAL_NAMES: dict[str, Callable[[str], str]] = {
+    "resnet50": _resnet50_name,
+    "wrn28_10": _wide_resnet_name,
+    "pyramidnet200_a240": _pyramidnet_name,
+    "resnet110_cifar": str,
+}
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by name, without what DataParallel puts in front of the names.
+
+    Args:
+        file: a checkpoint of PyTorch; the tensors are its entry `state_dict` or `model`, or all of it.
+
+    Raises:
+        ValueError: the file cannot be read, needs more than tensors and plain values, or holds no tensors by name.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # nearly anything is raised for what is no checkpoint
+        raise ValueError(f"{file} {_why_unreadable(error)}") from error
+    weights = _find_weights(checkpoint)
+    if weights is None:
+        raise ValueError(
+            f"{file} holds no tensors by name; a state dict is accepted, by itself or as the entry 'state_dict' or "
+            "'model' of a dict"
+        )
+    return {name.removeprefix(WRAPPED): tensor for name, tensor in weights.items()}
+
+
+def _why_unreadable(error: Exception) -> str:
+    if not isinstance(error, pickle.UnpicklingError):
+        return f"cannot be read as a checkpoint of PyTorch: {error}"
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return (
+            f"holds {found[1]} beside tensors and plain values, and is not read, since that could run code of its "
+            "author; where you trust it, save its tensors alone: "
+            'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW_FILE)'
+        )
+    return "is no checkpoint of PyTorch"
+
+
+def _find_weights(checkpoint: Any) -> dict[str, Tensor] | None:
+    if not isinstance(checkpoint, dict):
+        return None
+    weights = next((checkpoint[key] for key in ("state_dict", "model") if key in checkpoint), checkpoint)
+    named = isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())
+    return weights if weights and named else None
+
+
+def convert(weights: dict[str, Tensor], arch: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network of timm that a checkpoint of the paper's code belongs to, and its state dict.
+
+    Args:
+        weights: tensors by the names that the paper's code gives them; the classifier says how many classes there are.
+        arch: name of the network in timm, one of `OFFICIAL_NAMES`.
+
+    Returns:
+        The network on the meta device, and its tensors by timm's names.
+
+    Raises:
+        ValueError: tensors are missing, left over, or of another shape; names them all.
+    """
+    official_name = OFFICIAL_NAMES[arch]
+    classifier = weights.get(official_name("fc.weight"))
+    num_classes = len(classifier) if classifier is not None and classifier.ndim == 2 else 0
+    network = _empty_network(arch, num_classes or None)
+    expected = network.state_dict()
+    official = {official_name(name): name for name in expected}
+    problems = [f"missing: {name}" for name in official if name not in weights]
+    problems += [f"extra: {name}" for name in weights if name not in official]
+    for name, own_name in official.items():
+        if name in weights and weights[name].shape != expected[own_name].shape:
+            shapes = tuple(weights[name].shape), tuple(expected[own_name].shape)
+            problems.append(f"mis-shaped: {name} is {shapes[0]} instead of {shapes[1]}")
+    if problems:
+        raise ValueError("\n  ".join([f"these are not the weights of a {arch} of the paper's code:", *problems]))
+    state = {
+        own_name: weights[name].to(expected[own_name].dtype).clone(memory_format=torch.contiguous_format)
+        for name, own_name in official.items()
+    }
+    return network, state
+
+
+def _empty_network(arch: str, num_classes: int | None) -> nn.Module:
+    cfg = {"pretrained_cfg": IMAGENET_CFG} if arch == "resnet50" else {}
+    with torch.device("meta"):
+        return timm.create_model(arch, num_classes=num_classes, **cfg)
+
+
+def convert_file(file: Path, arch: str, output: Path) -> nn.Module:
+    """Write the folder of a checkpoint of the paper's code, whole or not at all.
+
+    Args:
+        file: the checkpoint.
+        arch: name of the network in timm, one of `OFFICIAL_NAMES`.
+        output: folder to write, which must not exist or be empty.
+
+    Returns:
+        The network on the meta device.
+
+    Raises:
+        ValueError: the file cannot be read or does not fit, or the folder is taken or cannot be written.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output {output} exists already; a new or an empty folder is accepted")
+    network, state = convert(read_weights(file), arch)
+    parent = output.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as scratch:
+            folder = Path(scratch, "checkpoint")
+            folder.mkdir()
+            save_timm_config(network, folder)
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+            folder.replace(output.resolve())
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be written: {error}") from error
+    return network
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert a checkpoint, as the command line says."""
+    parser = ArgumentParser(
+        prog="python -m gradaug_hf.convert_official",
+        description="Turn weights that the paper's own code trained into a checkpoint folder of timm.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint of the paper's code, such as x.pth.tar")
+    parser.add_argument("--arch", required=True, choices=OFFICIAL_NAMES, help="the network that it holds")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
+    args = parser.parse_args(argv)
+    try:
+        network = convert_file(args.file, args.arch, args.output)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"wrote {args.output}: {args.arch} with {network.num_classes} classes")
+    print(f'timm.create_model("local-dir:{args.output}", pretrained=True) loads it once gradaug_hf is imported')
+
+
+if __name__ == "__main__":
+    main()
