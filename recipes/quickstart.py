@@ -35,6 +35,7 @@ from gradaug_hf.data import (
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.metrics import topk_accuracy
 from gradaug_hf.results import Result, plot_curves, results_table, save_results
+from gradaug_hf.threads import use_all_cores
 
 COST = 2.7  # computation of a GradAug step over that of a plain one
 EVALUATIONS = 4
@@ -54,7 +55,7 @@ class QuickstartArguments:
         default=None, metadata={"help": "Number of images to evaluate on, drawn at random; default: all."}
     )
     model: str = field(default="wrn16_2", metadata={"help": "Name of a timm network, trained from scratch."})
-    epochs: int = field(default=200, metadata={"help": "Passes over the training images."})
+    epochs: int = field(default=125, metadata={"help": "Passes over the training images."})
     batch_size: int = field(default=10, metadata={"help": "Images in a training step, on each process."})
     learning_rate: float = field(default=0.1, metadata={"help": "Highest learning rate of SGD, with cosine decay."})
     equal_compute: bool = field(
@@ -67,6 +68,7 @@ class QuickstartArguments:
 
 def main() -> None:
     (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
+    use_all_cores()
     with PartialState().main_process_first():
         data = load_data(args)
     set_seed(args.seed)
