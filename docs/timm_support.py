@@ -11,6 +11,8 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import timm
@@ -20,6 +22,10 @@ import gradaug_hf
 from gradaug_hf.resolutions import ResolutionTrial, dynamic_size_arguments
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+from tests.slimming import test_zoo  # noqa: E402
+from tests.slimming.outside import Outside  # noqa: E402
+
 RESULTS = DOCS / "timm-support.json"
 SMALLEST = DOCS.parent / "tests" / "slimming" / "smallest.json"
 SCALES = (6 / 7, 5 / 7, 4 / 7)
@@ -46,15 +52,16 @@ def main() -> None:
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     smallest = json.loads(SMALLEST.read_text())
-    for name in args.names or smallest.values():
-        row = results.get(name, {})
-        if args.names or not row:
-            row = measure(name)
-        if args.check and (args.names or "checked" not in row):
-            row["checked"] = check(name)
-        results[name] = row
-        print(name, row, flush=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    with another_process() as outside:
+        for name in args.names or smallest.values():
+            row = results.get(name, {})
+            if args.names or not row:
+                row = measure(name)
+            if args.check and (args.names or "checked" not in row):
+                row["checked"] = check(name, outside)
+            results[name] = row
+            print(name, row, flush=True)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     (DOCS / "timm-support.md").write_text(table(results))
 
 
@@ -83,20 +90,23 @@ def measure(name: str) -> dict[str, object]:
     }
 
 
-def check(name: str) -> str:
-    """Run the test of the zoo on one architecture; "yes", or what went wrong."""
-    sys.path.insert(0, str(DOCS.parent))
-    from tests.slimming.outside import Outside
-    from tests.slimming.test_zoo import check as run
-
+@contextmanager
+def another_process() -> Iterator[Outside]:
+    """A process without gradaug_hf, in which extracted sub-networks are run."""
     with tempfile.TemporaryDirectory() as folder:
         outside = Outside(Path(folder))
         try:
-            run(name, outside)
-        except Exception as error:  # a row of the table says what a network raised
-            return f"no: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+            yield outside
         finally:
             outside.close()
+
+
+def check(name: str, outside: Outside) -> str:
+    """Run the test of the zoo on one architecture; "yes", or what went wrong."""
+    try:
+        test_zoo.check(name, outside)
+    except Exception as error:  # a row of the table says what a network raised
+        return f"no: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
     return "yes"
 
 

@@ -13,6 +13,7 @@ import timm
 import torch
 
 import gradaug_hf
+from gradaug_hf.resolutions import ResolutionTrial
 from tests.slimming.oracle import kept_entries, randomised, relative_error, zeroed
 from tests.slimming.outside import Outside
 
@@ -49,7 +50,7 @@ def check(name: str, outside: Outside) -> None:
     """All promises about slicing, on one network of timm."""
     torch.manual_seed(0)
     untouched = timm.create_model(name, num_classes=10)
-    images = torch.randn(2, *untouched.pretrained_cfg["input_size"])
+    images = small_images(untouched)
     untouched = randomised(untouched, images)
     model = copy.deepcopy(untouched)
     before = state_of(model)
@@ -64,6 +65,13 @@ def check(name: str, outside: Outside) -> None:
     model = model.eval().double()
     for width in WIDTHS:
         check_outputs(model, untouched, width, images[:1].double(), tolerance, outside)
+
+
+def small_images(model: torch.nn.Module) -> torch.Tensor:
+    """Two images of the smallest of a few sides that the network takes."""
+    channels, _, native = model.pretrained_cfg["input_size"]
+    side = ResolutionTrial(model).accepted([64, 96, 128, native])[0]
+    return torch.randn(2, channels, side, side)
 
 
 def state_of(model: torch.nn.Module) -> dict[str, int]:
