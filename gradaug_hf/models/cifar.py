@@ -105,7 +105,7 @@ class CifarNetwork(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns of parameter names that make up the stem and each stage (`coarse`) or each block."""
-        return {"stem": r"^(conv1|bn1)\.", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+        return {"stem": r"^(?:conv1|bn1)\.", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the input of each block for the backward pass, and compute the rest again."""
