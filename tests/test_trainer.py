@@ -21,6 +21,7 @@ from gradaug_hf.metrics import topk_accuracy
 from gradaug_hf.slimming import extract_subnet, make_slimmable, slicing_report
 from gradaug_hf.subnets import Subnet, SubnetSampler
 from gradaug_hf.trainer import GradAugTrainer
+from gradaug_hf.transforms import RandomQuarterTurn
 from tests.residual_network import gradients_by_hand, make_network
 
 CPU = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
@@ -113,6 +114,76 @@ def test_a_training_step_follows_the_gradients_of_the_formula(tmp_path, backward
     assert log["subnet_resolution"] == pytest.approx(sum(side for _, side in drawn) / 3, abs=1e-12)
 
 
+def test_a_step_of_random_depth_follows_the_gradients_of_the_formula(tmp_path):
+    network = make_network()
+    start = weights(network)
+    args = config(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=6,
+        resolutions=[16, 12],
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        logging_steps=1,
+        subnet_mode="depth",
+        min_survival=0.3,
+    )
+    data = rows(6, 16, torch.float64)
+    seen = []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    trainer = GradAugTrainer(network, args, train_dataset=data)
+    trainer.train()
+    labels = torch.tensor(
+        [next(i for i, row in enumerate(data) if torch.equal(row["pixel_values"], image)) % 5 for image in seen[0]]
+    )
+    subnets = SubnetSampler(3, resolutions=[16, 12], seed=args.seed, subnet_mode="depth", min_survival=0.3).sample(0)
+    dropped = [[f"block{index + 1}" for index in subnet.dropped_blocks(3)] for subnet in subnets]
+    count = sum(map(len, dropped))
+    assert count > 1
+    drawn = [(1.0, subnet.resolution, *names) for subnet, names in zip(subnets, dropped, strict=True)]
+    _, gradients = gradients_by_hand(make_network(), seen[0], labels, drawn)
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close((start[name] - parameter) / 0.1, gradients[name], rtol=0, atol=1e-10)
+    log = trainer.state.log_history[0]
+    assert log["subnet_depth"] == pytest.approx(1 - count / 9, abs=1e-12)
+    assert log["subnet_width"] == 1.0
+
+
+@pytest.mark.parametrize("mode", ["depth", "width+depth"])
+@pytest.mark.parametrize("name", ["convnext", "timm wrapper"])
+def test_networks_of_transformers_lose_blocks_too(tmp_path, name, mode):
+    network = NETWORKS[name]()
+    start = weights(network)
+    depth = {"subnet_mode": mode, "min_survival": 0.2, "resolutions": [32, 40]}
+    args = config(tmp_path, max_steps=3, bf16=True, logging_steps=3, **depth)
+    trainer = GradAugTrainer(network, args, train_dataset=rows(12))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert 0 < log["subnet_depth"] < 1
+    assert (log["subnet_width"] < 1) == (mode == "width+depth")
+    for parameter, tensor in network.named_parameters():
+        assert not torch.equal(tensor, start[parameter]), parameter
+        assert torch.isfinite(tensor).all(), parameter
+
+
+def test_random_depth_goes_on_after_an_evaluation_at_a_width(tmp_path):
+    args = {"max_steps": 4, "subnet_mode": "depth", "min_survival": 0.2, "logging_steps": 2}
+    plain, evaluated = plain_timm(), plain_timm()
+    for network, settings in ((plain, {}), (evaluated, {"eval_strategy": "steps", "eval_steps": 2})):
+        trainer = GradAugTrainer(
+            network,
+            config(tmp_path, eval_widths=[0.5], **args, **settings),
+            train_dataset=rows(16),
+            eval_dataset=rows(4),
+        )
+        trainer.train()
+        assert all(log["subnet_depth"] < 1 for log in trainer.state.log_history if "loss" in log)
+    assert any("eval_width0.5_loss" in log for log in trainer.state.log_history)
+    assert_equal(weights(evaluated), weights(plain))
+
+
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS.keys())
 def test_every_parameter_changes_and_stays_finite(tmp_path, make):
     network = make()
@@ -187,13 +258,21 @@ def test_a_batch_of_8_equals_4_accumulated_batches_of_2(tmp_path, backward):
             assert log.get(key) == pytest.approx(other_log.get(key), abs=1e-6)
 
 
-def test_a_resumed_training_ends_with_the_same_weights(tmp_path):
+@pytest.mark.parametrize(
+    "own, transform",
+    [
+        ({}, None),
+        ({"subnet_mode": "width+depth", "min_survival": 0.5, "cutmix_alpha": 1.0}, RandomQuarterTurn()),
+    ],
+    ids=["width", "depth, cutmix and turns"],
+)
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path, own, transform):
     data = rows(16)
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "learning_rate": 0.01}
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "learning_rate": 0.01, **own}
     network = plain_timm()
-    GradAugTrainer(network, config(tmp_path, **settings), train_dataset=data).train()
+    GradAugTrainer(network, config(tmp_path, **settings), train_dataset=data, subnet_transform=transform).train()
     resumed = plain_timm()
-    trainer = GradAugTrainer(resumed, config(tmp_path, **settings), train_dataset=data)
+    trainer = GradAugTrainer(resumed, config(tmp_path, **settings), train_dataset=data, subnet_transform=transform)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert_equal(weights(resumed), weights(network))
 
@@ -532,6 +611,10 @@ def test_settings_with_which_gradaug_would_do_nothing_are_refused(tmp_path):
     with refused("GradAug would do nothing"):
         GradAugTrainer(plain_timm(), config(tmp_path, resolutions=[32], min_width=1.0), train_dataset=rows(4))
     GradAugTrainer(plain_timm(), config(tmp_path, resolutions=[24], min_width=1.0), train_dataset=rows(4))
+    depth = {"resolutions": [32], "subnet_mode": "depth"}
+    with refused("GradAug would do nothing"):
+        GradAugTrainer(plain_timm(), config(tmp_path, **depth, min_survival=1.0), train_dataset=rows(4))
+    GradAugTrainer(plain_timm(), config(tmp_path, **depth, min_survival=0.9), train_dataset=rows(4))
     GradAugTrainer(OwnScale(), config(tmp_path, resolutions=[32], num_subnets=0), train_dataset=rows(4))
     GradAugTrainer(
         OwnScale(), config(tmp_path, resolutions=[32]), train_dataset=rows(4), subnet_transform=lambda x: x.flip(3)
@@ -601,6 +684,20 @@ def test_a_loss_or_a_problem_that_is_not_gradaugs_is_refused(tmp_path):
     network.config.problem_type = "multi_label_classification"
     with refused("problem_type is 'multi_label_classification'"):
         GradAugTrainer(network, config(tmp_path), train_dataset=rows(4))
+
+
+def test_random_depth_of_a_network_without_residual_blocks_is_refused(tmp_path):
+    with refused("ResNetForImageClassification has no residual block with a drop_path"):
+        GradAugTrainer(resnet(), config(tmp_path, subnet_mode="depth"), train_dataset=rows(4))
+
+
+def test_random_depth_alone_slices_nothing(tmp_path):
+    network = plain_timm()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GradAugTrainer(network, config(tmp_path, subnet_mode="depth"), train_dataset=rows(4))
+    with refused("ResNet is not slimmable"):
+        slicing_report(network)
 
 
 def test_mixing_needs_the_number_of_classes(tmp_path):
