@@ -72,6 +72,7 @@ def test_a_dropped_block_gives_the_activated_shortcut():
     same, narrowing = network.layer3[1], network.layer3[0]
     for block in (same, narrowing):
         block.drop_path.drop_prob = 1.0
+        nn.init.normal_(block.bn2.bias)
     x = torch.randn(2, 64, 8, 8)
     assert torch.equal(same(x), x.clamp(min=0))
     x = torch.randn(2, 32, 8, 8)

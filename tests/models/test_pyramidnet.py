@@ -86,6 +86,7 @@ def test_a_dropped_block_gives_its_pooled_input_and_zeros_for_new_channels():
     network = PyramidNet(depth=14, alpha=39, bottleneck=False, drop_path_rate=0.5)
     block = network.layer2[0]
     block.drop_path.drop_prob = 1.0
+    nn.init.normal_(block.bn3.bias)
     x = torch.randn(2, 29, 8, 8)
     out = block(x)
     assert torch.allclose(out[:, :29], F.avg_pool2d(x, 2))
