@@ -8,6 +8,8 @@ from timm.models import checkpoint_seq
 from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
+from gradaug_hf.models.shake_drop import ShakeDrop, check_rate
+
 CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
 CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
@@ -30,16 +32,6 @@ def cifar_cfg(**changes) -> dict:
     }
 
 
-def check_rate(name: str, rate: float) -> None:
-    """Make sure that a rate is a probability below one.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not 0 <= rate < 1:
-        raise ValueError(f"{name} is {rate!r}; a drop rate lies in [0, 1)")
-
-
 class CifarNetwork(nn.Module):
     """Residual network for small images: 3x3 convolution, three stages of blocks, pooling, linear classifier.
 
@@ -56,6 +48,8 @@ class CifarNetwork(nn.Module):
         drop_path_rate: Probability of dropping the last block's residual (stochastic depth, arXiv 1603.09382); it
             rises linearly from 0 at the first block.
         drop_block_rate: Drop probability of DropBlock (arXiv 1810.12890) in the last two stages.
+        shake_drop_rate: Probability of scaling the last block's residual (ShakeDrop, arXiv 1802.02375); it rises
+            linearly from block to block.
         device: Where the parameters are made.
         dtype: Type of the parameters.
 
@@ -74,12 +68,14 @@ class CifarNetwork(nn.Module):
         global_pool: str,
         drop_path_rate: float,
         drop_block_rate: float,
+        shake_drop_rate: float,
         device: torch.device | None,
         dtype: torch.dtype | None,
     ):
         super().__init__()
         check_rate("drop_path_rate", drop_path_rate)
         check_rate("drop_block_rate", drop_block_rate)
+        check_rate("shake_drop_rate", shake_drop_rate)
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -89,12 +85,12 @@ class CifarNetwork(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, self.STEM_CHANNELS, 3, padding=1, bias=False, **dd)
         self.bn1 = nn.Identity()
         self.act1 = nn.Identity()
-        rates = calculate_drop_path_rates(drop_path_rate, [len(stage) for stage in channels], stagewise=True)
+        paths = _drop_paths(drop_path_rate, shake_drop_rate, [len(stage) for stage in channels])
         # timm has DropBlock settings for four stages, of which networks for small images have the last three.
         drops = drop_blocks(drop_block_rate)[1:]
-        self.layer1 = _stage(block, self.STEM_CHANNELS, channels[0], 1, rates[0], drops[0], dd)
-        self.layer2 = _stage(block, channels[0][-1], channels[1], 2, rates[1], drops[1], dd)
-        self.layer3 = _stage(block, channels[1][-1], channels[2], 2, rates[2], drops[2], dd)
+        self.layer1 = _stage(block, self.STEM_CHANNELS, channels[0], 1, paths[0], drops[0], dd)
+        self.layer2 = _stage(block, channels[0][-1], channels[1], 2, paths[1], drops[1], dd)
+        self.layer3 = _stage(block, channels[1][-1], channels[2], 2, paths[2], drops[2], dd)
         self.bn = nn.Identity()
         self.act = nn.Identity()
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
@@ -149,18 +145,35 @@ class CifarNetwork(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _drop_paths(drop_path_rate: float, shake_drop_rate: float, num_blocks: Sequence[int]) -> list[list[nn.Module]]:
+    """What is applied to the residual of each block of each stage: ShakeDrop, stochastic depth, both or nothing."""
+    shakes = iter(shake_drop_rate * index / sum(num_blocks) for index in range(1, sum(num_blocks) + 1))
+    rates = calculate_drop_path_rates(drop_path_rate, list(num_blocks), stagewise=True)
+    return [[_drop_path(rate, next(shakes)) for rate in stage] for stage in rates]
+
+
+def _drop_path(drop_path_rate: float, shake_drop_rate: float) -> nn.Module:
+    drops: list[nn.Module] = []
+    if shake_drop_rate:
+        drops.append(ShakeDrop(shake_drop_rate))
+    if drop_path_rate:
+        drops.append(DropPath(drop_path_rate))
+    if not drops:
+        return nn.Identity()
+    return nn.Sequential(*drops) if len(drops) > 1 else drops[0]
+
+
 def _stage(
     block: Callable[..., nn.Module],
     in_channels: int,
     channels: Sequence[int],
     stride: int,
-    drop_path_rates: Sequence[float],
+    drop_paths: Sequence[nn.Module],
     drop_block: Callable[[], nn.Module] | None,
     dd: dict,
 ) -> nn.Sequential:
     blocks = []
-    for out_channels, rate in zip(channels, drop_path_rates, strict=True):
-        drop_path = DropPath(rate) if rate else nn.Identity()
+    for out_channels, drop_path in zip(channels, drop_paths, strict=True):
         blocks.append(block(in_channels, out_channels, stride, drop_block=drop_block, drop_path=drop_path, **dd))
         in_channels, stride = out_channels, 1
     return nn.Sequential(*blocks)

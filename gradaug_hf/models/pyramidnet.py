@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from gradaug_hf.models.cifar import CifarNetwork, check_rate, cifar_cfg
-from gradaug_hf.models.shake_drop import ShakeDrop
+from gradaug_hf.models.cifar import CifarNetwork, cifar_cfg
 
 
 class PyramidBlock(nn.Module):
@@ -27,7 +26,6 @@ class PyramidBlock(nn.Module):
     def __init__(self, stride: int, drop_block: Callable[[], nn.Module] | None, drop_path: nn.Module):
         super().__init__()
         self.drop_block = nn.Identity() if drop_block is None else drop_block()
-        self.shake_drop = nn.Identity()
         self.drop_path = drop_path
         self.downsample = None if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
 
@@ -36,7 +34,7 @@ class PyramidBlock(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.drop_path(self.shake_drop(self.residual(x)))
+        residual = self.drop_path(self.residual(x))
         shortcut = x if self.downsample is None else self.downsample(x)
         # Both have the channels of the current width only.
         return residual + F.pad(shortcut, (0, 0, 0, 0, 0, residual.size(1) - shortcut.size(1)))
@@ -169,7 +167,6 @@ class PyramidNet(CifarNetwork):
             )
         if alpha < 0:
             raise ValueError(f"alpha={alpha}: a pyramidal network widens by 0 channels or more")
-        check_rate("shake_drop_rate", shake_drop_rate)
         total = 3 * blocks
         channels = [round(self.STEM_CHANNELS + alpha * i / total) * block.expansion for i in range(1, total + 1)]
         super().__init__(
@@ -180,15 +177,13 @@ class PyramidNet(CifarNetwork):
             global_pool,
             drop_path_rate,
             drop_block_rate,
+            shake_drop_rate,
             device,
             dtype,
         )
         self.bn1 = nn.BatchNorm2d(self.STEM_CHANNELS, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(self.num_features, device=device, dtype=dtype)
         self.act = nn.ReLU(inplace=True)
-        if shake_drop_rate:
-            for index, each in enumerate((*self.layer1, *self.layer2, *self.layer3), start=1):
-                each.shake_drop = ShakeDrop(shake_drop_rate * index / total)
 
 
 default_cfgs = generate_default_cfgs(

@@ -5,7 +5,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradaug_hf.models.cifar import check_rate
+
+def check_rate(name: str, rate: float) -> None:
+    """Make sure that a rate is a probability below one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} is {rate!r}; a drop rate lies in [0, 1)")
 
 
 class _Scale(torch.autograd.Function):

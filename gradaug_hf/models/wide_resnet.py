@@ -74,6 +74,8 @@ class WideResNet(CifarNetwork):
         drop_path_rate: Probability of dropping the last block's residual (stochastic depth, arXiv 1603.09382); it
             rises linearly from 0 at the first block.
         drop_block_rate: Drop probability of DropBlock (arXiv 1810.12890) in the last two stages.
+        shake_drop_rate: Probability of scaling the last block's residual (ShakeDrop, arXiv 1802.02375); it rises
+            linearly from block to block.
         device: Where the parameters are made.
         dtype: Type of the parameters.
 
@@ -91,6 +93,7 @@ class WideResNet(CifarNetwork):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         drop_block_rate: float = 0.0,
+        shake_drop_rate: float = 0.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -105,6 +108,7 @@ class WideResNet(CifarNetwork):
             global_pool,
             drop_path_rate,
             drop_block_rate,
+            shake_drop_rate,
             device,
             dtype,
         )

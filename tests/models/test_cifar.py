@@ -181,3 +181,15 @@ def test_subnet_equals_the_full_network_with_left_out_channels_zeroed(name: str)
             output = model(x)
         assert relative_error(output, zeroed(untouched, kept_entries(model, width))(x)) < 1e-10
         assert relative_error(output, model(x)) > 1e-3
+
+
+def test_residuals_are_scaled_ever_more_often_from_block_to_block(name: str):
+    blocks = blocks_of(timm.create_model(name, shake_drop_rate=0.6))
+    assert [block.drop_path.rate for block in blocks] == pytest.approx(
+        [0.6 * index / len(blocks) for index in range(1, len(blocks) + 1)]
+    )
+
+
+def test_a_residual_may_be_scaled_and_dropped(name: str):
+    shake_drop, drop_path = timm.create_model(name, shake_drop_rate=0.6, drop_path_rate=0.4).layer3[-1].drop_path
+    assert (shake_drop.rate, drop_path.drop_prob) == pytest.approx((0.6, 0.4))

@@ -118,11 +118,6 @@ def test_subnet_equals_the_full_network_with_left_out_channels_zeroed(network: P
     assert relative_error(output, model(x)) > 1e-3
 
 
-def test_residuals_are_scaled_ever_more_often_from_block_to_block():
-    network = PyramidNet(depth=14, alpha=39, bottleneck=False, shake_drop_rate=0.6)
-    assert [block.shake_drop.rate for block in blocks_of(network)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
-
-
 def test_drop_layers_leave_every_channel_sliced_and_gradients_equal_under_checkpointing():
     rates = {"drop_path_rate": 0.4, "drop_block_rate": 0.2, "shake_drop_rate": 0.9}
     gradients = []
