@@ -36,7 +36,8 @@ One network of every module of timm {version}, the smallest. *Multiply-adds* and
 shrink with the width. *Other sides* are those of 6/7, 5/7 and 4/7 of the native side that the network takes as timm
 builds it, and the arguments with which timm builds it to take them all. *Checked*: at widths 0.5, 0.75 and 0.9 the
 sub-network equals the full network with the left-out channels zeroed, in float64, and the extracted one, which runs in
-a process without gradaug_hf; forward and backward run; the full width is bit-identical (`tests/slimming/test_zoo.py`).
+a process without gradaug_hf; forward and backward run; the full width is bit-identical (`tests/slimming/test_zoo.py`;
+of `deepseek_vit_412m` and `gemma4_vit_167m` with four of their blocks).
 *Patch* is the time of `make_slimmable` on 2 CPU cores, other work running beside it. Regenerate the table with
 `python docs/timm_support.py --check`.
 
