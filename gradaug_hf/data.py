@@ -115,11 +115,10 @@ def stream_image_data(
             f"label_column {labels!r} is a {features[labels]}, whose classes are known only once all of it was read; "
             "load the data set without streaming"
         )
+    names = {old: new for old, new in ((images, "image"), (labels, "label")) if old != new}
     return IterableDatasetDict(
         {
-            key: split.select_columns([images, labels])
-            .rename_columns({images: "image", labels: "label"})
-            .cast_column("image", Image(decode=False))
+            key: split.select_columns([images, labels]).cast_column(images, Image(decode=False)).rename_columns(names)
             for key, split in chosen.items()
         }
     )

@@ -179,6 +179,7 @@ def complete(args: ExperimentArguments, config: GradAugConfig) -> None:
             f"{config.gradient_accumulation_steps} cannot share; it must be a multiple of {batches}"
         )
     config.per_device_train_batch_size = args.batch_size // batches
+    config.dataloader_persistent_workers &= config.dataloader_num_workers > 0
     if args.warmup_epochs >= config.num_train_epochs and args.warmup_epochs > 0:
         raise ValueError(f"warmup_epochs is {args.warmup_epochs}; it must be below num_train_epochs")
     if args.warmup_epochs > 0:
@@ -261,14 +262,13 @@ def settle_steps(args: ExperimentArguments, config: GradAugConfig, train_split: 
     """
     if not (args.streaming and config.do_train) or config.max_steps > 0:
         return
-    counts = [number_of_images(train_split), args.max_train_samples]
-    if counts[0] is None:
+    counts = [count for count in (number_of_images(train_split), args.max_train_samples) if count is not None]
+    if not counts:
         raise ValueError(
             f"{args.dataset_name} does not say how many images split {args.train_split!r} has; give max_steps, or "
             "leave out streaming"
         )
-    images = min(count for count in counts if count is not None)
-    config.max_steps = round(config.num_train_epochs * math.ceil(images / args.batch_size))
+    config.max_steps = round(config.num_train_epochs * math.ceil(min(counts) / args.batch_size))
 
 
 def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,8 @@ def is_checkpoint(model: str) -> bool:
 def _download_config(model: str) -> Path:
     accepted = "a timm network, a folder with a config.json and a Hub id are accepted"
     if "/" not in model:
-        similar = ", ".join(timm.list_models(f"{model[:6]}*")[:8])
-        raise ValueError(
-            f"model is {model!r}, which is unknown; {accepted}" + (f". timm has {similar}" * bool(similar))
-        )
+        similar = ", ".join(get_close_matches(model, timm.list_models())) or "none of a similar name"
+        raise ValueError(f"model is {model!r}, which is unknown; {accepted}. timm has {similar}")
     try:
         return Path(hf_hub_download(model, CONFIG))
     except GatedRepoError as error:

@@ -327,6 +327,7 @@ class GradAugTrainer(Trainer):
         """Images of the training set, the same on every rank."""
         if self.train_dataset is None:
             raise ValueError("eval_widths needs a train_dataset, of which batch norm is recalibrated")
+        torch.default_generator.manual_seed(self.args.seed)  # the images are augmented alike at every evaluation
         images = self.train_dataset
         if not isinstance(images, IterableDataset):
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.args.seed))

@@ -3,11 +3,13 @@ import pickle
 from collections import Counter
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, IterableDatasetDict, SplitDict, SplitInfo, Value
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
@@ -18,6 +20,9 @@ from gradaug_hf.data import (
     imagenet_transform,
     load_digits_data,
     load_image_data,
+    number_of_images,
+    stream_image_data,
+    take_images,
     with_pixels,
 )
 from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
@@ -196,6 +201,107 @@ def test_hub_data_set_without_a_network_says_what_to_do():
     message = "'nobody/nothing' is neither a file nor a folder here, and the Hub cannot be reached.*HF_HUB_OFFLINE"
     with pytest.raises(OSError, match=message):
         load_image_data("nobody/nothing")
+
+
+def test_fine_classes_are_preferred_to_coarse_ones(tmp_path):
+    for split in ("train", "test"):
+        two = dataset([0, 1], label_column="coarse_label")
+        two = two.add_column("fine_label", [1, 1], feature=ClassLabel(names=["fox", "owl"]))
+        two.to_parquet(tmp_path / f"{split}.parquet")
+    data = load_image_data(str(tmp_path))
+    assert class_names(data) == ["fox", "owl"]
+    assert list(data["train"]["label"]) == [1, 1]
+    assert class_names(load_image_data(str(tmp_path), label_column="coarse_label")) == ["ant", "bee"]
+
+
+def hub_error(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    request = httpx2.Request("GET", "https://huggingface.co/datasets/some/set")
+    return kind("the Hub's own words", response=httpx2.Response(status, request=request))
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_gated_data_set_says_where_to_accept_its_terms(monkeypatch, status: int, streaming: bool):
+    monkeypatch.setattr("datasets.load._raise_if_offline_mode_is_enabled", lambda: None)
+
+    def refuse(self, *args, **kwargs):
+        raise hub_error(GatedRepoError, status)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", refuse)
+    load = stream_image_data if streaming else load_image_data
+    with pytest.raises(
+        OSError, match="'some/set' is gated: accept its terms at https://huggingface.co/datasets/some/set"
+    ):
+        load("some/set")
+
+
+def test_data_set_that_is_not_on_the_hub_says_so(monkeypatch):
+    monkeypatch.setattr("datasets.load._raise_if_offline_mode_is_enabled", lambda: None)
+
+    def refuse(self, *args, **kwargs):
+        raise hub_error(RepositoryNotFoundError, 404)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", refuse)
+    with pytest.raises(OSError, match="'some/set' is not on the Hub, or it is private: check its name"):
+        load_image_data("some/set")
+
+
+def streamed(tmp_path, column: str = "img") -> IterableDatasetDict:
+    for split, labels in {"train": [0, 1, 1], "test": [1, 0]}.items():
+        dataset(labels, image_column=column).to_parquet(tmp_path / f"{split}.parquet")
+    return stream_image_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("column", ["img", "image"])
+def test_stream_gives_the_same_examples_as_the_loaded_data_set(tmp_path, column: str):
+    data = streamed(tmp_path, column)
+    assert class_names(data) == ["ant", "bee"]
+    loaded = load_image_data(str(tmp_path))
+    transform = cifar_transform(False, size=8)
+    for key in ("train", "eval"):
+        examples = list(with_pixels(data[key], transform))
+        expected = list(with_pixels(loaded[key], transform))
+        assert [example["labels"] for example in examples] == [example["labels"] for example in expected]
+        for example, other in zip(examples, expected, strict=True):
+            assert torch.equal(example["pixel_values"], other["pixel_values"])
+    assert len(list(take_images(data["train"], 2, seed=0))) == 2
+
+
+def test_number_of_images_is_known_of_what_is_loaded_and_of_streams_that_say_it(tmp_path):
+    data = streamed(tmp_path)
+    assert number_of_images(load_image_data(str(tmp_path))["train"]) == 3
+    assert number_of_images(data["train"]) is None
+    data["train"].info.splits = SplitDict({"train": SplitInfo("train", num_examples=17)})
+    assert number_of_images(data["train"].cast_column("image", Image(decode=False))) == 17
+
+
+def test_image_of_a_stream_that_cannot_be_decoded_is_named(tmp_path):
+    features = Features(
+        {"image": {"bytes": Value("binary"), "path": Value("string")}, "label": ClassLabel(num_classes=2)}
+    )
+    rows = {"image": [{"bytes": b"nothing", "path": "cat.png"}], "label": [0]}
+    for split in ("train", "test"):
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    data = stream_image_data(str(tmp_path))
+    with pytest.raises(ValueError, match=r"the image in split train \(cat.png\) cannot be decoded"):
+        list(with_pixels(data["train"], cifar_transform(False)))
+
+
+def test_stream_needs_a_second_split_and_names_of_the_classes(tmp_path):
+    dataset([0, 1]).to_parquet(tmp_path / "photos.parquet")
+    with pytest.raises(ValueError, match="split 'train' is the only one, and nothing can be held out of a stream"):
+        stream_image_data(str(tmp_path / "photos.parquet"))
+    dataset([3, 4], Value("int64")).to_parquet(tmp_path / "numbers.parquet")
+    with pytest.raises(ValueError, match="label_column 'label' is a Value.*without streaming"):
+        stream_image_data(str(tmp_path / "numbers.parquet"), eval_split="train")
+
+
+def test_taken_images_are_drawn_from_the_seed():
+    data = load_digits_data(size=8)["train"]
+    rows = [list(take_images(data, 30, seed)["row"]) for seed in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2]
+    assert len(set(rows[0])) == 30
+    assert len(take_images(data, 10**6, 0)) == len(data)
 
 
 def test_balanced_subset_draws_as_many_of_each_class_and_depends_on_the_seed():

@@ -1,0 +1,99 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gradaug_hf import GradAugConfig
+from gradaug_hf.arguments import ExperimentArguments
+from gradaug_hf.experiment import RecipeTrainer, complete
+from gradaug_hf.networks import create_network
+from recipes.imagenet_resnet50 import initialise
+
+
+def trainer_of(tmp_path, lr_drops: list[float] = (), **settings) -> RecipeTrainer:
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    config = GradAugConfig(str(tmp_path), num_subnets=0, do_train=True, use_cpu=True, report_to="none", **settings)
+    return RecipeTrainer(network, config, lr_drops=lr_drops)
+
+
+def test_sgd_is_nesterovs_and_decays_all_parameters(tmp_path):
+    trainer = trainer_of(tmp_path, optim="sgd", learning_rate=0.2, weight_decay=1e-4)
+    trainer.create_optimizer()
+    (group,) = trainer.optimizer.param_groups
+    assert type(trainer.optimizer) is torch.optim.SGD
+    assert {id(p) for p in group["params"]} == {id(p) for p in trainer.model.parameters()}
+    assert len(group["params"]) == 6
+    expected = {"lr": 0.2, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, "dampening": 0}
+    assert {name: group[name] for name in expected} == expected
+
+
+def test_another_optimiser_is_transformers_own(tmp_path):
+    trainer = trainer_of(tmp_path, optim="adamw_torch")
+    trainer.create_optimizer()
+    assert type(trainer.optimizer) is torch.optim.AdamW
+
+
+def rates(trainer: RecipeTrainer, steps: int) -> list[float]:
+    optimizer = trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(steps)
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_rate_drops_to_a_tenth_at_half_and_three_quarters(tmp_path):
+    # 300 epochs of 2 steps: x0.1 at epochs 150 and 225
+    found = rates(trainer_of(tmp_path, lr_drops=[150 / 300, 225 / 300], optim="sgd", learning_rate=0.25), 600)
+    assert found == pytest.approx([0.25] * 300 + [0.025] * 150 + [0.0025] * 150)
+
+
+def test_rate_follows_a_cosine_from_step_to_step(tmp_path):
+    found = rates(trainer_of(tmp_path, optim="sgd", learning_rate=0.2, lr_scheduler_type="cosine"), 40)
+    assert found == pytest.approx([0.1 * (1 + math.cos(math.pi * step / 40)) for step in range(40)])
+
+
+@pytest.mark.parametrize("lr_drops", [[], [0.5]])
+def test_rate_rises_linearly_in_the_warm_up(tmp_path, lr_drops):
+    trainer = trainer_of(
+        tmp_path, lr_drops, optim="sgd", learning_rate=0.4, lr_scheduler_type="cosine", num_train_epochs=200
+    )
+    complete(ExperimentArguments(batch_size=8, warmup_epochs=5), trainer.args)
+    found = rates(trainer, 1000)  # 5 steps an epoch
+    assert found[:26] == pytest.approx([0.4 * step / 25 for step in range(26)])
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "expected"), [(1, 1, 512), (8, 1, 64), (8, 4, 16)])
+def test_batch_of_each_process_keeps_that_of_the_step(tmp_path, monkeypatch, processes, accumulation, expected):
+    config = GradAugConfig(str(tmp_path), gradient_accumulation_steps=accumulation, do_train=True, use_cpu=True)
+    monkeypatch.setattr(GradAugConfig, "world_size", processes)
+    complete(ExperimentArguments(batch_size=512), config)
+    assert config.per_device_train_batch_size == expected
+
+
+def test_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
+    config = GradAugConfig(str(tmp_path), gradient_accumulation_steps=2, do_train=True, use_cpu=True)
+    monkeypatch.setattr(GradAugConfig, "world_size", 4)
+    with pytest.raises(ValueError, match="batch_size is 508, which 4 processes .*_steps 2 cannot.*multiple of 8"):
+        complete(ExperimentArguments(batch_size=508), config)
+
+
+def test_resnet50_starts_as_in_the_paper():
+    torch.manual_seed(0)
+    network = create_network("resnet50", [str(i) for i in range(1000)], {"zero_init_last": False})
+    initialise(network)
+    assert sum(p.numel() for p in network.parameters()) == 25_557_032
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.05), name
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name
+    assert network.fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert (network.fc.bias == 0).all()
