@@ -45,6 +45,7 @@ from gradaug_hf.networks import (
     pixel_statistics,
 )
 from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
+from gradaug_hf.threads import use_all_cores
 from gradaug_hf.trainer import GradAugTrainer
 from gradaug_hf.transforms import RandomQuarterTurn
 
@@ -142,6 +143,7 @@ def run(recipe: Recipe) -> None:
     """Train, or only evaluate, as the command line says; prints accuracies and writes `results.json`."""
     with errors_as_messages():
         args, config = parse({**SETTINGS, **recipe.settings}, recipe.methods, recipe.description, sys.argv[1:])
+        use_all_cores()
         complete(args, config)
         trainer = make_trainer(recipe, args, config)
     if config.do_train:
