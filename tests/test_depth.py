@@ -31,9 +31,7 @@ NETWORKS = {
     "resnet20_cifar": (9, 9),
     "test_convnext": (9, 9),
     "test_vit": (6, 6),
-    "regnetx_002": (13, 13),
     "test_byobnet": (4, 4),
-    "resnetv2_18": (5, 8),
     "mobilenetv3_small_050": (7, 12),
 }
 
