@@ -206,8 +206,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         accepted = accepted_arguments(args.model)
         check_method(args.method, recipe.methods, arguments, args.model, accepted)
         arguments = {name: value for name, value in arguments.items() if value is not None and name in accepted}
-    with PartialState().main_process_first():
-        data = load_data(args, config.seed)
+    data = load_data_once(args, config.seed)
     settle_steps(args, config, data["train"])
 
     set_seed(config.seed)
@@ -229,6 +228,19 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         subnet_transform=RandomQuarterTurn() if args.subnet_rotation else None,
         lr_drops=args.lr_drops,
     )
+
+
+def load_data_once(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
+    """`load_data` on the main process, and then on the others from its cache."""
+    failure = None
+    with PartialState().main_process_first():
+        try:
+            data = load_data(args, seed)
+        except (OSError, ValueError) as error:  # raised once nobody waits, so that each process fails for this reason
+            failure = error
+    if failure is not None:
+        raise failure
+    return data
 
 
 def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
