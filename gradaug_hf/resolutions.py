@@ -75,7 +75,7 @@ class ResolutionTrial:
         name = type(self._model).__name__
         if len(usable) == 1:
             warnings.warn(
-                f"{name} takes images of {side} pixels alone, so its sub-networks differ from it by their width only"
+                f"{name} takes images of {side} pixels alone, so its sub-networks see no smaller ones"
                 f"{dynamic_size_hint(self._model, defaults)}",
                 stacklevel=2,
             )

@@ -57,6 +57,8 @@ def narrow(network: nn.Module, slices: dict[str, Slices], width: Width) -> None:
             sizes = tuple(pattern_size(pattern, width) for pattern in patterns)
             value = vars(module)[name]
             vars(module)[name] = type(value)(sizes) if isinstance(value, (tuple, list)) else sizes[0]
+        for name in own.caches:
+            vars(module)[name] = {}
 
 
 def _narrow_parameter(parameter: nn.Parameter, patterns: tuple, width: Width) -> nn.Parameter:

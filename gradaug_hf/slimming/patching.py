@@ -53,11 +53,14 @@ class Slices:
         tensors: name of a parameter or buffer -> the pattern of each dimension.
         attributes: name of an attribute -> the patterns whose sizes it holds.
         written: names of buffers that the module writes to while training; a sub-network writes to a copy.
+        caches: names of dictionaries in which the module keeps what it made of its parameters; a sub-network has its
+            own for as long as its width is set.
     """
 
     tensors: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
     attributes: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
+    caches: frozenset[str] = frozenset()
 
 
 class SlimModule(nn.Module):
@@ -66,10 +69,10 @@ class SlimModule(nn.Module):
     _slices: Slices
     _state: WidthState
     _overrides: dict[str, Any]
+    _subnet_caches: dict[str, tuple[Width, dict]]
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        cls = type(self)
-        return _rebuild, (cls._kind, cls._unsliced, cls._sliced_tensors, cls._sliced_attributes), self.__dict__
+        return _rebuild, type(self)._made_of, self.__dict__
 
 
 class DroppableBlock(SlimModule):
@@ -86,24 +89,27 @@ class DroppableBlock(SlimModule):
         return with_zero_gradients(out, self) if dist.is_available() and dist.is_initialized() else out
 
 
-def _rebuild(
-    kind: type[SlimModule], base: type[nn.Module], tensors: tuple[str, ...], attributes: tuple[str, ...]
-) -> nn.Module:
-    cls = _slim_class(kind, base, tensors, attributes)
+def _rebuild(*made_of: Any) -> nn.Module:
+    cls = _slim_class(*made_of)
     return cls.__new__(cls)
 
 
 @cache
 def _slim_class(
-    kind: type[SlimModule], base: type[nn.Module], tensors: tuple[str, ...], attributes: tuple[str, ...]
+    kind: type[SlimModule],
+    base: type[nn.Module],
+    tensors: tuple[str, ...],
+    attributes: tuple[str, ...],
+    caches: tuple[str, ...],
 ) -> type[nn.Module]:
     properties = {name: _tensor_property(name) for name in tensors}
     properties |= {name: _attribute_property(name) for name in attributes}
+    properties |= {name: _cache_property(name) for name in caches}
     if issubclass(base, _BatchNorm):
         properties |= {name: _tensor_property(name) for name in BATCH_NORM_STATE}
         properties |= {"momentum": _override_property("momentum"), "track_running_stats": _tracking_property()}
-    names = {"_kind": kind, "_unsliced": base, "_sliced_tensors": tensors, "_sliced_attributes": attributes}
-    return type(base.__name__, (kind, base), {**properties, **names, "__module__": base.__module__})
+    names = {"_unsliced": base, "_made_of": (kind, base, tensors, attributes, caches), "__module__": base.__module__}
+    return type(base.__name__, (kind, base), {**properties, **names})
 
 
 def _tensor_property(name: str) -> property:
@@ -133,6 +139,24 @@ def _attribute_property(name: str) -> property:
         return type(value)(sizes) if isinstance(value, (tuple, list)) else sizes[0]
 
     return property(get, _set_in_dict(name))
+
+
+def _cache_property(name: str) -> property:
+    """Each setting of a width is a new `Width` object, so that none finds what another one has kept."""
+
+    def get(self: SlimModule) -> dict:
+        width = self._state.width
+        if width.multiplier >= 1:
+            return self.__dict__[name]
+        if name not in self._subnet_caches or self._subnet_caches[name][0] is not width:
+            self._subnet_caches[name] = width, {}
+        return self._subnet_caches[name][1]
+
+    def set_value(self: SlimModule, value: dict) -> None:
+        self._subnet_caches.pop(name, None)
+        self.__dict__[name] = value
+
+    return property(get, set_value)
 
 
 def _override_property(name: str) -> property:
@@ -176,8 +200,10 @@ def patch(
         own = slices.get(name) or Slices()
         kind = DroppableBlock if name in shortcuts else SlimModule
         tensors = tuple(sorted({*own.tensors, *own.written}))
-        module.__class__ = _slim_class(kind, type(module), tensors, tuple(sorted(own.attributes)))
-        module._slices, module._state, module._overrides = own, state, {}
+        module.__class__ = _slim_class(
+            kind, type(module), tensors, tuple(sorted(own.attributes)), tuple(sorted(own.caches))
+        )
+        module._slices, module._state, module._overrides, module._subnet_caches = own, state, {}, {}
         if name in shortcuts:
             module._shortcut = shortcuts[name]
     state.num_blocks = len(shortcuts)
@@ -199,7 +225,7 @@ def unpatch(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, SlimModule):
             module.__class__ = type(module)._unsliced
-            for name in ("_slices", "_state", "_overrides", "_shortcut"):
+            for name in ("_slices", "_state", "_overrides", "_subnet_caches", "_shortcut"):
                 vars(module).pop(name, None)
         for name in NETWORK_ATTRIBUTES:
             vars(module).pop(name, None)

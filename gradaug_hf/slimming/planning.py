@@ -1,6 +1,7 @@
 """From traced axes to what each module slices."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import gcd, prod
 
 from gradaug_hf.slimming.axes import Axis, Segment, Unit, free_units, resolve
@@ -94,7 +95,10 @@ class Plan:
                     break
         for module, name in sorted(self.trace.written):
             own = plan.get(module, Slices())
-            plan[module] = Slices(own.tensors, own.attributes, own.written | {name})
+            plan[module] = replace(own, written=own.written | {name})
+        for module, name in sorted(self.trace.caches):
+            own = plan.get(module, Slices())
+            plan[module] = replace(own, caches=own.caches | {name})
         return plan
 
 

@@ -107,6 +107,7 @@ class Trace(TorchDispatchMode):
         self.attributes: dict[tuple[str, str], list[Axes]] = {}
         self.stored: dict[tuple[str, str], Axes] = {}
         self.written: set[tuple[str, str]] = set()
+        self.caches: set[tuple[str, str]] = set()
         self._stored_tensors: dict[tuple[str, str], torch.Tensor] = {}
         self._axes: dict[int, Axes] = {}
         self._alive: list[torch.Tensor] = []
@@ -187,6 +188,7 @@ class Trace(TorchDispatchMode):
         for tensor in tensors_in(output):
             for axis in self.axes(tensor):
                 fix(axis, "the network's output")
+        self.caches.update(_filled_dictionaries(subject))
 
     @property
     def calls(self) -> Iterator[Call]:
@@ -243,6 +245,19 @@ class Trace(TorchDispatchMode):
         for argument, value in zip(schema.arguments, call.args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self.written.update(key for key, tensor in self._stored_tensors.items() if tensor is value)
+
+
+def _filled_dictionaries(network: nn.Module) -> Iterator[tuple[str, str]]:
+    """The dictionaries of modules, other than PyTorch's own, that hold tensors: (module name, attribute)."""
+    own = vars(nn.Module())
+    for module_name, module in network.named_modules():
+        for name, value in vars(module).items():
+            if (
+                name not in own
+                and isinstance(value, dict)
+                and any(isinstance(v, torch.Tensor) for v in value.values())
+            ):
+                yield module_name, name
 
 
 def constants_in(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> list[Any]:

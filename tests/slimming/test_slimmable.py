@@ -241,3 +241,49 @@ def test_a_network_that_cannot_be_traced_is_not_sliced_and_says_why():
     with subnet_pass(model, 0.5):
         model(torch.randn(2, 3, 8, 8))
     assert model.norm.num_batches_tracked == 0
+
+
+class KeepsItsGains(nn.Module):
+    """Keeps in eval mode what it made of a parameter, as several networks of timm do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.gains = nn.Parameter(torch.rand(8))
+        self.head = nn.Linear(8, 5, bias=False)
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        if mode and self.kept:
+            self.kept = {}
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            gains = self.gains.exp()
+        else:
+            if "gains" not in self.kept:
+                self.kept["gains"] = self.gains.exp()
+            gains = self.kept["gains"]
+        return self.head(self.conv(x).mean((2, 3)) * gains)
+
+
+@torch.no_grad()
+def test_what_a_network_keeps_in_eval_mode_is_kept_for_one_width_at_a_time():
+    model = gradaug_hf.make_slimmable(KeepsItsGains(), input_size=4)
+    x = torch.randn(2, 3, 4, 4)
+    weights = model.state_dict()
+
+    def expected(kept: int) -> torch.Tensor:
+        hidden = nn.functional.conv2d(x, weights["conv.weight"][:kept], weights["conv.bias"][:kept]).mean((2, 3))
+        return nn.functional.linear(hidden * weights["gains"][:kept].exp(), weights["head.weight"][:, :kept])
+
+    for _ in range(2):
+        model.eval()
+        for width, kept in ((0.5, 4), (0.75, 6), (1.0, 8), (0.5, 4)):
+            with gradaug_hf.at_width(model, width):
+                assert torch.allclose(model(x), expected(kept)), width
+            assert torch.allclose(gradaug_hf.extract_subnet(model, width)(x), expected(kept)), width
+        model.train()
+        weights["gains"].add_(1)
