@@ -21,7 +21,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from gradaug_hf import models  # noqa: F401  (registers the paper's networks in timm)
-from gradaug_hf.hub import save_timm_config
+from gradaug_hf.hub import save_configs
 
 WRAPPED = "module."
 # The transform that the paper's code tests with, which is not the one of timm's own ResNet-50 weights.
@@ -172,7 +172,7 @@ def convert_file(file: Path, arch: str, output: Path) -> nn.Module:
         with tempfile.TemporaryDirectory(dir=parent) as scratch:
             folder = Path(scratch, "checkpoint")
             folder.mkdir()
-            save_timm_config(network, folder)
+            save_configs(network, folder)
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
             folder.replace(output.resolve())
     except OSError as error:

@@ -31,8 +31,8 @@ def timm_name(model: str) -> str | None:
         return model
     is_folder = Path(model).is_dir()
     config = _read_config(Path(model) / CONFIG if is_folder else _download_config(model))
-    if "model_type" in config:
-        return None
+    if not isinstance(config.get("model_args", {}), dict) or "pretrained_cfg" not in config:
+        return None  # transformers wrote it, of its own network or of one of timm
     return f"{'local-dir' if is_folder else 'hf-hub'}:{model}"
 
 

@@ -20,7 +20,7 @@ from transformers.utils.generic import find_labels
 from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
-from gradaug_hf.hub import is_timm_network, save_timm_config
+from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
@@ -357,13 +357,27 @@ class GradAugTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        network = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if not is_timm_network(network):
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        network = timm_network(model)
+        if network is None:
             return super()._save(output_dir, state_dict)
-        state_dict = network.state_dict() if state_dict is None else state_dict
-        super()._save(output_dir, {name: tensor.contiguous() for name, tensor in state_dict.items()})
+        state_dict = model.state_dict() if state_dict is None else state_dict
+        prefix = "" if network is model else f"{model.base_model_prefix}."
+        with self._saving(network):
+            super()._save(output_dir, plain_state({k.removeprefix(prefix): v for k, v in state_dict.items()}))
         if self.args.should_save:
-            save_timm_config(network, self.args.output_dir if output_dir is None else output_dir)
+            folder = self.args.output_dir if output_dir is None else output_dir
+            save_configs(network, folder, label_names(model, self.train_dataset, self.eval_dataset))
+
+    @contextmanager
+    def _saving(self, network: nn.Module) -> Iterator[None]:
+        """Have `Trainer` save a network, of which it keeps the weights alone, rather than what wraps it."""
+        model = self.model
+        self.model = network
+        try:
+            yield
+        finally:
+            self.model = model
 
 
 def _images(batch: Any) -> Tensor:

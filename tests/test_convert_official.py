@@ -225,7 +225,11 @@ def test_files_of_old_versions_of_pytorch_are_read(weights, tmp_path: Path):
 def test_the_folder_is_an_ordinary_checkpoint_with_the_classes_of_the_classifier(weights, tmp_path: Path):
     convert(save(tmp_path / "x.pth.tar", weights), "resnet110_cifar", tmp_path / "deep" / "out")
     folder = tmp_path / "deep" / "out"
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
     assert [file.name for file in folder.parent.iterdir()] == ["out"]
     config = json.loads((folder / "config.json").read_text())
     assert (config["architecture"], config["num_classes"]) == ("resnet110_cifar", 7)
