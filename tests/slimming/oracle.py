@@ -96,7 +96,8 @@ def _root_mean_square_norm(module: nn.Module, kept: Tensor) -> Callable[[Tensor]
         part = x[..., kept]
         square = part.var(-1, keepdim=True) if centred else part.square().mean(-1, keepdim=True)
         y = x / (square + module.eps).sqrt() * module.weight
-        return y.movedim(-1, 1) if channels_first else y
+        y = y.movedim(-1, 1) if channels_first else y
+        return module.act(module.drop(y)) if hasattr(module, "act") else y
 
     return forward
 
