@@ -66,6 +66,7 @@ def test_both_checkpoints_and_the_plot_are_written(launched):
         assert image.format == "PNG"
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_accuracy_ends_with_an_error(launched):
     _, folder = launched
     args = QuickstartArguments(labels_per_class=1, max_eval_samples=60, output_dir=str(folder))
@@ -96,6 +97,7 @@ def test_same_seed_draws_the_same_few_images_of_each_class():
     assert list(first["row"]) == list(second["row"]) != list(other["row"])
 
 
+@pytest.mark.slow
 def test_folder_of_images_can_be_trained_on(tmp_path, monkeypatch, capsys):
     generator = np.random.default_rng(0)
     for name in ("cat", "dog"):

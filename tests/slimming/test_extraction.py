@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 
@@ -9,10 +10,15 @@ from torch import nn
 import gradaug_hf
 
 
-@pytest.fixture
-def model() -> nn.Module:
+@pytest.fixture(scope="module")
+def slimmable() -> nn.Module:
     torch.manual_seed(0)
     return gradaug_hf.make_slimmable(timm.create_model("mobilenetv2_035", num_classes=10)).eval()
+
+
+@pytest.fixture
+def model(slimmable: nn.Module) -> nn.Module:
+    return copy.deepcopy(slimmable)
 
 
 def test_a_subnet_is_dense_narrower_and_independent(model):
