@@ -57,6 +57,8 @@ def zeroed(untouched: nn.Module, kept: Kept) -> nn.Module:
     for name, module in network.named_modules():
         if isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             module.forward = _layer_norm(module, kept[f"{name}.weight"][0])
+        elif isinstance(module, nn.LayerNorm):
+            module.forward = _plain_layer_norm(module)
         elif isinstance(module, (*ROOT_MEAN_SQUARE, *SIMPLE)) and module.weight is not None:
             module.forward = _root_mean_square_norm(module, kept[f"{name}.weight"][0])
         elif isinstance(module, (nn.GroupNorm, GroupNormAct)):
@@ -82,6 +84,21 @@ def _layer_norm(module: nn.Module, kept: Tensor) -> Callable[[Tensor], Tensor]:
         y = y if module.bias is None else y + module.bias
         y = y.movedim(-1, 1) if channels_first else y
         return module.act(module.drop(y)) if hasattr(module, "act") else y
+
+    return forward
+
+
+def _plain_layer_norm(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    """Without a gain that tells, the kept positions are those at which the zeroed network is not zero throughout."""
+
+    def forward(x: Tensor) -> Tensor:
+        kept = x.flatten(0, -2).any(0).nonzero().squeeze(1)
+        part = x[..., kept]
+        y = torch.zeros_like(x)
+        y[..., kept] = (part - part.mean(-1, keepdim=True)) / (
+            part.var(-1, unbiased=False, keepdim=True) + module.eps
+        ).sqrt()
+        return y
 
     return forward
 
@@ -114,7 +131,7 @@ def _group_norm(module: nn.Module, kept: Tensor) -> Callable[[Tensor], Tensor]:
                 mean, var = part.mean(dims, keepdim=True), part.var(dims, unbiased=False, keepdim=True)
                 y[:, members] = (part - mean) / (var + module.eps).sqrt()
         shape = (1, -1) + (1,) * (x.ndim - 2)
-        y = y * module.weight.view(shape) + module.bias.view(shape)
+        y = y * module.weight.view(shape) + (0 if module.bias is None else module.bias.view(shape))
         if isinstance(module, GroupNormAct):
             y = module.act(module.drop(y))
         return y

@@ -31,8 +31,8 @@ SMALL = [
     "starnet_s050",
     "vit_tiny_patch16_224",
 ]
-# These compute their attention in float32 whatever the images are.
-IN_FLOAT32 = ("efficientvit_b",)
+# These compute their attention or their norms in float32 whatever the images are.
+IN_FLOAT32 = ("efficientvit_b", "deepseek_vit")
 # Of networks of hundreds of millions of parameters, some of the equal blocks.
 SHORTER = {"deepseek_vit_412m": {"depth": 4}, "gemma4_vit_167m": {"depth": 4}}
 SMALLEST = json.loads((Path(__file__).parent / "smallest.json").read_text())
