@@ -26,6 +26,8 @@ class GradAugConfig(TrainingArguments):
             blocks at random, "width+depth": both.
         min_survival: With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it
             falls linearly from 1 at the first.
+        subnet_interval: With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the
+            others, which cost as much as plain training; at least 1.
         width_divisor: Channel counts are rounded to the nearest multiple of it, at least 1; 1 is exact to the paper,
             8 suits tensor cores.
         width_levels: Number of evenly spaced widths to draw from, at least 2; by default widths are drawn
@@ -79,6 +81,15 @@ class GradAugConfig(TrainingArguments):
             "help": (
                 'With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it '
                 "falls linearly from 1 at the first."
+            )
+        },
+    )
+    subnet_interval: int = field(
+        default=1,
+        metadata={
+            "help": (
+                "With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the others, "
+                "which cost as much as plain training; at least 1."
             )
         },
     )
@@ -152,6 +163,7 @@ class GradAugConfig(TrainingArguments):
             self.width_levels,
             subnet_mode=self.subnet_mode,
             min_survival=self.min_survival,
+            subnet_interval=self.subnet_interval,
         )
         choices = ", ".join(map(repr, SUBNET_BACKWARDS))
         self._check("subnet_backward", self.subnet_backward in SUBNET_BACKWARDS, f"one of {choices}")

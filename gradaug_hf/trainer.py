@@ -43,7 +43,8 @@ class GradAugTrainer(Trainer):
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
     Sub-networks run only while training: `evaluate` and `predict` are those of the plain full network, and with
     `num_subnets=0` so is training. Beside `loss`, training logs `loss_full`, `loss_subnets`, `subnet_width`,
-    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log.
+    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log,
+    of `loss_full` over all batches, of the others over those with sub-networks.
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
@@ -199,6 +200,7 @@ class GradAugTrainer(Trainer):
             seed=args.seed,
             subnet_mode=args.subnet_mode,
             min_survival=args.min_survival,
+            subnet_interval=args.subnet_interval,
             sampler=self._subnet_sampler,
             transform=self._subnet_transform,
         )
@@ -341,7 +343,9 @@ class GradAugTrainer(Trainer):
 
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
-        self._means.add(loss_full=full.loss.detach(), loss_subnets=sum(p.loss.detach() for p in others))
+        self._means.add(loss_full=full.loss.detach())
+        if others:
+            self._means.add(loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
         for p in others:
             side = p.subnet.resolution or min(images.shape[2:])
