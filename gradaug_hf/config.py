@@ -14,7 +14,8 @@ class GradAugConfig(TrainingArguments):
     """Settings of GradAugTrainer: the following, and those of `transformers.TrainingArguments`.
 
     Training on images needs three defaults that differ from `TrainingArguments`: `remove_unused_columns=False`,
-    `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`.
+    `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`. A fourth is `logging_nan_inf_filter=False`: a
+    loss that is not finite ends the training, and to look at it in each step would make an accelerator wait.
 
     Args:
         num_subnets: Number of sub-networks in each training step, at least 0; 0 is plain training.
@@ -40,6 +41,7 @@ class GradAugConfig(TrainingArguments):
         mix_prob: Probability with which a batch is mixed, in [0, 1].
         eval_widths: Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in
             (0, 1].
+        ignore_config_change: Whether to resume from a checkpoint that was trained with other settings.
 
     Raises:
         ValueError: a field is out of its range.
@@ -144,6 +146,14 @@ class GradAugConfig(TrainingArguments):
             )
         },
     )
+    ignore_config_change: bool = field(
+        default=False,
+        metadata={"help": "Whether to resume from a checkpoint that was trained with other settings."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether to log other losses in place of ones that are not finite, looked at in each step."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Whether to remove columns that the network's forward does not name."}
     )
@@ -183,7 +193,7 @@ def as_gradaug_config(args: TrainingArguments) -> GradAugConfig:
     """Training arguments as a GradAugConfig, whose defaults hold for what `TrainingArguments` does not have.
 
     Args:
-        args: returned as they are if they are a GradAugConfig already. Else the three defaults in which the classes
+        args: returned as they are if they are a GradAugConfig already. Else the defaults in which the classes
             differ are GradAugConfig's, where `args` has those of `TrainingArguments`.
     """
     if isinstance(args, GradAugConfig):
