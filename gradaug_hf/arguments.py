@@ -134,7 +134,7 @@ def parse(
     from_file = {}
     if argv and argv[0].endswith(FILE_ENDINGS):
         from_file, argv = _read_settings(argv[0]), argv[1:]
-    given = _given(parser, [*_as_flags(from_file), *argv])
+    given = _given(parser, [*as_flags(from_file), *argv])
     given = {name: value for name, value in from_file.items() if _is_empty(value)} | given
     if "per_device_train_batch_size" in given:
         raise ValueError("per_device_train_batch_size follows from batch_size, the images in a step; set that instead")
@@ -168,8 +168,11 @@ def _is_empty(value: Any) -> bool:
     return value is None or value == []
 
 
-def _as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as flags, so that a file's values are read as those of the command line are, 1e-4 for example."""
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags, without those that are empty.
+
+    A file's values are thereby read as those of the command line are, 1e-4 for example.
+    """
     flags = []
     for name, value in settings.items():
         if not _is_empty(value):
