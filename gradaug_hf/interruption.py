@@ -18,6 +18,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 REPEAT_SECONDS = 2.0
 
 
+def ends_epoch(state: TrainerState) -> bool:
+    """Whether the step that is over was the last of an epoch or of the training."""
+    return state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+
+
 class Interruption(TrainerCallback):
     """Ends a training that is to stop, with a checkpoint.
 
@@ -96,7 +101,7 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """An epoch that is broken off is neither logged nor evaluated as one that is over."""
-        if self.signal is not None and state.epoch != round(state.epoch):
+        if self.signal is not None and not ends_epoch(state):
             control.should_log = control.should_evaluate = control.should_save = False
 
     def on_train_end(
