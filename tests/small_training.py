@@ -81,7 +81,8 @@ def train(folder: Path, callbacks: list[TrainerCallback] | None = None, **settin
     """Train, from the last checkpoint if there is one, and write down how it ended."""
     trainer = make_trainer(folder, callbacks, **settings)
     trainer.train(resume_from_checkpoint=bool(checkpoints(folder)))
-    (folder / END).write_text(json.dumps(end_of(trainer)))
+    if trainer.is_world_process_zero():
+        (folder / END).write_text(json.dumps(end_of(trainer)))
 
 
 def end_of(trainer: Trainer) -> dict:
