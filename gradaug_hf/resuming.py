@@ -117,7 +117,9 @@ class ResumableTrainer(Trainer):
         return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:  # of a checkpoint after which `Trainer` would do a step more
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # of a checkpoint after which `Trainer` would do a step more
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
