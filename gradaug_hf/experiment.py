@@ -74,6 +74,8 @@ SETTINGS = {
 }
 MOMENTUM = 0.9
 LAST = "last"
+# What can go wrong while training.
+FAULTS = (CheckpointError, NonFiniteLossError, UnreadableImageError)
 # Of ExperimentArguments, what a training that is resumed may change.
 CHANGEABLE = ("batch_size", "eval_split", "max_eval_samples", "skip_bad_images")
 
@@ -170,7 +172,7 @@ def run(recipe: Recipe) -> None:
         use_all_cores()
         complete(args, config)
         trainer = make_trainer(recipe, args, config)
-    with errors_as_messages(ResumeError, CheckpointError, NonFiniteLossError, UnreadableImageError):
+    with errors_as_messages(ResumeError), errors_as_messages(*FAULTS, of_one_process=True):
         if config.do_train:
             train(trainer, args)
         else:
@@ -178,18 +180,20 @@ def run(recipe: Recipe) -> None:
 
 
 @contextmanager
-def errors_as_messages(*kinds: type[Exception]) -> Iterator[None]:
+def errors_as_messages(*kinds: type[Exception], of_one_process: bool = False) -> Iterator[None]:
     """End the process with the message of an error that the user can do something about, without a trace.
 
     Args:
         kinds: of errors that are such; others are raised.
+        of_one_process: whether a process may be the only one with the error, so that each says its own.
     """
     try:
         yield
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except kinds as error:
-        raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from error
+        speaks = of_one_process or PartialState().is_main_process
+        raise SystemExit(f"error: {error}" if speaks else 1) from error
 
 
 def complete(args: ExperimentArguments, config: GradAugConfig) -> None:

@@ -1,13 +1,14 @@
 """ResumableTrainer: an interrupted training, once resumed, ends as if it had not been interrupted."""
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
@@ -92,6 +93,12 @@ class ResumableTrainer(Trainer):
         if given is True and folder is None:
             raise ResumeError(f"resume_from_checkpoint is True, but {self.args.output_dir} holds no checkpoint")
         self._progress = {}
+        if folder is not None and isinstance(self.train_dataset, IterableDataset):
+            warnings.warn(
+                "a stream is resumed where it was in its first epoch; from a later one training goes on with the "
+                "beginning of the second",
+                stacklevel=3,
+            )
         if folder is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return folder
         check_whole(Path(folder))
@@ -117,12 +124,20 @@ class ResumableTrainer(Trainer):
         return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # of a checkpoint after which `Trainer` would do a step more
+        # After a checkpoint of the last step, amid an epoch, the Trainer would do one more.
+        if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """`Trainer.get_batch_samples`; nothing more if a signal that ends the training has ended the workers."""
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except RuntimeError:
+            if not self._interruption.take_lost_workers():
+                raise
+            return [], None
 
     # ---- writing ----
 

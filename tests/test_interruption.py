@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from tests.small_training import (
@@ -45,6 +46,39 @@ def test_a_signal_ends_training_with_a_checkpoint_from_which_it_goes_on(tmp_path
     assert status_of(start(lambda: train(folder, **SETTINGS))) == 0
     assert status_of(start(lambda: train(tmp_path / "whole", **SETTINGS))) == 0
     assert end(folder) == end(tmp_path / "whole")
+
+
+class SlowlyRead(Dataset):
+    """So slowly that training waits for the workers most of the time."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        time.sleep(0.3)
+        return self.dataset[index]
+
+
+def test_a_signal_to_the_workers_too_ends_training_with_a_checkpoint(tmp_path):
+    def train_in_a_group() -> None:
+        os.setpgrp()
+        trainer = make_trainer(tmp_path, [Slow(tmp_path)], **SETTINGS)
+        trainer.train_dataset.dataset = SlowlyRead(trainer.train_dataset.dataset)
+        trainer.train()
+
+    pid = start(train_in_a_group)
+    wait_for_step(tmp_path, 2)
+    time.sleep(0.5)
+    os.killpg(pid, signal.SIGTERM)
+    assert status_of(pid) == 143
+    (step,) = checkpoints(tmp_path)
+    assert 2 <= step < 14
+    assert status_of(start(lambda: train(tmp_path, **SETTINGS))) == 0
+    assert status_of(start(lambda: train(tmp_path / "whole", **SETTINGS))) == 0
+    assert end(tmp_path) == end(tmp_path / "whole")
 
 
 class Sends(TrainerCallback):
