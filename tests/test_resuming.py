@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import random
@@ -7,9 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    Trainer,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
+from gradaug_hf import GradAugConfig, GradAugTrainer
 from gradaug_hf.checkpoints import ResumeError
 from tests.small_training import END, KillAtStep, checkpoints, end_of, make_trainer, start, status_of, train
 
@@ -124,6 +132,25 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     state = json.loads((tmp_path / "checkpoint-2" / "gradaug_state.json").read_text())
     assert state["settings"]["learning_rate"] == 0.2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["timm wrapper", "resnet"])
+def test_networks_of_transformers_are_resumed(tmp_path, wrapped):
+    if wrapped:
+        network = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_resnet", num_labels=3))
+    else:
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+        network = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=3))
+    start_weights = copy.deepcopy(network.state_dict())
+    rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 3} for i in range(12)]
+    settings = {"max_steps": 3, "save_steps": 2, "resolutions": [32, 24], "per_device_train_batch_size": 4}
+    args = GradAugConfig(str(tmp_path), **settings, use_cpu=True, report_to="none", disable_tqdm=True)
+    GradAugTrainer(network, args, train_dataset=rows).train()
+    resumed = copy.deepcopy(network)
+    resumed.load_state_dict(start_weights)
+    GradAugTrainer(resumed, args, train_dataset=rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
 # ---- what is refused ----

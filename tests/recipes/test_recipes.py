@@ -181,6 +181,7 @@ def refuse(run_recipe, recipe: str, model: str, method: str, missing: str, not_f
         ("--model nobody/nothing", "model 'nobody/nothing' is no folder, and the Hub cannot be reached"),
         ("--dataset_name nobody/nothing", "data set 'nobody/nothing' is neither a file nor a folder here"),
         ("--eval_split dev", "no split 'dev'; splits found: train, test"),
+        ("--streaming --skip_bad_images", "skip_bad_images is True; it must be False with streaming"),
         ("--streaming --labels_per_class 2", "labels_per_class needs to see all labels first"),
     ],
 )
