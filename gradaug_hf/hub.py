@@ -50,7 +50,7 @@ def why_not_rebuilt(network: nn.Module) -> str | None:
             again = timm.create_model(network.pretrained_cfg["architecture"], **arguments)
     except Exception as error:  # timm's constructors raise errors of many kinds
         return f"timm.create_model fails with {arguments}: {error}"
-    expected, found = _shapes(network), _shapes(again)
+    expected, found = tensor_shapes(network), tensor_shapes(again)
     different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if not different:
         return None
@@ -79,7 +79,8 @@ def missing_from_folder(model: nn.Module, processor: BaseImageProcessor | None) 
     return None
 
 
-def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a state dict."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
@@ -106,7 +107,7 @@ def save_configs(
     save_config_for_hf(
         network,
         str(file),
-        model_config={"pretrained_cfg": _wrapper_cfg(model)},
+        model_config={"pretrained_cfg": wrapper_cfg(model)},
         data_config=_data_config(network, processor),
     )
     config = json.loads(file.read_text())
@@ -135,7 +136,7 @@ def save_configs(
     )
 
 
-def _wrapper_cfg(model: nn.Module) -> dict[str, Any]:
+def wrapper_cfg(model: nn.Module) -> dict[str, Any]:
     """What the folder that a wrapper came from says, of which its network knows nothing."""
     config = getattr(getattr(model, "config", None), "pretrained_cfg", None) or {}
     config = filter_pretrained_cfg(config, remove_source=True)

@@ -70,7 +70,15 @@ def write_folder(network: nn.Module, folder: Path, **options) -> Path:
 
 
 def trained(
-    model: nn.Module, folder: Path, *, side: int = 64, channels: int = 3, steps: int = 1, resume: bool = False, **kwargs
+    model: nn.Module,
+    folder: Path,
+    *,
+    side: int = 64,
+    resolutions: tuple[int, ...] = (64, 48),
+    channels: int = 3,
+    steps: int = 1,
+    resume: bool = False,
+    **kwargs,
 ) -> GradAugTrainer:
     """A trainer after some steps on random images with named labels."""
     torch.manual_seed(0)
@@ -79,7 +87,7 @@ def trained(
         str(folder),
         max_steps=steps,
         num_subnets=1,
-        resolutions=[side, side * 3 // 4],
+        resolutions=list(resolutions),
         report_to="none",
         use_cpu=True,
         save_steps=1,
@@ -159,15 +167,15 @@ def test_what_the_trainer_saves_loads_in_timm_and_transformers(tmp_path):
         "grey": (lambda: timm.create_model("test_efficientnet", num_classes=7, in_chans=1), {"channels": 1}),
         "dynamic_vit": (
             lambda: timm.create_model("test_vit", num_classes=7, global_pool="avg", dynamic_img_size=True),
-            {"side": 128},
+            {"side": 128, "resolutions": (128, 96)},
         ),
-        "fixed_vit": (vit, {}),
+        "fixed_vit": (vit, {"resolutions": (64,)}),
     }
     check_folders(WITHOUT_GRADAUG, models, tmp_path)
 
 
 def test_networks_of_the_paper_load_once_gradaug_hf_is_imported(tmp_path):
-    models = {"own": (lambda: timm.create_model("resnet20_cifar", num_classes=7), {"side": 32})}
+    models = {"own": (lambda: timm.create_model("resnet20_cifar", num_classes=7), {"side": 32, "resolutions": (24,)})}
     check_folders(WITH_GRADAUG, models, tmp_path)
 
 
