@@ -13,7 +13,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from gradaug_hf.folders import check_new, new_folder
 from gradaug_hf.hub import CONFIG, label_names, plain_state, save_configs, timm_network, wrapper_cfg
-from gradaug_hf.objective import logits_of
 from gradaug_hf.preprocessing import processor_data_config
 from gradaug_hf.slimming import extract_subnet
 from gradaug_hf.slimming.meta import example_sizes
@@ -151,7 +150,9 @@ class _Logits(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        return logits_of(self.network(images), len(images))
+        output = self.network(images)
+        logits = getattr(output, "logits", output)
+        return logits[0] if isinstance(logits, (tuple, list)) else logits
 
 
 def _image_size(
