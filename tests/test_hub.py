@@ -23,6 +23,7 @@ from transformers import TimmWrapperForImageClassification as TimmWrapper
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
+from gradaug_hf.checkpoints import ResumeError, weight_shapes
 from gradaug_hf.hub import label_names, missing_from_folder, plain_state, save_configs, timm_network, why_not_rebuilt
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
@@ -384,3 +385,13 @@ def test_a_network_that_no_library_knows_may_tie_its_tensors(tmp_path):
     trained(network, tmp_path)
     weights = safetensors.torch.load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     assert torch.equal(weights["1.weight"], network[0].weight)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/other.safetensors", "deeper/other.safetensors"])
+def test_a_file_of_weights_outside_the_folder_is_refused(name, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "deeper").mkdir(parents=True)
+    safetensors.torch.save_file({"a": torch.zeros(1)}, (folder / name).resolve() if name[0] != "/" else tmp_path / "x")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ResumeError, match=f"index.json names '{name}'; a file in its own folder is accepted"):
+        weight_shapes(folder)
