@@ -54,7 +54,7 @@ class LowDataArguments:
 def main() -> None:
     parser = HfArgumentParser(LowDataArguments, description=__doc__)
     args, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    with errors_as_messages():
+    with errors_as_messages(OSError, ValueError):
         train_and_report(make_plan(args, flag_settings(flags)), Path(args.output_dir), args.launch)
 
 
