@@ -13,7 +13,7 @@ def draws() -> list[float]:
 
 
 class Noise(Dataset):
-    features = {"label": "of the data set"}
+    features, classes = {"label": "of the data set"}, ["one", "two"]
 
     def __len__(self) -> int:
         return 12
@@ -95,6 +95,8 @@ def test_a_stream_depends_on_seed_epoch_and_position_alone():
     assert not (torch.stack(list(stream))[:, 1:] == first[:, 1:]).any()
 
 
-def test_the_features_are_those_of_the_data():
+def test_classes_are_those_of_the_data():
     assert SeededDataset(Noise(), 5).features == Noise.features
+    assert SeededDataset(Noise(), 5).classes == Noise.classes
     assert SeededDataset([1], 5).features is None
+    assert SeededDataset([1], 5).classes is None
