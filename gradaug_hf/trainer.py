@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
 from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
@@ -22,7 +23,6 @@ from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
 from gradaug_hf.hub import (
     label_names,
-    missing_from_folder,
     plain_state,
     save_configs,
     timm_network,
@@ -38,6 +38,8 @@ from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_r
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.transforms import ImageTransform
+
+logger = logging.get_logger(__name__)
 
 IMAGES, LABELS = "pixel_values", "labels"
 # Training images of which batch norm is recalibrated before a sub-network is evaluated.
@@ -99,8 +101,10 @@ class GradAugTrainer(ResumableTrainer):
             self._mixer = self._make_mixer()
         if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
-        if missing := missing_from_folder(self.model, self.processing_class):
-            warnings.warn(missing, stacklevel=2)
+        network = timm_network(self.model)
+        if network is not None and (reason := why_not_rebuilt(network)):
+            name = type(network).__name__
+            warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled, self.is_fsdp_enabled)
             if self.model_init is None and self.train_dataset is not None:
@@ -382,6 +386,11 @@ class GradAugTrainer(ResumableTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         network = timm_network(model)
         if network is None or why_not_rebuilt(network):
+            if isinstance(model, PreTrainedModel) and self.processing_class is None:
+                logger.warning_once(
+                    "no preprocessor_config.json is written, which a pipeline needs: give GradAugTrainer the image "
+                    "processor as processing_class"
+                )
             if not isinstance(model, PreTrainedModel):  # which unties its tensors itself
                 state_dict = plain_state(model.state_dict() if state_dict is None else state_dict)
             return super()._save(output_dir, state_dict)
