@@ -143,13 +143,23 @@ def run(recipe: Recipe) -> None:
     """Train, or only evaluate, as the command line says; prints accuracies and writes `results.json`."""
     with errors_as_messages():
         args, config = parse({**SETTINGS, **recipe.settings}, recipe.methods, recipe.description, sys.argv[1:])
+        hide_token(config.hub_token)
         use_all_cores()
         complete(args, config)
         trainer = make_trainer(recipe, args, config)
     if config.do_train:
         train(trainer, args)
+        if config.push_to_hub:
+            with errors_as_messages():
+                trainer.push_to_hub()
     else:
         evaluate(trainer, args)
+
+
+def hide_token(token: str | None) -> None:
+    """Take a token out of the command line, which results, model cards and loggers keep."""
+    if token:
+        sys.argv[:] = [word.replace(token, "<HUB_TOKEN>") for word in sys.argv]
 
 
 @contextmanager
@@ -294,7 +304,7 @@ def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
     state = trainer.state
     if not any("eval_top1" in entry and entry["step"] == state.global_step for entry in state.log_history):
         trainer.evaluate()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed once the results are there too
     final = {k: v for entry in state.log_history if entry["step"] == state.global_step for k, v in entry.items()}
     result = Result(
         method=args.method,

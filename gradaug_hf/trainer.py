@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.generic import find_labels
@@ -24,7 +24,9 @@ from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
+from gradaug_hf.networks import image_processor, load_checkpoint
 from gradaug_hf.objective import GradAug, Pass, logits_of
+from gradaug_hf.pushing import PushingTrainer
 from gradaug_hf.randomness import random_states_kept
 from gradaug_hf.resolutions import ResolutionTrial
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
@@ -37,7 +39,7 @@ IMAGES, LABELS = "pixel_values", "labels"
 CALIBRATION_IMAGES = 1024
 
 
-class GradAugTrainer(Trainer):
+class GradAugTrainer(PushingTrainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
@@ -47,7 +49,8 @@ class GradAugTrainer(Trainer):
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
-            slimmable and droppable in place, as `args.subnet_mode` needs it.
+            slimmable and droppable in place, as `args.subnet_mode` needs it. Or the Hub id, as `user/name` or
+            `user/name@revision`, or the folder of one, which is loaded with its image processor.
         args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
         trainer_args: further positional arguments of `transformers.Trainer`.
         subnet_sampler: draws the sub-networks; what `args` says about them then has no effect.
@@ -57,13 +60,14 @@ class GradAugTrainer(Trainer):
         kwargs: further keyword arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: the settings do not fit each other, the network, or how the processes were launched, or
-            `args.output_dir` cannot be written.
+        ValueError: the settings do not fit each other, the network, or how the processes were launched,
+            `args.output_dir` cannot be written, or `model` cannot be loaded.
+        PushError: `args.push_to_hub` is True, and the Hub refuses or cannot be reached.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | None = None,
+        model: PreTrainedModel | nn.Module | str | None = None,
         args: TrainingArguments | None = None,
         *trainer_args: Any,
         subnet_sampler: SubnetSampler | None = None,
@@ -72,6 +76,8 @@ class GradAugTrainer(Trainer):
     ) -> None:
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
         check_output_dir(args)
+        checkpoint = model if isinstance(model, str) else None
+        model = load_checkpoint(checkpoint) if checkpoint else model
         self._subnet_sampler = subnet_sampler
         self._subnet_transform = subnet_transform
         self._resolution_trial: ResolutionTrial | None = None
@@ -83,6 +89,8 @@ class GradAugTrainer(Trainer):
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
             super().__init__(model, args, *trainer_args, **kwargs)
+        if checkpoint and self.processing_class is None:
+            self.processing_class = image_processor(checkpoint)
         if args.label_smoothing_factor > 0 and model is None and isinstance(self.model, PreTrainedModel):
             self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
         self._network_has_loss = bool(find_labels(type(self.model)))
