@@ -151,7 +151,9 @@ def run(recipe: Recipe) -> None:
         train(trainer, args)
         if config.push_to_hub:
             with errors_as_messages():
-                trainer.push_to_hub()
+                commit = trainer.push_to_hub()
+            if config.should_save:
+                print(f"pushed them to {commit.repo_url}")
     else:
         evaluate(trainer, args)
 

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
@@ -96,10 +97,13 @@ def _download_errors(model: str, name: str, revision: str) -> Iterator[None]:
             f"model is {model!r}, which is neither a folder nor on the Hub; {ACCEPTED}. If it is private, run "
             "`hf auth login`"
         ) from error
-    except LocalEntryNotFoundError as error:
-        raise ValueError(f"model {model!r} is no folder, and the Hub cannot be reached to look for it") from error
-    except HTTPError as error:
-        raise ValueError(f"model {model!r} cannot be downloaded: {error}; try again") from error
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        cause = error if isinstance(error, HTTPError) else error.__cause__
+        if not isinstance(cause, HfHubHTTPError):
+            raise ValueError(f"model {model!r} is no folder, and the Hub cannot be reached: {cause}") from error
+        status = cause.response.status_code
+        remedy = "run `hf auth login` with a token that may read it" if status in (401, 403) else "try again later"
+        raise ValueError(f"model {model!r} cannot be downloaded: the Hub answers {status}; {remedy}") from error
 
 
 def _check_downloaded(model: str, folder: Path) -> None:

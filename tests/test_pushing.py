@@ -79,7 +79,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_what_is_pushed_gives_the_same_logits_here_in_timm_and_in_transformers(hub, tmp_path):
     hub.part_size = 500_000  # the weights of timm's network go up in parts, the others in one
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 64, 64)
     torch.save(images, tmp_path / "images.pt")
     expected = {}
     for name, model in (("by_timm", wrapped()), ("by_transformers", of_transformers())):
@@ -93,7 +93,7 @@ def test_what_is_pushed_gives_the_same_logits_here_in_timm_and_in_transformers(h
     for name, logits in expected.items():
         found = torch.load(tmp_path / f"{name}.pt")
         assert len(found) == (2 if name == "by_timm" else 1)
-        assert all(torch.equal(tensor, logits) for tensor in found)
+        assert [torch.equal(tensor, logits) for tensor in found] == [True] * len(found), name
 
 
 def test_a_pulled_network_trains_on_and_keeps_its_image_processor(hub, tmp_path):
@@ -118,9 +118,9 @@ def test_a_private_repository_is_seen_by_its_owner_alone(hub, tmp_path, monkeypa
     assert hub.repositories["me/secret"].private
     assert trainer_of("me/secret", tmp_path / "other").model.num_classes == 7
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    for token in ("hf_other", "hf_wrong", ""):
+    for token, message in (("hf_other", "on the Hub"), ("hf_wrong", "the Hub answers 401"), ("", "on the Hub")):
         monkeypatch.setenv("HF_TOKEN", token)
-        with pytest.raises(ValueError, match="'me/secret', which is neither a folder nor on the Hub.*hf auth login"):
+        with pytest.raises(ValueError, match=f"'me/secret'.*{message}.* run `hf auth login`"):
             trainer_of("me/secret", tmp_path / "other")
 
 
