@@ -24,7 +24,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
+
 CONFIG = "config.json"
+SHAKE_DROP = "shake_drop_rate"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # What is read of a repository on the Hub: no pickle, no code, nothing in or above its folder's folders.
 READ, NOT_READ = ["*.json", "*.safetensors"], ["*/*"]
@@ -141,7 +144,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def accepted_arguments(model: str) -> set[str]:
-    """Parameters of the constructor of a network; none for one of transformers.
+    """What a network can be built with: its constructor's parameters, and ShakeDrop where its blocks take it.
+
+    None for a network of transformers.
 
     Args:
         model: as for `timm_name`.
@@ -149,8 +154,16 @@ def accepted_arguments(model: str) -> set[str]:
     name = timm_name(model)
     if name is None:
         return set()
+    network = _meta_network(name)
+    return _parameters(network) | ({SHAKE_DROP} if residual_blocks(network) else set())
+
+
+def _meta_network(name: str) -> nn.Module:
     with torch.device("meta"):
-        network = timm.create_model(name)
+        return timm.create_model(name)
+
+
+def _parameters(network: nn.Module) -> set[str]:
     return set(inspect.signature(type(network).__init__).parameters)
 
 
@@ -161,11 +174,11 @@ def create_network(model: str, class_names: Sequence[str], arguments: Mapping[st
         model: as for `timm_name`.
         class_names: in the order of the labels; another classifier than the checkpoint's is made where they differ in
             number.
-        arguments: of the constructor of a timm network.
+        arguments: of a timm network, by the names of `accepted_arguments`.
     """
     if is_checkpoint(model):
         return load_checkpoint(model, class_names, arguments)
-    return timm.create_model(model, num_classes=len(class_names), **arguments)
+    return _create_timm_network(model, False, {"num_classes": len(class_names)}, dict(arguments))
 
 
 def load_checkpoint(
@@ -176,7 +189,7 @@ def load_checkpoint(
     Args:
         model: as for `checkpoint_folder`.
         class_names: as for `create_network`; None keeps the classifier.
-        arguments: of the constructor of a timm network.
+        arguments: of a timm network, by the names of `accepted_arguments`.
 
     Raises:
         ValueError: as `checkpoint_folder`.
@@ -184,7 +197,7 @@ def load_checkpoint(
     folder = checkpoint_folder(model)
     if _is_timms(_read_json(folder / CONFIG)):
         classes = {} if class_names is None else {"num_classes": len(class_names)}
-        return timm.create_model(f"local-dir:{folder}", pretrained=True, **classes, **(arguments or {}))
+        return _create_timm_network(f"local-dir:{folder}", True, classes, dict(arguments or {}))
     classes = {}
     if class_names is not None:
         classes = {
@@ -196,6 +209,17 @@ def load_checkpoint(
     network = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=False, **classes)
     if not Path(model).is_dir():  # the model card names where it came from, not where it was downloaded to
         network.name_or_path = network.config.name_or_path = model.partition("@")[0]
+    return network
+
+
+def _create_timm_network(
+    name: str, pretrained: bool, classes: Mapping[str, int], arguments: dict[str, Any]
+) -> nn.Module:
+    shakes_itself = SHAKE_DROP not in arguments or SHAKE_DROP in _parameters(_meta_network(name))
+    rate = 0.0 if shakes_itself else arguments.pop(SHAKE_DROP)
+    network = timm.create_model(name, pretrained=pretrained, **classes, **arguments)
+    if rate > 0:
+        add_shake_drop(network, rate)
     return network
 
 
