@@ -1,3 +1,4 @@
+import ast
 import json
 from pathlib import Path
 
@@ -209,3 +210,20 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(hub, tmp_path, evil: s
     files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": {"x": evil}}).encode()
     with pytest.raises(ValueError, match=f"index.json names '{evil}', which is no file of its folder"):
         load_checkpoint(on_the_hub(hub, files))
+
+
+def test_nothing_trusts_code_or_pickles_from_elsewhere():
+    root = Path(__file__).parents[1]
+    sources = [
+        file for folder in ("gradaug_hf", "recipes", "benchmarks", "docs") for file in root.glob(f"{folder}/**/*.py")
+    ]
+    assert len(sources) > 30
+    for file in sources:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert given.get("trust_remote_code", "False") == "False", f"{file}: {name}"
+            assert name not in ("pickle.load", "pickle.loads", "joblib.load"), f"{file}: {name}"
+            if name == "torch.load":
+                assert given.get("weights_only") == "True", f"{file}: {name}"

@@ -10,8 +10,17 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from transformers import ResNetConfig, ResNetForImageClassification, TimmWrapperConfig, TrainingArguments
+from transformers import (
+    AutoImageProcessor,
+    ConvNextImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmWrapperConfig,
+    TrainingArguments,
+)
 from transformers import TimmWrapperForImageClassification as TimmWrapper
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
@@ -25,7 +34,7 @@ LOAD = """
 import sys
 sys.modules["gradaug_hf"] = None
 import timm, torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, pipeline
 images = torch.load(sys.argv[1] + "/images.pt")
 with torch.no_grad():
     for repo in sys.argv[2:]:
@@ -34,6 +43,7 @@ with torch.no_grad():
         found = [model.eval()(images).logits]
         if name.endswith("timm"):
             found.append(timm.create_model(f"hf-hub:{repo}", pretrained=True).eval()(images))
+            found.append(pipeline("image-classification", model=name, device="cpu")(sys.argv[1] + "/image.png")[0])
         torch.save(found, f"{sys.argv[1]}/{name.split('/')[1]}.pt")
 """
 
@@ -81,24 +91,31 @@ def test_what_is_pushed_gives_the_same_logits_here_in_timm_and_in_transformers(h
     hub.part_size = 500_000  # the weights of timm's network go up in parts, the others in one
     images = torch.randn(2, 3, 64, 64)
     torch.save(images, tmp_path / "images.pt")
+    pixels = torch.randint(256, (64, 64, 3), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "image.png")
     expected = {}
     for name, model in (("by_timm", wrapped()), ("by_transformers", of_transformers())):
         trainer_of(model, tmp_path / name).push_to_hub()
         expected[name] = logits_of(model, images)
         pulled = trainer_of(f"me/{name}", tmp_path / "other").model
         assert torch.equal(logits_of(pulled, images), expected[name])
+        if name == "by_timm":
+            transform = create_transform(**resolve_model_data_config(pulled))
+            scores = logits_of(pulled, transform(Image.open(tmp_path / "image.png"))[None])[0].softmax(0)
     assert sum("/lfs/" in request and request.endswith(("/1", "/4")) for request in hub.requests) == 2
     command = [sys.executable, "-c", LOAD, str(tmp_path), "me/by_timm", "me/by_transformers"]
     subprocess.run(command, check=True, env=environment_of(hub, tmp_path), timeout=600)
     for name, logits in expected.items():
         found = torch.load(tmp_path / f"{name}.pt")
-        assert len(found) == (2 if name == "by_timm" else 1)
+        if name == "by_timm":
+            best = found.pop()
+            assert len(found) == 2
+            assert NAMES.index(best["label"]) == scores.argmax()
+            assert best["score"] == pytest.approx(scores.max().item(), abs=1e-6)
         assert [torch.equal(tensor, logits) for tensor in found] == [True] * len(found), name
 
 
 def test_a_pulled_network_trains_on_and_keeps_its_image_processor(hub, tmp_path):
-    from transformers import AutoImageProcessor, ConvNextImageProcessor
-
     ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path / "first")
     first = trainer_of(of_transformers(), tmp_path / "first")
     first.push_to_hub()
