@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils.hub import hf_api
 
 from gradaug_hf.hub import PREPROCESSOR
@@ -105,6 +105,14 @@ class PushingTrainer(Trainer):
         return f" All of it is in {self.args.output_dir}; push that with: {command}"
 
     # ---- checkpoints, which are pushed while training goes on ----
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """`Trainer.train`, of which an error ends no push halfway."""
+        try:
+            return super().train(*args, **kwargs)
+        except Exception:
+            self._finish_current_push()
+            raise
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._warn_of_failed_pushes()

@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     TimmWrapperConfig,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers import TimmWrapperForImageClassification as TimmWrapper
@@ -80,8 +82,8 @@ def environment_of(hub: HubServer, folder: Path) -> dict[str, str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """What is pushed of a folder."""
-    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith("_")]
-    return {file.name: file.read_bytes() for file in files}
+    files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    return {name: file.read_bytes() for name, file in files.items() if not name.startswith(("checkpoint-", "_"))}
 
 
 # ---- push and pull ----
@@ -102,7 +104,7 @@ def test_what_is_pushed_gives_the_same_logits_here_in_timm_and_in_transformers(h
         if name == "by_timm":
             transform = create_transform(**resolve_model_data_config(pulled))
             scores = logits_of(pulled, transform(Image.open(tmp_path / "image.png"))[None])[0].softmax(0)
-    assert sum("/lfs/" in request and request.endswith(("/1", "/4")) for request in hub.requests) == 2
+    assert {request[-2:] for request in hub.requests if re.search("PUT /lfs/.*/", request)} == {"/1", "/2", "/3", "/4"}
     command = [sys.executable, "-c", LOAD, str(tmp_path), "me/by_timm", "me/by_transformers"]
     subprocess.run(command, check=True, env=environment_of(hub, tmp_path), timeout=600)
     for name, logits in expected.items():
@@ -305,6 +307,25 @@ def test_a_checkpoint_that_was_not_pushed_is_warned_of_and_training_goes_on(hub,
     hub.failures.clear()
     trainer.push_to_hub()
     assert "model.safetensors" in hub.repositories["me/net"].files()
+
+
+class Accident(TrainerCallback):
+    """Ends training with an error after its first step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            raise RuntimeError("an accident")
+
+
+def test_an_error_in_training_hides_no_push_that_fails(hub, tmp_path):
+    trainer = trainer_of(wrapped(), tmp_path / "net", push_to_hub=True)
+    trainer.add_callback(Accident())
+    hub.fail("POST", "commit", 500)
+    with (
+        pytest.warns(UserWarning, match="a checkpoint was not pushed to me/net: the Hub answers 500"),
+        pytest.raises(RuntimeError, match="an accident"),
+    ):
+        trainer.train()
 
 
 # ---- tokens ----

@@ -39,7 +39,7 @@ def test_a_recipe_pulls_its_network_and_pushes_what_it_trained_with_its_results(
     assert json.loads(repository.files()[RESULTS]) == finished.results
     pulled, local = load_checkpoint("me/run").state_dict(), load_checkpoint(str(finished.folder)).state_dict()
     assert all(torch.equal(pulled[name], tensor) for name, tensor in local.items())
-    assert "--hub_token <HUB_TOKEN>" in finished.results["command"]
+    assert "<HUB_TOKEN>" in sys.argv
     assert not any(TOKEN.encode() in file.read_bytes() for file in finished.folder.rglob("*") if file.is_file())
     assert TOKEN not in finished.printed + " ".join(sys.argv)
     assert finished.printed.endswith(f"pushed them to {hub.url}/me/run\n")
