@@ -1,6 +1,8 @@
 """GradAugConfig: the settings of GradAugTrainer."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -195,6 +197,22 @@ class GradAugConfig(TrainingArguments):
         self._check("mix_prob", 0 <= self.mix_prob <= 1, "in [0, 1]")
         self._check("eval_widths", all(0 < width <= 1 for width in self.eval_widths), "a list of widths in (0, 1]")
         super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the token, since `training_args.bin` is kept and pushed."""
+        return vars(self) | {"hub_token": None}
+
+    def __copy__(self) -> "GradAugConfig":
+        return self._with_state(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GradAugConfig":
+        return self._with_state(deepcopy(vars(self), memo))
+
+    def _with_state(self, state: dict[str, Any]) -> "GradAugConfig":
+        """A copy, which keeps the token that a pickle leaves out."""
+        other = object.__new__(type(self))
+        vars(other).update(state)
+        return other
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:

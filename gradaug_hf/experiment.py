@@ -50,6 +50,7 @@ from gradaug_hf.networks import (
     pixel_statistics,
 )
 from gradaug_hf.preprocessing import image_processor_of
+from gradaug_hf.pushing import PushError
 from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
 from gradaug_hf.seeded_data import SeededDataset, SeededStream
 from gradaug_hf.threads import use_all_cores
@@ -170,14 +171,22 @@ def run(recipe: Recipe) -> None:
     """Train, or only evaluate, as the command line says; prints accuracies and writes `results.json`."""
     with errors_as_messages(OSError, ValueError):
         args, config = parse({**SETTINGS, **recipe.settings}, recipe.methods, recipe.description, sys.argv[1:])
+        hide_token(config.hub_token)
         use_all_cores()
         complete(args, config)
         trainer = make_trainer(recipe, args, config)
-    with errors_as_messages(ResumeError), errors_as_messages(*FAULTS, of_one_process=True):
+    with errors_as_messages(ResumeError, PushError), errors_as_messages(*FAULTS, of_one_process=True):
         if config.do_train:
             train(trainer, args)
+            push(trainer)
         else:
             evaluate(trainer, args)
+
+
+def hide_token(token: str | None) -> None:
+    """Take a token out of the command line, which results, model cards and loggers keep."""
+    if token:
+        sys.argv[:] = [word.replace(token, "<HUB_TOKEN>") for word in sys.argv]
 
 
 @contextmanager
@@ -344,7 +353,7 @@ def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
     state = trainer.state
     if not any("eval_top1" in entry and entry["step"] == state.global_step for entry in state.log_history):
         trainer.evaluate()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed once the results are there too
     final = {k: v for entry in state.log_history if entry["step"] == state.global_step for k, v in entry.items()}
     result = Result(
         method=args.method,
@@ -371,6 +380,14 @@ def images_skipped(trainer: RecipeTrainer) -> int:
     """Number of training images that some process could not decode."""
     skipped = trainer.train_dataset.dataset.skipped.to(trainer.args.device)
     return int((trainer.accelerator.reduce(skipped, "sum") > 0).sum())
+
+
+def push(trainer: RecipeTrainer) -> None:
+    """Push the network and its results, if they are to be."""
+    if trainer.args.push_to_hub:
+        commit = trainer.push_to_hub()
+        if trainer.args.should_save:
+            print(f"pushed them to {commit.repo_url}")
 
 
 def evaluate(trainer: RecipeTrainer, args: ExperimentArguments) -> None:

@@ -30,7 +30,9 @@ from gradaug_hf.hub import (
 )
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.mixing import BatchMixer
+from gradaug_hf.networks import image_processor, load_checkpoint
 from gradaug_hf.objective import GradAug, Pass, logits_of
+from gradaug_hf.pushing import PushingTrainer
 from gradaug_hf.randomness import random_states_kept
 from gradaug_hf.resolutions import ResolutionTrial
 from gradaug_hf.resuming import ResumableTrainer
@@ -46,7 +48,7 @@ IMAGES, LABELS = "pixel_values", "labels"
 CALIBRATION_IMAGES = 1024
 
 
-class GradAugTrainer(ResumableTrainer):
+class GradAugTrainer(PushingTrainer, ResumableTrainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
@@ -57,7 +59,8 @@ class GradAugTrainer(ResumableTrainer):
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
-            slimmable and droppable in place, as `args.subnet_mode` needs it.
+            slimmable and droppable in place, as `args.subnet_mode` needs it. Or the Hub id, as `user/name` or
+            `user/name@revision`, or the folder of one, which is loaded with its image processor.
         args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
         trainer_args: further positional arguments of `transformers.Trainer`.
         subnet_sampler: draws the sub-networks; what `args` says about them then has no effect.
@@ -67,13 +70,14 @@ class GradAugTrainer(ResumableTrainer):
         kwargs: further keyword arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: the settings do not fit each other, the network, or how the processes were launched, or
-            `args.output_dir` cannot be written.
+        ValueError: the settings do not fit each other, the network, or how the processes were launched,
+            `args.output_dir` cannot be written, or `model` cannot be loaded.
+        PushError: `args.push_to_hub` is True, and the Hub refuses or cannot be reached.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | None = None,
+        model: PreTrainedModel | nn.Module | str | None = None,
         args: TrainingArguments | None = None,
         *trainer_args: Any,
         subnet_sampler: SubnetSampler | None = None,
@@ -82,6 +86,8 @@ class GradAugTrainer(ResumableTrainer):
     ) -> None:
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
         check_output_dir(args)
+        checkpoint = model if isinstance(model, str) else None
+        model = load_checkpoint(checkpoint) if checkpoint else model
         self._subnet_sampler = subnet_sampler
         self._subnet_transform = subnet_transform
         self._resolution_trial: ResolutionTrial | None = None
@@ -92,6 +98,8 @@ class GradAugTrainer(ResumableTrainer):
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
             super().__init__(model, args, *trainer_args, **kwargs)
+        if checkpoint and self.processing_class is None:
+            self.processing_class = image_processor(checkpoint)
         if args.label_smoothing_factor > 0 and model is None and isinstance(self.model, PreTrainedModel):
             self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
         self._network_has_loss = bool(find_labels(type(self.model)))
