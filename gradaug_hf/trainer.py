@@ -30,6 +30,7 @@ from gradaug_hf.resolutions import ResolutionTrial
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.sync_batchnorm import synchronise_batchnorm
 from gradaug_hf.transforms import ImageTransform
 
 IMAGES, LABELS = "pixel_values", "labels"
@@ -92,8 +93,10 @@ class GradAugTrainer(Trainer):
             self._mixer = self._make_mixer()
         if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
+        if args.sync_batchnorm and args.world_size > 1 and self.model_init is None:
+            synchronise_batchnorm(self.model, args.device)
         if args.num_subnets > 0:
-            check_launch(args, self.is_deepspeed_enabled, self.is_fsdp_enabled)
+            check_launch(args, getattr(self.accelerator.state, "deepspeed_plugin", None), self.is_fsdp_enabled)
             if self.model_init is None and self.train_dataset is not None:
                 self._prepare_network(self.model)
 
@@ -135,7 +138,11 @@ class GradAugTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer.call_model_init`; a network that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
-        if self.args.num_subnets > 0 and getattr(self, "is_in_train", False):
+        if not getattr(self, "is_in_train", False):
+            return network
+        if self.args.sync_batchnorm and self.args.world_size > 1:
+            synchronise_batchnorm(network, self.args.device)
+        if self.args.num_subnets > 0:
             self._prepare_network(network)
         return network
 
