@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -33,6 +32,7 @@ from gradaug_hf.data import (
     take_images,
     with_pixels,
 )
+from gradaug_hf.launch import process_state
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.methods import NETWORK_ARGUMENTS, check_method
 from gradaug_hf.metrics import topk_accuracy
@@ -158,7 +158,7 @@ def errors_as_messages() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from error
+        raise SystemExit(f"error: {error}" if process_state().is_main_process else 1) from error
 
 
 def complete(args: ExperimentArguments, config: GradAugConfig) -> None:
@@ -233,7 +233,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
 def load_data_once(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """`load_data` on the main process, and then on the others from its cache."""
     failure = None
-    with PartialState().main_process_first():
+    with process_state().main_process_first():
         try:
             data = load_data(args, seed)
         except (OSError, ValueError) as error:  # raised once nobody waits, so that each process fails for this reason

@@ -17,7 +17,13 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.generic import find_labels
 
-from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
+from gradaug_hf.checks import (
+    LabelCheckingCollator,
+    check_checkpointing,
+    check_launch,
+    check_output_dir,
+    shards_parameters,
+)
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
 from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network
@@ -96,7 +102,7 @@ class GradAugTrainer(Trainer):
         if args.sync_batchnorm and args.world_size > 1 and self.model_init is None:
             synchronise_batchnorm(self.model, args.device)
         if args.num_subnets > 0:
-            check_launch(args, getattr(self.accelerator.state, "deepspeed_plugin", None), self.is_fsdp_enabled)
+            check_launch(args, self.is_deepspeed_enabled, shards_parameters(args, self.accelerator.state))
             if self.model_init is None and self.train_dataset is not None:
                 self._prepare_network(self.model)
 
@@ -202,6 +208,7 @@ class GradAugTrainer(Trainer):
             resolutions=self._resolutions,
             width_levels=args.width_levels,
             kl_weight=args.kl_weight,
+            subnet_target=args.subnet_target,
             label_smoothing=args.label_smoothing_factor,
             seed=args.seed,
             subnet_mode=args.subnet_mode,

@@ -1,0 +1,93 @@
+"""Batch norm with the statistics of the whole batch, over all processes."""
+
+import torch
+import torch.distributed as dist
+from timm.layers import SyncBatchNormAct, convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
+    """`torch.nn.SyncBatchNorm` that runs on the CPU and on the meta device as well, where torch's raises an error."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (N, C, ...) by the statistics of all processes while training."""
+        if x.device.type == "meta":
+            return _BatchNorm.forward(self, x)
+        synchronised = self.training and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+        if x.device.type != "cpu" or not synchronised:
+            return super().forward(x)
+        return self._normalise(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+        positions = x.new_tensor([x.numel() / x.shape[1]])
+        sums = _SumOverProcesses.apply(torch.cat([x.sum(dims), positions]), self.process_group)
+        count = sums[-1].detach()
+        centred = x - (sums[:-1] / count).view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(dims), self.process_group) / count
+        if self.track_running_stats:
+            self._track(sums[:-1].detach() / count, variance.detach() * count / (count - 1))
+        normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.weight is not None:
+            normalised = normalised * self.weight.view(shape)
+        return normalised if self.bias is None else normalised + self.bias.view(shape)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+
+
+class AnyDeviceSyncBatchNormAct(SyncBatchNormAct, AnyDeviceSyncBatchNorm):
+    """timm's batch norm with an activation, likewise."""
+
+
+ANY_DEVICE = {nn.SyncBatchNorm: AnyDeviceSyncBatchNorm, SyncBatchNormAct: AnyDeviceSyncBatchNormAct}
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; each one's gradient is the sum of the gradients of all."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
+    """Have all batch norms of a network normalise by the whole batch, in place; parameters stay the same objects.
+
+    Args:
+        network: not slimmable yet, unless its batch norms are synchronised already.
+        device: that it will be trained on.
+
+    Raises:
+        ValueError: the network is slimmable or droppable already.
+    """
+    if all(isinstance(m, nn.SyncBatchNorm) for m in network.modules() if isinstance(m, _BatchNorm)):
+        return
+    if any("_width_state" in vars(module) for module in network.modules()):
+        raise ValueError(
+            "sync_batchnorm is True, but the network was made slimmable or droppable before; leave that to "
+            "GradAugTrainer, or call timm.layers.convert_sync_batchnorm(model) first"
+        )
+    convert_sync_batchnorm(network)
+    if device.type == "cpu":
+        run_on_any_device(network)
+
+
+def run_on_any_device(network: nn.Module) -> None:
+    """Have the synchronised batch norms of a network run on the CPU and the meta device too, in place."""
+    for module in network.modules():
+        module.__class__ = ANY_DEVICE.get(type(module), type(module))
