@@ -7,16 +7,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
-    """`torch.nn.SyncBatchNorm` that runs on the CPU and on the meta device as well, where torch's raises an error."""
+class CpuSyncBatchNorm(_BatchNorm):
+    """`torch.nn.SyncBatchNorm` for the CPU and the meta device, on which torch's own raises an error."""
+
+    process_group: dist.ProcessGroup | None = None
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"input has shape {tuple(x.shape)}; batch norm needs (N, C, ...)")
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (N, C, ...) by the statistics of all processes while training."""
-        if x.device.type == "meta":
-            return _BatchNorm.forward(self, x)
-        synchronised = self.training and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
-        if x.device.type != "cpu" or not synchronised:
+        several = self.training and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+        if x.device.type == "meta" or not several:
             return super().forward(x)
+        self._check_input_dim(x)
         return self._normalise(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
     def _normalise(self, x: Tensor) -> Tensor:
@@ -41,11 +46,15 @@ class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
         self.running_var.lerp_(variance.to(self.running_var.dtype), share)
 
 
-class AnyDeviceSyncBatchNormAct(SyncBatchNormAct, AnyDeviceSyncBatchNorm):
-    """timm's batch norm with an activation, likewise."""
+class CpuSyncBatchNormAct(CpuSyncBatchNorm):
+    """`timm.layers.SyncBatchNormAct`, batch norm with dropout and an activation, likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (N, C, ...), and apply the activation."""
+        return self.act(self.drop(super().forward(x)))
 
 
-ANY_DEVICE = {nn.SyncBatchNorm: AnyDeviceSyncBatchNorm, SyncBatchNormAct: AnyDeviceSyncBatchNormAct}
+ON_CPU = {nn.SyncBatchNorm: CpuSyncBatchNorm, SyncBatchNormAct: CpuSyncBatchNormAct}
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -75,7 +84,8 @@ def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
     Raises:
         ValueError: the network is slimmable or droppable already.
     """
-    if all(isinstance(m, nn.SyncBatchNorm) for m in network.modules() if isinstance(m, _BatchNorm)):
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    if all(isinstance(norm, (nn.SyncBatchNorm, CpuSyncBatchNorm)) for norm in norms):
         return
     if any("_width_state" in vars(module) for module in network.modules()):
         raise ValueError(
@@ -84,10 +94,10 @@ def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
         )
     convert_sync_batchnorm(network)
     if device.type == "cpu":
-        run_on_any_device(network)
+        run_without_gpu(network)
 
 
-def run_on_any_device(network: nn.Module) -> None:
-    """Have the synchronised batch norms of a network run on the CPU and the meta device too, in place."""
+def run_without_gpu(network: nn.Module) -> None:
+    """Have the synchronised batch norms of a network run on the CPU and the meta device, in place."""
     for module in network.modules():
-        module.__class__ = ANY_DEVICE.get(type(module), type(module))
+        module.__class__ = ON_CPU.get(type(module), type(module))
