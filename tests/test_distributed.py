@@ -1,7 +1,9 @@
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -200,3 +202,74 @@ def mixed_share(batch: Tensor, mixed: Tensor) -> float:
     share = ((mixed - neighbours) * difference).sum() / difference.square().sum()
     torch.testing.assert_close(mixed, share * batch + (1 - share) * neighbours, rtol=0, atol=1e-6)
     return share.item()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def write_run(folder: Path) -> None:
+    network, flags, batch = EQUAL_TO_ONE_PROCESS["both_accumulated"]
+    (folder / "runs.json").write_text(json.dumps({"run": (network, f"{flags} {batch}")}))
+
+
+def test_a_process_that_dies_ends_the_other_with_an_error_within_a_minute(tmp_path):
+    """Without a launcher that watches both, as on two machines."""
+    write_run(tmp_path)
+    port = str(free_port())
+    ranks = []
+    for rank in ("0", "1"):
+        meeting = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        command = [sys.executable, SCRIPT, str(tmp_path)]
+        environ = environment(**meeting, DYING_RANK="1")
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True))
+    try:
+        assert ranks[1].wait(timeout=400) == -9
+        _, printed = ranks[0].communicate(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    assert ranks[0].returncode == 1
+    assert "RuntimeError" in printed
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_launch_with_an_error(tmp_path):
+    write_run(tmp_path)
+    launched = launch(str(tmp_path), DYING_RANK="1")
+    assert launched.returncode == 1
+    assert "exitcode  : -9" in launched.stderr
+    assert time.time() - (tmp_path / "dying").stat().st_mtime < 60
+
+
+@pytest.mark.slow
+def test_two_machines_train_like_two_processes_of_one(tmp_path, two_processes):
+    write_run(tmp_path)
+    port = str(free_port())
+    command = [*LAUNCH[:-1], "recipes/accelerate/gpu_2x8.yaml", "--num_processes", "2", "--main_process_port", port]
+    machines = [
+        subprocess.Popen(
+            [*command, "--main_process_ip", "127.0.0.1", "--machine_rank", rank, SCRIPT, str(tmp_path)],
+            cwd=ROOT,
+            env=environment(),
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [machine.wait(timeout=500) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+            machine.wait()
+    for rank, expected in enumerate(two_processes["both_accumulated"]):
+        assert_close(torch.load(tmp_path / f"run-rank{rank}.pt", weights_only=True)["weights"], expected["weights"])

@@ -55,6 +55,7 @@ class Die(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if os.environ.get("RANK", "") == os.environ.get("DYING_RANK") and state.global_step == 2:
+            Path(args.output_dir).with_name("dying").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
