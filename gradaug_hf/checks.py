@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel
 
@@ -31,20 +31,30 @@ def check_output_dir(args: GradAugConfig) -> None:
         raise ValueError(f"output_dir is {args.output_dir!r}, which cannot be written: {error}") from error
 
 
-def shards_parameters(args: GradAugConfig, state: AcceleratorState) -> bool:
-    """Whether a process holds only a part of each parameter, or was told to: on the CPU accelerate does not do so."""
-    asked = args.fsdp or args.parallelism_config or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    deepspeed = getattr(state, "deepspeed_plugin", None)
-    return bool(asked or getattr(state, "fsdp_plugin", None)) or (deepspeed is not None and deepspeed.zero_stage == 3)
+def check_sharding(args: GradAugConfig, deepspeed: DeepSpeedPlugin | None = None) -> None:
+    """Make sure that each process holds whole parameters.
+
+    Args:
+        args: the settings.
+        deepspeed: DeepSpeed's, if it is in use.
+
+    Raises:
+        ValueError: parameters are split, or are asked to be; on the CPU accelerate would not do so and not say it.
+    """
+    fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if fsdp or args.parallelism_config or (deepspeed is not None and deepspeed.zero_stage == 3):
+        raise ValueError(
+            "FSDP, DeepSpeed's ZeRO-3 and tensor parallelism split the parameters that sub-networks take their slices "
+            "of; use DDP, without fsdp, parallelism_config and stage 3"
+        )
 
 
-def check_launch(args: GradAugConfig, deepspeed: bool, sharded: bool) -> None:
+def check_launch(args: GradAugConfig, deepspeed: bool) -> None:
     """Make sure that the processes and the optimiser bear several backward passes in a step.
 
     Args:
         args: the settings.
         deepspeed: whether DeepSpeed is in use.
-        sharded: whether FSDP, ZeRO-3 or the like split the parameters.
 
     Raises:
         ValueError: they do not; says what to do.
@@ -53,11 +63,6 @@ def check_launch(args: GradAugConfig, deepspeed: bool, sharded: bool) -> None:
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs and would use DataParallel, under which sub-networks do not work; "
             f"start one process for each: accelerate launch --num_processes {args.n_gpu} SCRIPT"
-        )
-    if sharded:
-        raise ValueError(
-            "FSDP, DeepSpeed's ZeRO-3 and tensor parallelism split the parameters that sub-networks take their slices "
-            "of; use DDP, without fsdp, parallelism_config and stage 3"
         )
     if args.ddp_static_graph:
         raise ValueError("ddp_static_graph is True, but the graph differs from sub-network to sub-network; set False")

@@ -22,7 +22,7 @@ from gradaug_hf.checks import (
     check_checkpointing,
     check_launch,
     check_output_dir,
-    shards_parameters,
+    check_sharding,
 )
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
@@ -79,6 +79,8 @@ class GradAugTrainer(Trainer):
     ) -> None:
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
         check_output_dir(args)
+        if args.num_subnets > 0:
+            check_sharding(args)  # which the Trainer's constructor may not stand
         self._subnet_sampler = subnet_sampler
         self._subnet_transform = subnet_transform
         self._resolution_trial: ResolutionTrial | None = None
@@ -102,7 +104,8 @@ class GradAugTrainer(Trainer):
         if args.sync_batchnorm and args.world_size > 1 and self.model_init is None:
             synchronise_batchnorm(self.model, args.device)
         if args.num_subnets > 0:
-            check_launch(args, self.is_deepspeed_enabled, shards_parameters(args, self.accelerator.state))
+            check_launch(args, self.is_deepspeed_enabled)
+            check_sharding(args, getattr(self.accelerator.state, "deepspeed_plugin", None))
             if self.model_init is None and self.train_dataset is not None:
                 self._prepare_network(self.model)
 
