@@ -38,7 +38,7 @@ MORE_EQUAL_TO_ONE_PROCESS = {
     "depth": ("plain", f"{SETTINGS} --subnet_mode depth", HALF),
     "depth_joint": ("plain", f"{SETTINGS} --subnet_mode depth --subnet_backward joint", HALF),
     "depth_unused": ("plain", f"{SETTINGS} --subnet_mode depth --ddp_find_unused_parameters true", HALF),
-    "timm_in_depth": ("timm", f"{SETTINGS} --subnet_mode width+depth --max_steps 3 --sync_batchnorm", HALF),
+    "synchronised_depth": ("batchnorm", f"{SETTINGS} --subnet_mode width+depth --sync_batchnorm", HALF),
 }
 BY_HAND_RUNS = {
     "halves": ("batchnorm", BY_HAND, HALF),
