@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.generic import find_labels
@@ -26,13 +26,20 @@ from gradaug_hf.checks import (
 )
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
-from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network
+from gradaug_hf.hub import (
+    label_names,
+    missing_from_folder,
+    plain_state,
+    save_configs,
+    timm_network,
+    why_not_rebuilt,
+)
 from gradaug_hf.losses import cross_entropy
-from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
 from gradaug_hf.objective import GradAug, Pass, logits_of
 from gradaug_hf.randomness import random_states_kept
 from gradaug_hf.resolutions import ResolutionTrial
+from gradaug_hf.resuming import ResumableTrainer
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
@@ -44,13 +51,14 @@ IMAGES, LABELS = "pixel_values", "labels"
 CALIBRATION_IMAGES = 1024
 
 
-class GradAugTrainer(Trainer):
+class GradAugTrainer(ResumableTrainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
     Sub-networks run only while training: `evaluate` and `predict` are those of the plain full network, and with
     `num_subnets=0` so is training. Beside `loss`, training logs `loss_full`, `loss_subnets`, `subnet_width`,
-    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log.
+    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log,
+    of `loss_full` over all batches, of the others over those with sub-networks.
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
@@ -87,7 +95,6 @@ class GradAugTrainer(Trainer):
         self._resolutions: list[int] | None = None
         self._objective: GradAug | None = None
         self._step_stack: ExitStack | None = None
-        self._means = RunningMeans()
         self._mixer: BatchMixer | None = None
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
@@ -101,6 +108,8 @@ class GradAugTrainer(Trainer):
             self._mixer = self._make_mixer()
         if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
+        if missing := missing_from_folder(self.model, self.processing_class):
+            warnings.warn(missing, stacklevel=2)
         if args.sync_batchnorm and args.world_size > 1 and self.model_init is None:
             synchronise_batchnorm(self.model, args.device)
         if args.num_subnets > 0:
@@ -216,6 +225,7 @@ class GradAugTrainer(Trainer):
             seed=args.seed,
             subnet_mode=args.subnet_mode,
             min_survival=args.min_survival,
+            subnet_interval=args.subnet_interval,
             sampler=self._subnet_sampler,
             transform=self._subnet_transform,
         )
@@ -244,7 +254,10 @@ class GradAugTrainer(Trainer):
         if model.training and self._mixer is not None:
             inputs = self._mix(inputs)
         if self.args.num_subnets == 0 or not model.training:
-            return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+            found = self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+            if model.training:
+                self._loss_watch.add(self.state.global_step + 1, [found[0] if return_outputs else found])
+            return found
         images, labels, others = _split(inputs)
         if self._objective is None:
             self._objective = self._make_objective(model, images)
@@ -358,13 +371,21 @@ class GradAugTrainer(Trainer):
 
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
-        self._means.add(loss_full=full.loss.detach(), loss_subnets=sum(p.loss.detach() for p in others))
+        self._loss_watch.add(self.state.global_step + 1, [p.loss for p in passes], [p.subnet for p in others])
+        self._means.add(loss_full=full.loss.detach())
+        if others:
+            self._means.add(loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
         for p in others:
             side = p.subnet.resolution or min(images.shape[2:])
             self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
             if num_blocks:
                 self._means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same when a training is resumed."""
+        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self._subnet_transform}
+        return super().settings() | {name: None if x is None else type(x).__name__ for name, x in own.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training."""
@@ -376,7 +397,9 @@ class GradAugTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         network = timm_network(model)
-        if network is None:
+        if network is None or why_not_rebuilt(network):
+            if not isinstance(model, PreTrainedModel):  # which unties its tensors itself
+                state_dict = plain_state(model.state_dict() if state_dict is None else state_dict)
             return super()._save(output_dir, state_dict)
         state_dict = model.state_dict() if state_dict is None else state_dict
         prefix = "" if network is model else f"{model.base_model_prefix}."
@@ -384,17 +407,18 @@ class GradAugTrainer(Trainer):
             super()._save(output_dir, plain_state({k.removeprefix(prefix): v for k, v in state_dict.items()}))
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
-            save_configs(network, folder, label_names(model, self.train_dataset, self.eval_dataset))
+            names = label_names(model, self.train_dataset, self.eval_dataset)
+            save_configs(model, folder, names, self.processing_class)
 
     @contextmanager
     def _saving(self, network: nn.Module) -> Iterator[None]:
         """Have `Trainer` save a network, of which it keeps the weights alone, rather than what wraps it."""
-        model = self.model
-        self.model = network
+        kept = self.model, self.processing_class
+        self.model, self.processing_class = network, None
         try:
             yield
         finally:
-            self.model = model
+            self.model, self.processing_class = kept
 
 
 def _images(batch: Any) -> Tensor:
