@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -37,6 +36,7 @@ from gradaug_hf.data import (
     take_images,
     with_pixels,
 )
+from gradaug_hf.launch import process_state
 from gradaug_hf.loss_watch import NonFiniteLossError
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.methods import NETWORK_ARGUMENTS, check_method
@@ -202,7 +202,7 @@ def errors_as_messages(*kinds: type[Exception], of_one_process: bool = False) ->
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except kinds as error:
-        speaks = of_one_process or PartialState().is_main_process
+        speaks = of_one_process or process_state().is_main_process
         raise SystemExit(f"error: {error}" if speaks else 1) from error
 
 
@@ -289,7 +289,7 @@ def training_images(
 def load_data_once(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """`load_data` on the main process, and then on the others from its cache."""
     failure = None
-    with PartialState().main_process_first():
+    with process_state().main_process_first():
         try:
             data = load_data(args, seed)
         except (OSError, ValueError) as error:  # raised once nobody waits, so that each process fails for this reason

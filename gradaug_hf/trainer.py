@@ -18,7 +18,13 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
-from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
+from gradaug_hf.checks import (
+    LabelCheckingCollator,
+    check_checkpointing,
+    check_launch,
+    check_output_dir,
+    check_sharding,
+)
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
 from gradaug_hf.hub import (
@@ -39,6 +45,7 @@ from gradaug_hf.resuming import ResumableTrainer
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.sync_batchnorm import synchronise_batchnorm
 from gradaug_hf.transforms import ImageTransform
 
 logger = logging.get_logger(__name__)
@@ -86,6 +93,8 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
     ) -> None:
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
         check_output_dir(args)
+        if args.num_subnets > 0:
+            check_sharding(args)  # which the Trainer's constructor may not stand
         checkpoint = model if isinstance(model, str) else None
         model = load_checkpoint(checkpoint) if checkpoint else model
         self._subnet_sampler = subnet_sampler
@@ -113,8 +122,11 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
         if network is not None and (reason := why_not_rebuilt(network)):
             name = type(network).__name__
             warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
+        if args.sync_batchnorm and args.world_size > 1 and self.model_init is None:
+            synchronise_batchnorm(self.model, args.device)
         if args.num_subnets > 0:
-            check_launch(args, self.is_deepspeed_enabled, self.is_fsdp_enabled)
+            check_launch(args, self.is_deepspeed_enabled)
+            check_sharding(args, getattr(self.accelerator.state, "deepspeed_plugin", None))
             if self.model_init is None and self.train_dataset is not None:
                 self._prepare_network(self.model)
 
@@ -156,7 +168,11 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer.call_model_init`; a network that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
-        if self.args.num_subnets > 0 and getattr(self, "is_in_train", False):
+        if not getattr(self, "is_in_train", False):
+            return network
+        if self.args.sync_batchnorm and self.args.world_size > 1:
+            synchronise_batchnorm(network, self.args.device)
+        if self.args.num_subnets > 0:
             self._prepare_network(network)
         return network
 
