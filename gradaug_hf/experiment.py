@@ -218,7 +218,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         network = load_network(args.model, len(class_names(data)))
     processor = image_processor(args.model)
     statistics = pixel_statistics(network, processor)
-    return RecipeTrainer(
+    trainer = RecipeTrainer(
         network,
         config,
         train_dataset=with_pixels(data["train"], recipe.transform(True, **statistics)),
@@ -228,6 +228,10 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         subnet_transform=RandomQuarterTurn() if args.subnet_rotation else None,
         lr_drops=args.lr_drops,
     )
+    trainer.card_metadata = {"dataset": args.dataset_name, "dataset_args": args.dataset_config_name}
+    if is_checkpoint(args.model):
+        trainer.card_metadata["finetuned_from"] = args.model
+    return trainer
 
 
 def load_data_once(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ from transformers.utils.generic import find_labels
 from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
+from gradaug_hf.history import Evaluation, evaluations
 from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
+from gradaug_hf.model_card import write_model_card
 from gradaug_hf.objective import GradAug, Pass, logits_of
+from gradaug_hf.plots import IMAGES_SHOWN, NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
 from gradaug_hf.randomness import random_states_kept
 from gradaug_hf.resolutions import ResolutionTrial
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
@@ -79,6 +83,9 @@ class GradAugTrainer(Trainer):
         self._objective: GradAug | None = None
         self._step_stack: ExitStack | None = None
         self._means = RunningMeans()
+        self._seen_batch: SeenBatch | None = None
+        self._measured_elsewhere: list[dict[str, Any]] = []
+        self.card_metadata: dict[str, Any] = {}
         self._mixer: BatchMixer | None = None
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
@@ -128,6 +135,7 @@ class GradAugTrainer(Trainer):
         """`Trainer.train`, which makes the network slimmable first where that was not done yet."""
         self._mixed_batches = (-1, 0)
         self._objective = None  # network and settings may be others than in an earlier training
+        self._seen_batch = None
         if self.args.num_subnets > 0 and self.model_init is None and self._resolution_trial is None:
             self._prepare_network(self.model)
         return super().train(*args, **kwargs)
@@ -299,7 +307,9 @@ class GradAugTrainer(Trainer):
         Raises:
             ValueError: there are widths but no `train_dataset`, of which batch norm is recalibrated.
         """
+        logged_before = len(self.state.log_history)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        is_own = eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str)
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):  # each was evaluated by a call of its own
             return metrics
@@ -307,6 +317,8 @@ class GradAugTrainer(Trainer):
             found = self._evaluate_at_width(width, eval_dataset, ignore_keys, f"{metric_key_prefix}_width{width:g}")
             self.log(found)
             metrics.update(found)
+        if not is_own:
+            self._measured_elsewhere += self.state.log_history[logged_before:]
         return metrics
 
     def _evaluate_at_width(
@@ -339,10 +351,65 @@ class GradAugTrainer(Trainer):
 
     # ---- log and checkpoint ----
 
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """The evaluations on `eval_dataset` so far."""
+        own = [e for e in self.state.log_history if not any(e is other for other in self._measured_elsewhere)]
+        return evaluations(own, self.eval_dataset if isinstance(self.eval_dataset, dict) else ())
+
+    @property
+    def objective(self) -> GradAug | None:
+        """The objective of the last training step with sub-networks; None before the first."""
+        return self._objective
+
+    def plot(self, folder: str | Path | None = None) -> list[Path]:
+        """Draw the training so far: loss and accuracy over the epochs, accuracy against width, a batch as it was seen.
+
+        Args:
+            folder: where the PNG files go; None: `plots` in `args.output_dir`.
+
+        Returns:
+            The files, of which there is one for each of the three that there was something to draw of.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        folder = Path(self.args.output_dir) / PLOTS if folder is None else Path(folder)
+        return plot_training(self.state.log_history, self.evaluations, self._seen_batch, folder)
+
+    def create_model_card(self, **metadata: Any) -> None:
+        """Write the model card, `README.md`, to `args.output_dir`.
+
+        Args:
+            metadata: as of `Trainer.create_model_card`, by name: `dataset`, `license`, `finetuned_from` and so on.
+                What `card_metadata` holds is the default, for the cards as well that `save_model` writes.
+        """
+        if self.is_world_process_zero():
+            write_model_card(self, Path(self.args.output_dir), **{**self.card_metadata, **metadata})
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer.save_model`, with the model card and, unless it is for a checkpoint, `plots`."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            is_checkpoint = _internal_call and output_dir is not None
+            if not is_checkpoint:
+                self._plot_if_possible(folder / PLOTS)
+            write_model_card(self, folder, **self.card_metadata)
+
+    def _plot_if_possible(self, folder: Path) -> None:
+        if can_plot():
+            self.plot(folder)
+        else:
+            warnings.warn(f"{folder} is not written: {NEEDS_MATPLOTLIB}", stacklevel=3)
+
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
         self._means.add(loss_full=full.loss.detach(), loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
+        if self._seen_batch is None and others:
+            subnets = [p.subnet for p in others]
+            self._seen_batch = SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self._subnet_transform, num_blocks)
         for p in others:
             side = p.subnet.resolution or min(images.shape[2:])
             self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
