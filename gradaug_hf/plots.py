@@ -114,7 +114,7 @@ def draw_curves(history: Sequence[Entry], measured: Sequence[Evaluation]) -> Fig
     for e in full:
         parts[_of("evaluation", e.data)] += [(e.epoch, e.metrics[LOSS])] if LOSS in e.metrics else []
     _draw_lines(losses, parts)
-    losses.set_ylim(bottom=0)
+    losses.set(xlim=(0, None), ylim=(0, None))
     for axes in others:
         axes.set(title="full network on the evaluation images", xlabel="epoch", ylabel="%")
         curves: dict[str, list[tuple[float, float]]] = {}
@@ -122,6 +122,7 @@ def draw_curves(history: Sequence[Entry], measured: Sequence[Evaluation]) -> Fig
             for name, value in shares(e.metrics).items():
                 curves.setdefault(_of(title(name), e.data), []).append((e.epoch, 100 * value))
         _draw_lines(axes, curves)
+        axes.set_xlim(left=0)
     return figure
 
 
