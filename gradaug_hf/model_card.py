@@ -1,7 +1,7 @@
 """The model card: `README.md` next to the weights, with what the run did and what it measured, and nothing else."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,8 +86,7 @@ def write_model_card(
         tags: added to those of the libraries.
         tasks: instead of `image-classification`.
     """
-    file = folder / CARD
-    if file.exists() and GENERATED not in file.read_text(encoding="utf-8"):
+    if not may_be_written(folder / CARD):
         return
     name = model_name or Path(trainer.args.output_dir).absolute().name
     data = _data_name(trainer, _first(dataset), _first(dataset_tags), _first(dataset_args))
@@ -95,12 +94,13 @@ def write_model_card(
     base = base and (Path(base).name if Path(base).exists() else base)
     step = _step_of_network(trainer)
     measured = at_step(trainer.evaluations, step)
+    load = _loading(folder, trainer.hub_model_id)
     results = _eval_results(measured, data, trainer)
     metadata = ModelCardData(
         model_name=name,
-        library_name=_library(trainer),
+        library_name=load["library"],
         pipeline_tag=_first(tasks) or TASK,
-        tags=_tags(trainer, tags),
+        tags=_tags(trainer, load, tags),
         datasets=[data.hub_id] if data and data.hub_id else None,
         base_model=base if base and _is_hub_id(base) else None,
         metrics=[result.metric_type for result in results] or None,
@@ -120,14 +120,19 @@ def write_model_card(
         results=_results_table(measured),
         results_of=_results_of(trainer, data, step),
         plots={alt: f"{PLOTS}/{file}" for file, alt in PICTURES.items() if (folder / PLOTS / file).exists()},
-        load=_loading(folder, trainer.hub_model_id),
+        load=load,
         architecture=_architecture(trainer.model),
-        gradaug=_table(_gradaug_rows(trainer)) if trainer.objective is not None else None,
+        gradaug=_table(_gradaug_rows(trainer)) if _used_subnets(trainer) else None,
         training=_table(_training_rows(trainer, data)) if trained else None,
         command=public_command(script) if trained and script else None,
         versions=_table(versions().items()),
     )
-    ModelCard(content).save(file)
+    ModelCard(content).save(folder / CARD)
+
+
+def may_be_written(card: Path) -> bool:
+    """Whether there is no card, or one that was generated and has not been edited since."""
+    return not card.exists() or GENERATED in card.read_text(encoding="utf-8")
 
 
 # ---- what it is ----
@@ -138,15 +143,13 @@ def _architecture(model: torch.nn.Module) -> str:
     return type(model).__name__ if network is None else network.pretrained_cfg["architecture"]
 
 
-def _library(trainer: "GradAugTrainer") -> str | None:
-    if timm_network(trainer.model) is not None:
-        return "timm"
-    return "transformers" if hasattr(trainer.model, "save_pretrained") else None
+def _used_subnets(trainer: "GradAugTrainer") -> bool:
+    return trainer.args.num_subnets > 0 and trainer.state.global_step > 0
 
 
-def _tags(trainer: "GradAugTrainer", tags: str | Sequence[str] | None) -> list[str]:
-    libraries = {"timm": ["timm", "transformers"], "transformers": ["transformers"], None: []}[_library(trainer)]
-    method = ["gradaug"] if trainer.objective is not None else []
+def _tags(trainer: "GradAugTrainer", load: Mapping[str, Any], tags: str | Sequence[str] | None) -> list[str]:
+    libraries = [library for library in ("timm", "transformers") if load[library]]
+    method = ["gradaug"] if _used_subnets(trainer) else []
     return [TASK, *libraries, *method, *([tags] if isinstance(tags, str) else tags or [])]
 
 
@@ -159,9 +162,7 @@ def _summary(trainer: "GradAugTrainer", data: DataName | None, base: str | None)
         f", fine-tuned from {f'[{base}](https://huggingface.co/{base})' if _is_hub_id(base) else base}" if base else ""
     )
     on = f" on {_linked(data)}" if data else ""
-    how = (
-        "with [GradAug](https://arxiv.org/abs/2006.07989)" if trainer.objective is not None else "without sub-networks"
-    )
+    how = "with [GradAug](https://arxiv.org/abs/2006.07989)" if _used_subnets(trainer) else "without sub-networks"
     return f"{what}{start}, trained{on} {how}."
 
 
@@ -179,6 +180,7 @@ def _loading(folder: Path, hub_id: str | None) -> dict[str, Any]:
         shape = [config.get("num_channels", 3), *(side if isinstance(side, list) else [side, side])]
     return {
         "source": source,
+        "library": "timm" if by_timm else "transformers" if config else None,
         "timm": f"{'hf-hub' if hub_id else 'local-dir'}:{source}" if by_timm else None,
         "transformers": bool(config),
         "processor": (folder / PREPROCESSOR).exists(),
@@ -315,11 +317,12 @@ def _number(value: float | None, is_share: bool) -> str:
 
 
 def _gradaug_rows(trainer: "GradAugTrainer") -> Iterable[tuple[str, str]]:
-    """What the sub-networks were, as the objective that trained them knows."""
-    objective, args = trainer.objective, trainer.args
-    sampler = objective.sampler
+    """What the sub-networks were and learned."""
+    sampler, args = trainer.subnet_sampler, trainer.args
     if type(sampler) is SubnetSampler:
         yield "sub-networks of a step", f"{sampler.num_subnets}"
+        if sampler.subnet_interval > 1:
+            yield "steps with sub-networks", f"one in {sampler.subnet_interval}"
         if drops_channels(sampler.subnet_mode):
             yield "width multipliers", _widths(sampler)
             yield "channels are multiples of", f"{args.width_divisor}"
@@ -329,9 +332,10 @@ def _gradaug_rows(trainer: "GradAugTrainer") -> Iterable[tuple[str, str]]:
             yield "resolutions", " ".join(map(str, sampler.resolutions))
     else:
         yield "sub-networks", f"drawn by a {type(sampler).__name__}"
-    if objective.transform is not None:
-        yield "further transform of their images", type(objective.transform).__name__
-    yield "weight of their divergence", f"{objective.kl_weight:g}"
+    if trainer.subnet_transform is not None:
+        yield "further transform of their images", type(trainer.subnet_transform).__name__
+    yield "they learned", {"soft": "the full network's predictions", "label": "the labels"}[args.subnet_target]
+    yield "weight of their losses", f"{args.kl_weight:g}"
     yield "backward", args.subnet_backward
 
 

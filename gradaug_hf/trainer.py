@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.generic import find_labels
@@ -21,16 +20,15 @@ from transformers.utils.generic import find_labels
 from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
-from gradaug_hf.history import Evaluation, evaluations
 from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network
 from gradaug_hf.losses import cross_entropy
-from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
-from gradaug_hf.model_card import write_model_card
 from gradaug_hf.objective import GradAug, Pass, logits_of
-from gradaug_hf.plots import IMAGES_SHOWN, NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
+from gradaug_hf.plots import IMAGES_SHOWN, SeenBatch
 from gradaug_hf.randomness import random_states_kept
+from gradaug_hf.reporting import ReportingTrainer
 from gradaug_hf.resolutions import ResolutionTrial
+from gradaug_hf.resuming import ResumableTrainer
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
@@ -41,13 +39,14 @@ IMAGES, LABELS = "pixel_values", "labels"
 CALIBRATION_IMAGES = 1024
 
 
-class GradAugTrainer(Trainer):
+class GradAugTrainer(ReportingTrainer, ResumableTrainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
     Sub-networks run only while training: `evaluate` and `predict` are those of the plain full network, and with
     `num_subnets=0` so is training. Beside `loss`, training logs `loss_full`, `loss_subnets`, `subnet_width`,
-    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log.
+    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log,
+    of `loss_full` over all batches, of the others over those with sub-networks.
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
@@ -77,15 +76,11 @@ class GradAugTrainer(Trainer):
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
         check_output_dir(args)
         self._subnet_sampler = subnet_sampler
-        self._subnet_transform = subnet_transform
+        self.subnet_transform = subnet_transform
         self._resolution_trial: ResolutionTrial | None = None
         self._resolutions: list[int] | None = None
         self._objective: GradAug | None = None
         self._step_stack: ExitStack | None = None
-        self._means = RunningMeans()
-        self._seen_batch: SeenBatch | None = None
-        self._measured_elsewhere: list[dict[str, Any]] = []
-        self.card_metadata: dict[str, Any] = {}
         self._mixer: BatchMixer | None = None
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
@@ -175,7 +170,7 @@ class GradAugTrainer(Trainer):
             self._resolutions = []
             return
         self._resolutions = self.args.resolutions or self._resolution_trial.default(side)
-        if set(self._resolutions) == {side} and not self._subnets_differ(network) and self._subnet_transform is None:
+        if set(self._resolutions) == {side} and not self._subnets_differ(network) and self.subnet_transform is None:
             raise ValueError(
                 f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions "
                 f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
@@ -203,12 +198,14 @@ class GradAugTrainer(Trainer):
             resolutions=self._resolutions,
             width_levels=args.width_levels,
             kl_weight=args.kl_weight,
+            subnet_target=args.subnet_target,
             label_smoothing=args.label_smoothing_factor,
             seed=args.seed,
             subnet_mode=args.subnet_mode,
             min_survival=args.min_survival,
+            subnet_interval=args.subnet_interval,
             sampler=self._subnet_sampler,
-            transform=self._subnet_transform,
+            transform=self.subnet_transform,
         )
 
     # ---- the loss ----
@@ -235,7 +232,10 @@ class GradAugTrainer(Trainer):
         if model.training and self._mixer is not None:
             inputs = self._mix(inputs)
         if self.args.num_subnets == 0 or not model.training:
-            return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+            found = self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+            if model.training:
+                self._loss_watch.add(self.state.global_step + 1, [found[0] if return_outputs else found])
+            return found
         images, labels, others = _split(inputs)
         if self._objective is None:
             self._objective = self._make_objective(model, images)
@@ -352,69 +352,43 @@ class GradAugTrainer(Trainer):
     # ---- log and checkpoint ----
 
     @property
-    def evaluations(self) -> list[Evaluation]:
-        """The evaluations on `eval_dataset` so far."""
-        own = [e for e in self.state.log_history if not any(e is other for other in self._measured_elsewhere)]
-        return evaluations(own, self.eval_dataset if isinstance(self.eval_dataset, dict) else ())
-
-    @property
-    def objective(self) -> GradAug | None:
-        """The objective of the last training step with sub-networks; None before the first."""
-        return self._objective
-
-    def plot(self, folder: str | Path | None = None) -> list[Path]:
-        """Draw the training so far: loss and accuracy over the epochs, accuracy against width, a batch as it was seen.
-
-        Args:
-            folder: where the PNG files go; None: `plots` in `args.output_dir`.
-
-        Returns:
-            The files, of which there is one for each of the three that there was something to draw of.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is not installed.
-        """
-        folder = Path(self.args.output_dir) / PLOTS if folder is None else Path(folder)
-        return plot_training(self.state.log_history, self.evaluations, self._seen_batch, folder)
-
-    def create_model_card(self, **metadata: Any) -> None:
-        """Write the model card, `README.md`, to `args.output_dir`.
-
-        Args:
-            metadata: as of `Trainer.create_model_card`, by name: `dataset`, `license`, `finetuned_from` and so on.
-                What `card_metadata` holds is the default, for the cards as well that `save_model` writes.
-        """
-        if self.is_world_process_zero():
-            write_model_card(self, Path(self.args.output_dir), **{**self.card_metadata, **metadata})
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer.save_model`, with the model card and, unless it is for a checkpoint, `plots`."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            is_checkpoint = _internal_call and output_dir is not None
-            if not is_checkpoint:
-                self._plot_if_possible(folder / PLOTS)
-            write_model_card(self, folder, **self.card_metadata)
-
-    def _plot_if_possible(self, folder: Path) -> None:
-        if can_plot():
-            self.plot(folder)
-        else:
-            warnings.warn(f"{folder} is not written: {NEEDS_MATPLOTLIB}", stacklevel=3)
+    def subnet_sampler(self) -> SubnetSampler:
+        """What draws the sub-networks."""
+        if self._objective is not None:
+            return self._objective.sampler
+        args = self.args
+        return self._subnet_sampler or SubnetSampler(
+            args.num_subnets,
+            args.min_width,
+            args.max_width,
+            self._resolutions or args.resolutions,
+            args.width_levels,
+            args.seed,
+            args.subnet_mode,
+            args.min_survival,
+            args.subnet_interval,
+        )
 
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
-        self._means.add(loss_full=full.loss.detach(), loss_subnets=sum(p.loss.detach() for p in others))
+        self._loss_watch.add(self.state.global_step + 1, [p.loss for p in passes], [p.subnet for p in others])
+        self._means.add(loss_full=full.loss.detach())
+        if others:
+            self._means.add(loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
         if self._seen_batch is None and others:
             subnets = [p.subnet for p in others]
-            self._seen_batch = SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self._subnet_transform, num_blocks)
+            self._seen_batch = SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self.subnet_transform, num_blocks)
         for p in others:
             side = p.subnet.resolution or min(images.shape[2:])
             self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
             if num_blocks:
                 self._means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same when a training is resumed."""
+        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self.subnet_transform}
+        return super().settings() | {name: None if x is None else type(x).__name__ for name, x in own.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training."""
