@@ -263,7 +263,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         network = load_network(args.model, len(class_names(data)))
     statistics = pixel_statistics(network, image_processor(args.model))
     evaluation = recipe.transform(False, **statistics)
-    return RecipeTrainer(
+    trainer = RecipeTrainer(
         network,
         config,
         train_dataset=training_images(data["train"], recipe.transform(True, **statistics), args, config.seed),
@@ -274,6 +274,10 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         lr_drops=args.lr_drops,
         experiment={name: value for name, value in asdict(args).items() if name not in CHANGEABLE},
     )
+    trainer.card_metadata = {"dataset": args.dataset_name, "dataset_args": args.dataset_config_name}
+    if is_checkpoint(args.model):
+        trainer.card_metadata["finetuned_from"] = args.model
+    return trainer
 
 
 def training_images(

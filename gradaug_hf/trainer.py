@@ -38,8 +38,10 @@ from gradaug_hf.losses import cross_entropy
 from gradaug_hf.mixing import BatchMixer
 from gradaug_hf.networks import image_processor, load_checkpoint
 from gradaug_hf.objective import GradAug, Pass, logits_of
+from gradaug_hf.plots import IMAGES_SHOWN, SeenBatch
 from gradaug_hf.pushing import PushingTrainer
 from gradaug_hf.randomness import random_states_kept
+from gradaug_hf.reporting import ReportingTrainer
 from gradaug_hf.resolutions import ResolutionTrial
 from gradaug_hf.resuming import ResumableTrainer
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
@@ -55,7 +57,7 @@ IMAGES, LABELS = "pixel_values", "labels"
 CALIBRATION_IMAGES = 1024
 
 
-class GradAugTrainer(PushingTrainer, ResumableTrainer):
+class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
@@ -98,7 +100,7 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
         checkpoint = model if isinstance(model, str) else None
         model = load_checkpoint(checkpoint) if checkpoint else model
         self._subnet_sampler = subnet_sampler
-        self._subnet_transform = subnet_transform
+        self.subnet_transform = subnet_transform
         self._resolution_trial: ResolutionTrial | None = None
         self._resolutions: list[int] | None = None
         self._objective: GradAug | None = None
@@ -161,6 +163,7 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
         """`Trainer.train`, which makes the network slimmable first where that was not done yet."""
         self._mixed_batches = (-1, 0)
         self._objective = None  # network and settings may be others than in an earlier training
+        self._seen_batch = None
         if self.args.num_subnets > 0 and self.model_init is None and self._resolution_trial is None:
             self._prepare_network(self.model)
         return super().train(*args, **kwargs)
@@ -204,7 +207,7 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
             self._resolutions = []
             return
         self._resolutions = self.args.resolutions or self._resolution_trial.default(side)
-        if set(self._resolutions) == {side} and not self._subnets_differ(network) and self._subnet_transform is None:
+        if set(self._resolutions) == {side} and not self._subnets_differ(network) and self.subnet_transform is None:
             raise ValueError(
                 f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions "
                 f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
@@ -239,7 +242,7 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
             min_survival=args.min_survival,
             subnet_interval=args.subnet_interval,
             sampler=self._subnet_sampler,
-            transform=self._subnet_transform,
+            transform=self.subnet_transform,
         )
 
     # ---- the loss ----
@@ -341,7 +344,9 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
         Raises:
             ValueError: there are widths but no `train_dataset`, of which batch norm is recalibrated.
         """
+        logged_before = len(self.state.log_history)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        is_own = eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str)
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):  # each was evaluated by a call of its own
             return metrics
@@ -349,6 +354,8 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
             found = self._evaluate_at_width(width, eval_dataset, ignore_keys, f"{metric_key_prefix}_width{width:g}")
             self.log(found)
             metrics.update(found)
+        if not is_own:
+            self._measured_elsewhere += self.state.log_history[logged_before:]
         return metrics
 
     def _evaluate_at_width(
@@ -381,6 +388,24 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
 
     # ---- log and checkpoint ----
 
+    @property
+    def subnet_sampler(self) -> SubnetSampler:
+        """What draws the sub-networks."""
+        if self._objective is not None:
+            return self._objective.sampler
+        args = self.args
+        return self._subnet_sampler or SubnetSampler(
+            args.num_subnets,
+            args.min_width,
+            args.max_width,
+            self._resolutions or args.resolutions,
+            args.width_levels,
+            args.seed,
+            args.subnet_mode,
+            args.min_survival,
+            args.subnet_interval,
+        )
+
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
         self._loss_watch.add(self.state.global_step + 1, [p.loss for p in passes], [p.subnet for p in others])
@@ -388,6 +413,9 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
         if others:
             self._means.add(loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
+        if self._seen_batch is None and others:
+            subnets = [p.subnet for p in others]
+            self._seen_batch = SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self.subnet_transform, num_blocks)
         for p in others:
             side = p.subnet.resolution or min(images.shape[2:])
             self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
@@ -396,7 +424,7 @@ class GradAugTrainer(PushingTrainer, ResumableTrainer):
 
     def settings(self) -> dict[str, Any]:
         """What has to be the same when a training is resumed."""
-        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self._subnet_transform}
+        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self.subnet_transform}
         return super().settings() | {name: None if x is None else type(x).__name__ for name, x in own.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
