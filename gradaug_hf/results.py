@@ -109,15 +109,24 @@ def save_results(results: Sequence[Result], file: Path, settings: dict[str, Any]
         settings: Settings that the runs shared, the seed among them.
         device: Device on which they ran.
     """
-    content = {
+    content = {**run_context(settings, device), "runs": [asdict(result) for result in results]}
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def run_context(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What is needed to get results again: command, settings, device, threads and versions.
+
+    Args:
+        settings: of the run, the seed among them.
+        device: on which it runs.
+    """
+    return {
         "command": " ".join(sys.argv),
         "settings": settings,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS_OF}},
-        "runs": [asdict(result) for result in results],
     }
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_runs(folder: Path) -> list[Run]:
