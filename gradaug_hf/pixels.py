@@ -64,7 +64,7 @@ def native_side(network: PixelNetwork) -> int:
 
 
 def pixel_transform(side: int) -> Transform:
-    """The centre of an image, as ImageNet-C takes it: the short side resized to 8/7 of `side`, then a square of `side`.
+    """The centre of an image as ImageNet-C takes it: the short side resized to 8/7 of `side`, then a square of `side`.
 
     Up to 96 pixels the short side is resized to `side` itself.
 

@@ -7,7 +7,7 @@
 
 Each width is evaluated as a dense network with batch norm recalibrated on training images; the full width is the
 network as it was trained. Prints a table of accuracy, multiply-adds, parameters and latency on one CPU thread, and
-writes `subnet_widths.json` and `subnet_widths.png` to --output_dir. Started again, it goes on where it was interrupted.
+writes `subnet_widths.json` and `subnet_widths.png` to --output_dir. Started again, it goes on where it was stopped.
 Tested on 2 CPU cores, with a few hundred images.
 """
 

@@ -9,9 +9,15 @@ from gradaug_hf import width_curves
 from gradaug_hf.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
 
 RESULTS = {
-    "plain": {1.0: WidthResult(0.9, 1.0, 2_000_000, 30_000, 1.25, 0.1), 0.5: WidthResult(0.3, 0.8, 500_000, 8_000, 0.5, 0)},
-    "gradaug": {1.0: WidthResult(0.8, 1.0, 2_000_000, 30_000, 1.25, 0), 0.5: WidthResult(0.7, 0.9, 500_000, 8_000, 0.5, 0)},
-}  # fmt: skip
+    "plain": {
+        1.0: WidthResult(0.9, 1.0, 2_000_000, 30_000, 1.25, 0.1),
+        0.5: WidthResult(0.3, 0.8, 500_000, 8_000, 0.5, 0.0),
+    },
+    "gradaug": {
+        1.0: WidthResult(0.8, 1.0, 2_000_000, 30_000, 1.25, 0.0),
+        0.5: WidthResult(0.7, 0.9, 500_000, 8_000, 0.5, 0.0),
+    },
+}
 
 
 class Waits(nn.Module):
