@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
+from gradaug_hf.objective import SUBNET_TARGETS
 from gradaug_hf.subnets import SubnetSampler
 
 SUBNET_BACKWARDS = ("sequential", "joint")
@@ -14,7 +15,8 @@ class GradAugConfig(TrainingArguments):
     """Settings of GradAugTrainer: the following, and those of `transformers.TrainingArguments`.
 
     Training on images needs three defaults that differ from `TrainingArguments`: `remove_unused_columns=False`,
-    `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`.
+    `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`. A fourth is `logging_nan_inf_filter=False`: a
+    loss that is not finite ends the training, and to look at it in each step would make an accelerator wait.
 
     Args:
         num_subnets: Number of sub-networks in each training step, at least 0; 0 is plain training.
@@ -26,11 +28,15 @@ class GradAugConfig(TrainingArguments):
             blocks at random, "width+depth": both.
         min_survival: With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it
             falls linearly from 1 at the first.
+        subnet_interval: With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the
+            others, which cost as much as plain training; at least 1.
         width_divisor: Channel counts are rounded to the nearest multiple of it, at least 1; 1 is exact to the paper,
             8 suits tensor cores.
         width_levels: Number of evenly spaced widths to draw from, at least 2; by default widths are drawn
             continuously, as in the paper.
-        kl_weight: Weight of the sub-networks' KL divergences in the loss, at least 0.
+        kl_weight: Weight of the sub-networks' losses, at least 0.
+        subnet_target: What sub-networks learn; "soft": the full network's prediction (in-place distillation), by KL
+            divergence, "label": the labels, by cross-entropy.
         subnet_backward: "sequential" runs the backward of each pass before the next one, in the memory of plain
             training; "joint" runs one for all of them.
         mixup_alpha: Parameter of Mixup's beta distribution, at least 0; 0 turns Mixup off.
@@ -38,6 +44,7 @@ class GradAugConfig(TrainingArguments):
         mix_prob: Probability with which a batch is mixed, in [0, 1].
         eval_widths: Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in
             (0, 1].
+        ignore_config_change: Whether to resume from a checkpoint that was trained with other settings.
 
     Raises:
         ValueError: a field is out of its range.
@@ -82,6 +89,15 @@ class GradAugConfig(TrainingArguments):
             )
         },
     )
+    subnet_interval: int = field(
+        default=1,
+        metadata={
+            "help": (
+                "With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the others, "
+                "which cost as much as plain training; at least 1."
+            )
+        },
+    )
     width_divisor: int = field(
         default=1,
         metadata={
@@ -102,7 +118,16 @@ class GradAugConfig(TrainingArguments):
     )
     kl_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of the sub-networks' KL divergences in the loss, at least 0."},
+        metadata={"help": "Weight of the sub-networks' losses, at least 0."},
+    )
+    subnet_target: str = field(
+        default="soft",
+        metadata={
+            "help": (
+                'What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
+                'divergence, "label": the labels, by cross-entropy.'
+            )
+        },
     )
     subnet_backward: str = field(
         default="sequential",
@@ -133,6 +158,14 @@ class GradAugConfig(TrainingArguments):
             )
         },
     )
+    ignore_config_change: bool = field(
+        default=False,
+        metadata={"help": "Whether to resume from a checkpoint that was trained with other settings."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether to log other losses in place of ones that are not finite, looked at in each step."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Whether to remove columns that the network's forward does not name."}
     )
@@ -152,9 +185,10 @@ class GradAugConfig(TrainingArguments):
             self.width_levels,
             subnet_mode=self.subnet_mode,
             min_survival=self.min_survival,
+            subnet_interval=self.subnet_interval,
         )
-        choices = ", ".join(map(repr, SUBNET_BACKWARDS))
-        self._check("subnet_backward", self.subnet_backward in SUBNET_BACKWARDS, f"one of {choices}")
+        for name, choices in (("subnet_backward", SUBNET_BACKWARDS), ("subnet_target", SUBNET_TARGETS)):
+            self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
         self._check("width_divisor", isinstance(self.width_divisor, int) and self.width_divisor >= 1, "at least 1")
         for name in ("kl_weight", "mixup_alpha", "cutmix_alpha"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
@@ -171,7 +205,7 @@ def as_gradaug_config(args: TrainingArguments) -> GradAugConfig:
     """Training arguments as a GradAugConfig, whose defaults hold for what `TrainingArguments` does not have.
 
     Args:
-        args: returned as they are if they are a GradAugConfig already. Else the three defaults in which the classes
+        args: returned as they are if they are a GradAugConfig already. Else the defaults in which the classes
             differ are GradAugConfig's, where `args` has those of `TrainingArguments`.
     """
     if isinstance(args, GradAugConfig):
