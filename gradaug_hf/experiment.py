@@ -49,6 +49,7 @@ from gradaug_hf.networks import (
     load_network,
     pixel_statistics,
 )
+from gradaug_hf.preprocessing import image_processor_of
 from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
 from gradaug_hf.seeded_data import SeededDataset, SeededStream
 from gradaug_hf.threads import use_all_cores
@@ -248,15 +249,15 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
             recipe.initialise(network)
     else:
         network = load_network(args.model, len(class_names(data)))
-    processor = image_processor(args.model)
-    statistics = pixel_statistics(network, processor)
+    statistics = pixel_statistics(network, image_processor(args.model))
+    evaluation = recipe.transform(False, **statistics)
     return RecipeTrainer(
         network,
         config,
         train_dataset=training_images(data["train"], recipe.transform(True, **statistics), args, config.seed),
-        eval_dataset=with_pixels(data["eval"], recipe.transform(False, **statistics)),
+        eval_dataset=with_pixels(data["eval"], evaluation),
         compute_metrics=topk_accuracy,
-        processing_class=processor,
+        processing_class=image_processor_of(evaluation, network),
         subnet_transform=RandomQuarterTurn() if args.subnet_rotation else None,
         lr_drops=args.lr_drops,
         experiment={name: value for name, value in asdict(args).items() if name not in CHANGEABLE},

@@ -20,7 +20,14 @@ from transformers.utils.generic import find_labels
 from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
-from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network
+from gradaug_hf.hub import (
+    label_names,
+    missing_from_folder,
+    plain_state,
+    save_configs,
+    timm_network,
+    why_not_rebuilt,
+)
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.mixing import BatchMixer
 from gradaug_hf.objective import GradAug, Pass, logits_of
@@ -92,6 +99,8 @@ class GradAugTrainer(ResumableTrainer):
             self._mixer = self._make_mixer()
         if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
+        if missing := missing_from_folder(self.model, self.processing_class):
+            warnings.warn(missing, stacklevel=2)
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled, self.is_fsdp_enabled)
             if self.model_init is None and self.train_dataset is not None:
@@ -372,7 +381,9 @@ class GradAugTrainer(ResumableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         network = timm_network(model)
-        if network is None:
+        if network is None or why_not_rebuilt(network):
+            if not isinstance(model, PreTrainedModel):  # which unties its tensors itself
+                state_dict = plain_state(model.state_dict() if state_dict is None else state_dict)
             return super()._save(output_dir, state_dict)
         state_dict = model.state_dict() if state_dict is None else state_dict
         prefix = "" if network is model else f"{model.base_model_prefix}."
@@ -380,17 +391,18 @@ class GradAugTrainer(ResumableTrainer):
             super()._save(output_dir, plain_state({k.removeprefix(prefix): v for k, v in state_dict.items()}))
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
-            save_configs(network, folder, label_names(model, self.train_dataset, self.eval_dataset))
+            names = label_names(model, self.train_dataset, self.eval_dataset)
+            save_configs(model, folder, names, self.processing_class)
 
     @contextmanager
     def _saving(self, network: nn.Module) -> Iterator[None]:
         """Have `Trainer` save a network, of which it keeps the weights alone, rather than what wraps it."""
-        model = self.model
-        self.model = network
+        kept = self.model, self.processing_class
+        self.model, self.processing_class = network, None
         try:
             yield
         finally:
-            self.model = model
+            self.model, self.processing_class = kept
 
 
 def _images(batch: Any) -> Tensor:

@@ -4,14 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import timm
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, pipeline
 
 from gradaug_hf.arguments import parse
 from gradaug_hf.data import cifar_transform, load_image_data, with_pixels
 from gradaug_hf.experiment import SETTINGS, Recipe
+from gradaug_hf.hub import save_configs
 from gradaug_hf.methods import METHODS
 from recipes import cifar_pyramidnet, cifar_resnet110_depth, cifar_wideresnet, imagenet_resnet50
 from tests.recipes.conftest import QUICK, TRAINING_IMAGES
@@ -258,6 +262,7 @@ def test_what_is_given_wins_over_method_and_recipe_even_by_another_name():
 
 # ---- test only ----
 
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10_MEAN, CIFAR10_STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
@@ -310,8 +315,13 @@ def test_only_a_checkpoint_of_transformers_is_evaluated_and_trained_further(tmp_
     expected = top1_by_hand(network, few_images, CIFAR10_MEAN, CIFAR10_STD)
     assert row_of("1", tested.printed)[1] == pytest.approx(100 * expected, abs=1e-4)
     trained = run_recipe(cifar_wideresnet.RECIPE, f"{flags} --learning_rate 1e-9 --weight_decay 0")
-    again = ResNetForImageClassification.from_pretrained(trained.folder)
-    assert again.config.id2label[3] == "cat"
+    again = ResNetForImageClassification.from_pretrained(trained.folder).eval()
+    photo = PIL.Image.effect_noise((40, 50), 90).convert("RGB")
+    with torch.no_grad():
+        score, label = again(cifar_transform(False)(photo)[None]).logits.softmax(1).max(1)
+    best = pipeline("image-classification", model=str(trained.folder), device="cpu")(photo)[0]
+    assert best["label"] == CIFAR10_NAMES[label]
+    assert best["score"] == pytest.approx(score.item(), abs=1e-3)  # torchvision and Pillow round pixels differently
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(again.get_parameter(name), parameter, rtol=0, atol=1e-6)
     with pytest.raises(SystemExit, match="cannot be trained with method 'stochdepth': it has no drop_path_rate"):
@@ -322,6 +332,34 @@ def test_only_a_checkpoint_with_other_classes_is_refused(tmp_path, run_recipe):
     timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=7), tmp_path, safe_serialization=True)
     with pytest.raises(SystemExit, match="has 7 classes, the data set 10"):
         run_recipe(cifar_wideresnet.RECIPE, f"--do_train false --do_eval --model {tmp_path}")
+
+
+@pytest.mark.parametrize("recipe", [cifar_wideresnet.RECIPE, imagenet_resnet50.RECIPE], ids=["cifar", "imagenet"])
+def test_a_pipeline_prepares_a_photo_as_the_recipe_s_evaluation_did(recipe, tmp_path, run_recipe, real_data):
+    folder = run_recipe(recipe, "--model test_resnet --method baseline").folder
+    photos = Dataset.from_parquet(str(real_data / "hymenoptera" / "validation.parquet"), cache_dir=str(tmp_path))
+    photo = photos[0]["image"].convert("RGB").resize((450, 300))
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    pixels = recipe.transform(False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))(photo)  # timm's of test_resnet
+    with torch.no_grad():
+        score, label = network(pixels[None]).softmax(1).max(1)
+    best = pipeline("image-classification", model=str(folder), device="cpu")(photo)[0]
+    assert best["label"] == CIFAR10_NAMES[label]
+    assert best["score"] == pytest.approx(score.item(), abs=1e-5)
+
+
+def test_a_checkpoint_is_trained_further_on_other_classes(tmp_path, run_recipe):
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=7)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    save_configs(network, tmp_path, label_names=list("abcdefg"))
+    flags = f"--model {tmp_path} --method baseline --learning_rate 1e-9 --weight_decay 0"
+    folder = run_recipe(cifar_wideresnet.RECIPE, flags).folder
+    again = AutoModelForImageClassification.from_pretrained(folder)
+    assert list(again.config.id2label.values()) == CIFAR10_NAMES
+    for name, parameter in network.named_parameters():
+        if not name.startswith("fc."):
+            torch.testing.assert_close(again.timm_model.get_parameter(name), parameter, rtol=0, atol=1e-6)
 
 
 # ---- data and processes ----
