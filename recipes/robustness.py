@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from gradaug_hf.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, check_corruptions
+from gradaug_hf.data import UnreadableImageError
 from gradaug_hf.evaluation import Evaluation, EvaluationArguments, parse_evaluation, topk_hits
 from gradaug_hf.experiment import errors_as_messages
 from gradaug_hf.measurements import Measurements
@@ -58,7 +59,7 @@ class RobustnessArguments(EvaluationArguments):
 
 
 def main() -> None:
-    with errors_as_messages():
+    with errors_as_messages(OSError, ValueError):
         args = parse_evaluation(RobustnessArguments, __doc__, sys.argv[1:])
         use_all_cores()
         others = [args.baseline] if args.baseline is not None and args.baseline not in args.model else []
@@ -66,9 +67,10 @@ def main() -> None:
         if args.corruptions:
             check_corruptions(evaluation.side)
         measurements = evaluation.measurements(JSON)
-    attack_all(evaluation, measurements, args.epsilon)
-    if args.corruptions:
-        corrupt_all(evaluation, measurements)
+    with errors_as_messages(UnreadableImageError):
+        attack_all(evaluation, measurements, args.epsilon)
+        if args.corruptions:
+            corrupt_all(evaluation, measurements)
     if evaluation.accelerator.is_main_process:
         report(args, measurements)
 

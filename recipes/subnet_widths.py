@@ -14,6 +14,7 @@ Tested on 2 CPU cores, with a few hundred images.
 import copy
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,11 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gradaug_hf import extract_subnet, make_slimmable, recalibrate_batchnorm, slicing_report
-from gradaug_hf.data import take_images, with_pixels
+from gradaug_hf.data import UnreadableImageError, take_images, with_pixels
 from gradaug_hf.evaluation import Evaluation, EvaluationArguments, parse_evaluation
 from gradaug_hf.experiment import errors_as_messages
+from gradaug_hf.folders import check_new
 from gradaug_hf.measurements import Measurements
+from gradaug_hf.networks import image_processor
 from gradaug_hf.pixels import PixelNetwork, pixel_transform, to_unit
+from gradaug_hf.subnet_folder import save_subnet
 from gradaug_hf.threads import use_all_cores
 from gradaug_hf.trainer import CALIBRATION_IMAGES
 from gradaug_hf.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
@@ -59,20 +63,49 @@ class WidthArguments(EvaluationArguments):
 
 
 def main() -> None:
-    with errors_as_messages():
+    with errors_as_messages(OSError, ValueError):
         args = parse_evaluation(WidthArguments, __doc__, sys.argv[1:])
+        check_exports(args)
         use_all_cores()
         evaluation = Evaluation(args, args.model)
         measurements = evaluation.measurements(JSON, width_divisor=args.width_divisor)
         for model, network in evaluation.networks.items():
             slice_network(model, network, evaluation.side, args.width_divisor)
+    with errors_as_messages(UnreadableImageError):
+        measure_all(evaluation, measurements, args.widths)
+    if evaluation.accelerator.is_main_process:
+        report(args, measurements)
+        with errors_as_messages(ValueError):
+            export(evaluation, args)
+
+
+def measure_all(evaluation: Evaluation, measurements: Measurements, widths: list[float]) -> None:
+    """Measure what is missing of each network at each width."""
     for model, network in evaluation.networks.items():
-        for width in args.widths:
+        for width in widths:
             if width_key(width) not in measurements.of(model):
                 result = measure(evaluation, model, subnet_at(evaluation, network, width), width)
                 measurements.add(width_key(width), {model: asdict(result)})
-    if evaluation.accelerator.is_main_process:
-        report(args, measurements)
+
+
+def check_exports(args: WidthArguments) -> None:
+    """Make sure that the folders of the sub-networks can be made.
+
+    Raises:
+        ValueError: one of them is there, or two networks have the same.
+    """
+    if args.export is None:
+        return
+    folders = [export_folder(args, model) for model in args.model]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"export: two of the networks would be written to {max(folders, key=folders.count)}")
+    for folder in folders:
+        check_new(folder)
+
+
+def export_folder(args: WidthArguments, model: str) -> Path:
+    """Folder to which the sub-network of a network is written."""
+    return Path(args.output_dir) / f"{Path(model).name}-width{args.export:g}"
 
 
 def slice_network(model: str, network: PixelNetwork, side: int, width_divisor: int) -> None:
@@ -94,11 +127,19 @@ def width_key(width: float) -> str:
 
 
 def subnet_at(evaluation: Evaluation, network: PixelNetwork, width: float) -> PixelNetwork:
-    """The sub-network of a width as a dense network, with batch norm recalibrated where it is narrower."""
+    """The sub-network of a width as a dense network."""
+    with recalibrated(evaluation, network, width):
+        return extract_subnet(network, width)
+
+
+@contextmanager
+def recalibrated(evaluation: Evaluation, network: PixelNetwork, width: float) -> Iterator[None]:
+    """Batch norm of a width: its own statistics where it is narrower, those of the training at full width."""
     if width == 1:
-        return extract_subnet(network, width)
-    with recalibrate_batchnorm(network, width, calibration_batches(evaluation)):
-        return extract_subnet(network, width)
+        yield
+    else:
+        with recalibrate_batchnorm(network, width, calibration_batches(evaluation)):
+            yield
 
 
 def calibration_batches(evaluation: Evaluation) -> Iterator[Tensor]:
@@ -128,6 +169,24 @@ def report(args: WidthArguments, measurements: Measurements) -> None:
     plot_widths(results, Path(args.output_dir) / PLOT, args.dataset_name)
     print(f"\n{args.dataset_name}\n\n{widths_side_by_side(results)}\n")
     print(f"wrote {JSON} and {PLOT} to {args.output_dir}")
+
+
+def export(evaluation: Evaluation, args: WidthArguments) -> None:
+    """Write the sub-network of each network to a folder of its own.
+
+    Raises:
+        ValueError: a sub-network cannot be written.
+    """
+    if args.export is None:
+        return
+    for model, network in evaluation.networks.items():
+        folder = export_folder(args, model)
+        processor = image_processor(model)
+        with recalibrated(evaluation, network, args.export):
+            loads_with = save_subnet(
+                network.network, args.export, folder, processor=processor, input_size=evaluation.side
+            )
+        print(f"wrote the sub-network of width {args.export:g} to {folder}, which {loads_with} loads")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(models, run, tmp_path, 
         keep(self, name, values)
 
     flags = ("--model", models[0], "--no_corruptions", "--output_dir", tmp_path / "out")
-    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as stopped, pytest.raises(SystemExit, match="130"):
         stopped.setattr(Measurements, "add", stop_at_the_second)
         run(*flags)
     held = json.loads((tmp_path / "out" / "robustness.json").read_text())["models"][models[0]]["measured"]

@@ -101,6 +101,28 @@ def test_narrower_width_has_the_batch_norm_of_the_training_images(models, evalua
     torch.testing.assert_close(subnet.network.bn1.running_var, features.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
+def test_the_exported_sub_network_is_the_one_that_was_measured(models, run, tmp_path, capsys, evaluation, photos):
+    out = tmp_path / "exported"
+    run("--model", models[0], "--widths", 0.5, "--export", 0.5, "--output_dir", out)
+    (folder,) = (path for path in out.iterdir() if path.is_dir())
+    assert folder.name == "plain-width0.5"
+    assert f"wrote the sub-network of width 0.5 to {folder}, which torch.export loads" in capsys.readouterr().out
+    exported = torch.export.load(folder / "model.pt2").module()
+    subnet = subnet_at(evaluation, evaluation.networks[models[0]], 0.5)
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(exported(images), subnet.network(images), rtol=1e-4, atol=1e-5)
+
+    with pytest.raises(SystemExit, match=r"plain-width0.5 exists already; a new or an empty folder is accepted"):
+        run("--model", models[0], "--widths", 0.5, "--export", 0.5, "--output_dir", out)
+
+
+def test_exports_that_would_be_one_folder_are_refused(models, run, tmp_path):
+    twin = save_network(tmp_path / "plain", seed=2)
+    with pytest.raises(SystemExit, match=r"error: export: two of the networks would be written to .*plain-width0.5"):
+        run("--model", models[0], "--model", twin, "--export", 0.5, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_network_of_which_nothing_can_be_sliced_is_refused(models, run, tmp_path, monkeypatch):
     monkeypatch.setattr("gradaug_hf.slimming.report.SlicingReport.sliced_macs", 0)
     with pytest.raises(SystemExit, match="error: nothing of model .*plain.* can be sliced"):
