@@ -60,7 +60,7 @@ class EvaluationArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; by default that of the networks."}
     )
-    batch_size: int = field(default=100, metadata={"help": "Images in a batch, on each process."})
+    batch_size: int = field(default=50, metadata={"help": "Images in a batch, on each process."})
     num_workers: int = field(default=2, metadata={"help": "Processes that read images, for each process."})
     seed: int = field(default=0, metadata={"help": "Seed of all that is drawn."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder for everything that is written."})

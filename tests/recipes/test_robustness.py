@@ -1,4 +1,6 @@
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +11,12 @@ import timm
 import torch
 
 from gradaug_hf.corruptions import CORRUPTIONS, SEVERITIES
-from gradaug_hf.evaluation import topk_hits
 from gradaug_hf.measurements import Measurements
 from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
 from recipes.robustness import RobustnessArguments, main
 from tests.checkpoints import save_images, save_network
 
+ROOT = Path(__file__).parents[2]
 EPSILONS = (0.01, 0.1)
 
 
@@ -108,6 +110,26 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(models, run, tmp_path, 
     assert set(entry["measured"]) == {"clean", "fgsm 0.01", "fgsm 0.1"}
 
 
+@pytest.mark.slow
+def test_two_processes_find_the_errors_of_one(models, photos, run, tmp_path):
+    flags = ["--model", *models, "--batch_size", "2", "--num_workers", "0", "--max_eval_samples", "5"]
+    run(*flags, "--output_dir", tmp_path / "one")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    where = ["--dataset_name", photos, "--epsilon", *map(str, EPSILONS), "--output_dir", str(tmp_path / "two")]
+    done = subprocess.run(
+        [*command, "recipes/robustness.py", *flags, *where],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "robustness.json").read_text())["models"] for name in ("one", "two"))
+    assert one == two
+    assert done.stdout.count("| no corruption") == 1
+
+
 def test_networks_for_other_sides_need_one_that_is_given(models, run, tmp_path, capsys):
     other = save_network(tmp_path / "other", seed=0, name="test_resnet")
     flags = ("--model", models[0], other, "--no_corruptions", "--output_dir", tmp_path / "out")
@@ -135,6 +157,13 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_written(
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_an_image_that_cannot_be_read_is_named(models, run, tmp_path):
+    photos = Path(save_images(tmp_path / "photos", of_each_class=2))
+    (photos / "test" / "class1" / "0.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match=r"error: the image in row 2 of split test .*0.png\) cannot be decoded"):
+        run("--model", models[0], "--dataset_name", photos, "--no_corruptions", "--output_dir", tmp_path / "out")
+
+
 def test_the_same_network_twice_is_refused(models, run, tmp_path):
     with pytest.raises(SystemExit, match="must be a list of different networks"):
         run("--model", models[0], "--model", models[0], "--output_dir", tmp_path)
@@ -148,10 +177,3 @@ def test_a_network_of_another_number_of_classes_is_refused(run, tmp_path):
 
 def test_fields_are_described_for_help():
     assert all("help" in field.metadata for field in RobustnessArguments.__dataclass_fields__.values())
-
-
-def test_hits_are_those_of_the_best_and_of_the_five_best():
-    rising = torch.arange(6.0)
-    logits = torch.stack([rising, rising, rising.flip(0)])
-    assert topk_hits(logits, torch.tensor([5, 0, 4])).tolist() == [[True, True], [False, False], [False, True]]
-    assert topk_hits(logits[:, :2], torch.tensor([1, 0, 0])).tolist() == [[True, True], [False, True], [True, True]]
