@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -75,6 +75,7 @@ SETTINGS = {
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 MOMENTUM = 0.9
+Loaded = TypeVar("Loaded")
 LAST = "last"
 # What can go wrong while training.
 FAULTS = (CheckpointError, NonFiniteLossError, UnreadableImageError)
@@ -292,15 +293,20 @@ def training_images(
 
 def load_data_once(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """`load_data` on the main process, and then on the others from its cache."""
+    return first_on_main_process(lambda: load_data(args, seed))
+
+
+def first_on_main_process(load: Callable[[], Loaded]) -> Loaded:
+    """What a function loads, on the main process first; each process fails for a reason of its own."""
     failure = None
     with process_state().main_process_first():
         try:
-            data = load_data(args, seed)
+            loaded = load()
         except (OSError, ValueError) as error:  # raised once nobody waits, so that each process fails for this reason
             failure = error
     if failure is not None:
         raise failure
-    return data
+    return loaded
 
 
 def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
