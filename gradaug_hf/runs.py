@@ -6,7 +6,6 @@ its last checkpoint.
 
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from gradaug_hf.arguments import as_flags
+from gradaug_hf.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
 from gradaug_hf.results import RESULTS, Result, load_runs, markdown_table, spread
 
 SETTINGS, LOG = "settings.json", "log.txt"
@@ -270,11 +270,11 @@ def report(plan: Plan, folder: Path) -> None:
     (folder / SUMMARY).write_text(json.dumps(records, indent=1) + "\n")
     (folder / TABLE).write_text(table + "\n")
     written = [TABLE, SUMMARY]
-    try:
+    if can_plot():
         plot_summary(records, folder / PLOT)
         written.append(PLOT)
-    except ModuleNotFoundError:
-        print("\nno plot: it needs matplotlib, pip install matplotlib")
+    else:
+        print(f"\n{PLOT} is not written: {NEEDS_MATPLOTLIB}")
     print(f"\n{table}\n\nwrote {', '.join(written)} to {folder}")
 
 
@@ -285,23 +285,11 @@ def plot_summary(records: Sequence[Mapping[str, Any]], file: Path) -> None:
         records: of `summarise`.
         file: PNG file to write.
     """
-    from matplotlib.figure import Figure
-
     rows, columns = (list(dict.fromkeys(r[key] for r in records)) for key in ("row", "column"))
-    figure = Figure(figsize=(3.5 + 3 * len(columns), 1 + 0.35 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for axes, column in zip(panels, columns, strict=True):
-        for place, row in enumerate(rows):
-            top1 = [100 * r["top1"] for r in records if (r["row"], r["column"]) == (row, column)]
-            axes.plot(top1, [place] * len(top1), "|", color="0.5", markersize=12)
-            if top1:
-                deviation = statistics.stdev(top1) if len(top1) > 1 else 0
-                axes.errorbar(statistics.mean(top1), place, xerr=deviation, fmt="D", color="black", capsize=3)
-        axes.set(title=column, xlabel="top-1 accuracy (%)")
-        axes.grid(alpha=0.3)
-    panels[0].set_yticks(range(len(rows)), rows)
-    panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    figure.savefig(file, dpi=150)
+    found: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        found.setdefault((record["row"], record["column"]), []).append(record["top1"])
+    plot_spreads(rows, {column: [found.get((row, column), []) for row in rows] for column in columns}, file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
