@@ -22,6 +22,7 @@ OWN_FIELDS = {
     "kl_weight": 1.0,
     "subnet_target": "soft",
     "subnet_backward": "sequential",
+    "sync_batchnorm": False,
     "mixup_alpha": 0.0,
     "cutmix_alpha": 0.0,
     "mix_prob": 1.0,
