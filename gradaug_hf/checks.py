@@ -21,14 +21,22 @@ def check_output_dir(args: GradAugConfig) -> None:
     Raises:
         ValueError: the folder cannot be written.
     """
-    if not args.should_save:
-        return
+    if args.should_save:
+        check_writable(args.output_dir)
+
+
+def check_writable(output_dir: str) -> None:
+    """Make a folder, and a file in it for a moment.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
     try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
             pass
     except OSError as error:
-        raise ValueError(f"output_dir is {args.output_dir!r}, which cannot be written: {error}") from error
+        raise ValueError(f"output_dir is {output_dir!r}, which cannot be written: {error}") from error
 
 
 def check_sharding(args: GradAugConfig, deepspeed: DeepSpeedPlugin | None = None) -> None:

@@ -1,6 +1,8 @@
 """GradAugConfig: the settings of GradAugTrainer."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -208,6 +210,22 @@ class GradAugConfig(TrainingArguments):
         check_processes()
         self.use_cpu = self.use_cpu or meets_on_cpu()
         super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the token, since `training_args.bin` is kept and pushed."""
+        return vars(self) | {"hub_token": None}
+
+    def __copy__(self) -> "GradAugConfig":
+        return self._with_state(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GradAugConfig":
+        return self._with_state(deepcopy(vars(self), memo))
+
+    def _with_state(self, state: dict[str, Any]) -> "GradAugConfig":
+        """A copy, which keeps the token that a pickle leaves out."""
+        other = object.__new__(type(self))
+        vars(other).update(state)
+        return other
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:

@@ -34,8 +34,9 @@ from gradaug_hf.data import (
 )
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.metrics import topk_accuracy
+from gradaug_hf.plots import plot_curves
 from gradaug_hf.preprocessing import image_processor_of
-from gradaug_hf.results import Result, plot_curves, results_table, save_results
+from gradaug_hf.results import Result, results_table, save_results
 from gradaug_hf.threads import use_all_cores
 
 COST = 2.7  # computation of a GradAug step over that of a plain one
@@ -150,6 +151,7 @@ def train(
         compute_metrics=topk_accuracy,
         optimizers=(optimizer, None),
     )
+    trainer.card_metadata = {"dataset": args.dataset_name or "handwritten digits of scikit-learn"}
     with PeakMemory(config.device) as peak:
         seconds = trainer.train().metrics["train_runtime"]
     evaluations = [entry for entry in trainer.state.log_history if "eval_top1" in entry]
