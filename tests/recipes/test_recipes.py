@@ -479,7 +479,7 @@ def test_resnet50_trains_on_photos_at_224(run_recipe, real_data):
 
 
 def launch_twice(flags: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu_2.yaml"]
     return subprocess.run(
         [*launcher, "recipes/cifar_wideresnet.py", *f"{QUICK} --model resnet20_cifar {flags}".split()],
         cwd=ROOT,
