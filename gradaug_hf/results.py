@@ -107,15 +107,24 @@ def save_results(results: Sequence[Result], file: Path, settings: dict[str, Any]
         settings: Settings that the runs shared, the seed among them.
         device: Device on which they ran.
     """
-    content = {
+    content = {**run_context(settings, device), "runs": [asdict(result) for result in results]}
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def run_context(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What is needed to get results again: command, settings, device, threads and versions.
+
+    Args:
+        settings: of the run, the seed among them.
+        device: on which it runs.
+    """
+    return {
         "command": public_command(sys.argv),
         "settings": settings,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "runs": [asdict(result) for result in results],
     }
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_runs(folder: Path) -> list[Run]:

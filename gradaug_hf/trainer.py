@@ -15,14 +15,20 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
-from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
+from gradaug_hf.checks import (
+    LabelCheckingCollator,
+    check_checkpointing,
+    check_launch,
+    check_output_dir,
+    check_sharding,
+)
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
 from gradaug_hf.hub import (
     label_names,
-    missing_from_folder,
     plain_state,
     save_configs,
     timm_network,
@@ -30,8 +36,10 @@ from gradaug_hf.hub import (
 )
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.mixing import BatchMixer
+from gradaug_hf.networks import image_processor, load_checkpoint
 from gradaug_hf.objective import GradAug, Pass, logits_of
 from gradaug_hf.plots import IMAGES_SHOWN, SeenBatch
+from gradaug_hf.pushing import PushingTrainer
 from gradaug_hf.randomness import random_states_kept
 from gradaug_hf.reporting import ReportingTrainer
 from gradaug_hf.resolutions import ResolutionTrial
@@ -39,14 +47,17 @@ from gradaug_hf.resuming import ResumableTrainer
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.sync_batchnorm import synchronise_batchnorm
 from gradaug_hf.transforms import ImageTransform
+
+logger = logging.get_logger(__name__)
 
 IMAGES, LABELS = "pixel_values", "labels"
 # Training images of which batch norm is recalibrated before a sub-network is evaluated.
 CALIBRATION_IMAGES = 1024
 
 
-class GradAugTrainer(ReportingTrainer, ResumableTrainer):
+class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
@@ -57,7 +68,8 @@ class GradAugTrainer(ReportingTrainer, ResumableTrainer):
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
-            slimmable and droppable in place, as `args.subnet_mode` needs it.
+            slimmable and droppable in place, as `args.subnet_mode` needs it. Or the Hub id, as `user/name` or
+            `user/name@revision`, or the folder of one, which is loaded with its image processor.
         args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
         trainer_args: further positional arguments of `transformers.Trainer`.
         subnet_sampler: draws the sub-networks; what `args` says about them then has no effect.
@@ -67,13 +79,14 @@ class GradAugTrainer(ReportingTrainer, ResumableTrainer):
         kwargs: further keyword arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: the settings do not fit each other, the network, or how the processes were launched, or
-            `args.output_dir` cannot be written.
+        ValueError: the settings do not fit each other, the network, or how the processes were launched,
+            `args.output_dir` cannot be written, or `model` cannot be loaded.
+        PushError: `args.push_to_hub` is True, and the Hub refuses or cannot be reached.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | None = None,
+        model: PreTrainedModel | nn.Module | str | None = None,
         args: TrainingArguments | None = None,
         *trainer_args: Any,
         subnet_sampler: SubnetSampler | None = None,
@@ -82,6 +95,10 @@ class GradAugTrainer(ReportingTrainer, ResumableTrainer):
     ) -> None:
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
         check_output_dir(args)
+        if args.num_subnets > 0:
+            check_sharding(args)  # which the Trainer's constructor may not stand
+        checkpoint = model if isinstance(model, str) else None
+        model = load_checkpoint(checkpoint) if checkpoint else model
         self._subnet_sampler = subnet_sampler
         self.subnet_transform = subnet_transform
         self._resolution_trial: ResolutionTrial | None = None
@@ -92,6 +109,8 @@ class GradAugTrainer(ReportingTrainer, ResumableTrainer):
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
             super().__init__(model, args, *trainer_args, **kwargs)
+        if checkpoint and self.processing_class is None:
+            self.processing_class = image_processor(checkpoint)
         if args.label_smoothing_factor > 0 and model is None and isinstance(self.model, PreTrainedModel):
             self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
         self._network_has_loss = bool(find_labels(type(self.model)))
@@ -101,10 +120,15 @@ class GradAugTrainer(ReportingTrainer, ResumableTrainer):
             self._mixer = self._make_mixer()
         if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
-        if missing := missing_from_folder(self.model, self.processing_class):
-            warnings.warn(missing, stacklevel=2)
+        network = timm_network(self.model)
+        if network is not None and (reason := why_not_rebuilt(network)):
+            name = type(network).__name__
+            warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
+        if args.sync_batchnorm and args.world_size > 1 and self.model_init is None:
+            synchronise_batchnorm(self.model, args.device)
         if args.num_subnets > 0:
-            check_launch(args, self.is_deepspeed_enabled, self.is_fsdp_enabled)
+            check_launch(args, self.is_deepspeed_enabled)
+            check_sharding(args, getattr(self.accelerator.state, "deepspeed_plugin", None))
             if self.model_init is None and self.train_dataset is not None:
                 self._prepare_network(self.model)
 
@@ -147,7 +171,11 @@ class GradAugTrainer(ReportingTrainer, ResumableTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer.call_model_init`; a network that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
-        if self.args.num_subnets > 0 and getattr(self, "is_in_train", False):
+        if not getattr(self, "is_in_train", False):
+            return network
+        if self.args.sync_batchnorm and self.args.world_size > 1:
+            synchronise_batchnorm(network, self.args.device)
+        if self.args.num_subnets > 0:
             self._prepare_network(network)
         return network
 
@@ -410,6 +438,11 @@ class GradAugTrainer(ReportingTrainer, ResumableTrainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         network = timm_network(model)
         if network is None or why_not_rebuilt(network):
+            if isinstance(model, PreTrainedModel) and self.processing_class is None:
+                logger.warning_once(
+                    "no preprocessor_config.json is written, which a pipeline needs: give GradAugTrainer the image "
+                    "processor as processing_class"
+                )
             if not isinstance(model, PreTrainedModel):  # which unties its tensors itself
                 state_dict = plain_state(model.state_dict() if state_dict is None else state_dict)
             return super()._save(output_dir, state_dict)
