@@ -225,8 +225,7 @@ def test_card_of_a_network_of_transformers_has_no_lines_of_timm(tmp_path, monkey
 
 def test_card_of_a_network_without_a_processor_shows_how_to_load_it_alone(tmp_path, monkeypatch):
     folder = tmp_path / "run"
-    with pytest.warns(UserWarning, match="will have no preprocessor_config.json"):
-        trainer_of(resnet(), folder).save_model()
+    trainer_of(resnet(), folder).save_model()
     (by_transformers,) = run_code(folder, monkeypatch)
     assert by_transformers["probabilities"].shape == (1, 3)
 
