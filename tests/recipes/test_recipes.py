@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from datasets import Dataset, Image
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, pipeline
 
@@ -459,6 +460,16 @@ def test_stream_of_unknown_length_asks_for_the_steps(run_recipe):
     with pytest.raises(SystemExit, match="does not say how many images split 'train' has; give max_steps"):
         run_recipe(cifar_wideresnet.RECIPE, f"{STREAM} --max_steps -1")
     assert run_recipe(cifar_wideresnet.RECIPE, STREAM).result["steps"] == 2
+
+
+def test_card_and_pictures_of_a_run_lie_next_to_its_results(run_recipe, few_images):
+    finished = run_recipe(cifar_wideresnet.RECIPE, "--model wrn16_2 --max_steps 1")
+    card = ModelCard.load(finished.folder / "README.md")
+    top1 = card.data.eval_results[0]
+    assert (top1.metric_value, top1.dataset_name) == (finished.result["top1"], Path(few_images).name)
+    assert f"--dataset_name {Path(few_images).name} --output_dir {finished.folder.name}" in card.text
+    assert str(finished.folder.parent) not in card.content
+    assert sorted(file.name for file in (finished.folder / "plots").iterdir()) == ["curves.png", "subnets.png"]
 
 
 def test_sub_networks_may_see_turned_images(run_recipe):
