@@ -147,7 +147,9 @@ def plot_robustness(
             style = _style(index, len(errors))
             severities.plot((0, *SEVERITIES), _percent([own[CLEAN], *_by_severity(own)]), **style)
             each.plot(
-                _percent(list(corruption_errors(own).values())), range(len(CORRUPTIONS)), **style | {"linestyle": ""}
+                _percent(list(corruption_errors(own).values())),
+                range(len(CORRUPTIONS)),
+                **style | {"linestyle": "", "fillstyle": "none"},
             )
         each.set_yticks(range(len(CORRUPTIONS)), [name.replace("_", " ") for name in CORRUPTIONS])
         each.invert_yaxis()
