@@ -12,7 +12,7 @@ from timm.models._hub import save_config_for_hf
 from timm.models._input import get_model_args, get_model_input_config
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TimmWrapperForImageClassification
+from transformers import TimmWrapperForImageClassification
 from transformers.image_processing_utils import BaseImageProcessor
 
 from gradaug_hf.preprocessing import processor_data_config
@@ -59,24 +59,6 @@ def why_not_rebuilt(network: nn.Module) -> str | None:
         f"timm.create_model gives {name} the shape {found.get(name)} instead of {expected.get(name)}; "
         f"{len(different)} tensors differ"
     )
-
-
-def missing_from_folder(model: nn.Module, processor: BaseImageProcessor | None) -> str | None:
-    """What the folder of a model will lack, and why, in a sentence; None where it will be whole.
-
-    Args:
-        model: any module; of one that is neither timm's nor transformers' the weights alone are kept.
-        processor: what prepares the images of a model of transformers.
-    """
-    network = timm_network(model)
-    if network is not None and (reason := why_not_rebuilt(network)):
-        return f"the folder of this {type(network).__name__} will have no config.json, which timm reads: {reason}"
-    if network is None and isinstance(model, PreTrainedModel) and processor is None:
-        return (
-            f"the folder of this {type(model).__name__} will have no {PREPROCESSOR}, which pipelines need; "
-            "give the trainer the image processor as processing_class"
-        )
-    return None
 
 
 def tensor_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:

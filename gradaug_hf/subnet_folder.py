@@ -43,9 +43,9 @@ LOAD_PROGRAM = """import torch
 
 model = torch.export.load("FOLDER/model.pt2").module()
 logits = model(torch.randn(1, {size}))"""
-PROGRAM_NOTE = """ timm has no arguments for its widths, so it is a program
-that torch.export wrote, for any number of images of {size} (channels, height, width). A program is code: load it only from
-someone you trust. `model.safetensors` has its weights alone."""
+PROGRAM_NOTE = """ timm has no arguments for its
+widths, so it is a program that torch.export wrote, for any number of images of {size} (channels, height, width). A
+program is code: load it only from someone you trust. `model.safetensors` has its weights alone."""
 
 
 def save_subnet(

@@ -23,7 +23,8 @@ from transformers import TimmWrapperForImageClassification as TimmWrapper
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.hub import label_names, missing_from_folder, plain_state, save_configs, timm_network, why_not_rebuilt
+from gradaug_hf.checkpoints import ResumeError, weight_shapes
+from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network, why_not_rebuilt
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -350,7 +351,7 @@ def test_a_changed_network_says_so_and_keeps_its_weights_alone(tmp_path):
     network = timm.create_model("test_resnet", num_classes=7)
     assert why_not_rebuilt(network) is None
     network.fc = nn.Sequential(nn.Linear(96, 20), nn.Linear(20, 7))
-    with pytest.warns(UserWarning, match=r"this ResNet will have no config.json.*fc.0.bias the shape None instead"):
+    with pytest.warns(UserWarning, match=r"this ResNet will have its weights alone:.*fc.0.bias the shape None inst"):
         trainer = trained(network, tmp_path)
     trainer.save_model()
     assert not (tmp_path / "config.json").exists()
@@ -364,9 +365,13 @@ def test_an_argument_that_is_no_json_is_named():
     assert why_not_rebuilt(timm.create_model("test_resnet", act_layer="silu")) is None
 
 
-def test_a_network_of_transformers_without_an_image_processor_is_said_to_lack_it():
-    assert "give the trainer the image processor as processing_class" in missing_from_folder(resnet(), None)
-    assert missing_from_folder(resnet(), ViTImageProcessor()) is None
+def test_a_network_of_transformers_without_an_image_processor_is_said_to_lack_it(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("gradaug_hf.trainer.logger.warning_once", said.append)
+    trained(resnet(), tmp_path / "with", processing_class=ViTImageProcessor())
+    assert not said
+    trained(resnet(), tmp_path / "without")
+    assert "give GradAugTrainer the image processor as processing_class" in said[0]
 
 
 def test_tensors_that_share_memory_or_are_not_contiguous_are_stored_one_by_one(tmp_path):
@@ -384,3 +389,13 @@ def test_a_network_that_no_library_knows_may_tie_its_tensors(tmp_path):
     trained(network, tmp_path)
     weights = safetensors.torch.load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     assert torch.equal(weights["1.weight"], network[0].weight)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/other.safetensors", "deeper/other.safetensors"])
+def test_a_file_of_weights_outside_the_folder_is_refused(name, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "deeper").mkdir(parents=True)
+    safetensors.torch.save_file({"a": torch.zeros(1)}, (folder / name).resolve() if name[0] != "/" else tmp_path / "x")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ResumeError, match=f"index.json names '{name}'; a file in its own folder is accepted"):
+        weight_shapes(folder)

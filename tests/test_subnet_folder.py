@@ -27,13 +27,13 @@ for folder in sys.argv[1:]:
     code = re.search("```python(.*?)```", readme, re.DOTALL)[1].replace("FOLDER", folder)
     found = {}
     exec(code, found)
-    model = found["model"] if "program" in readme else found["timm"].create_model("local-dir:" + folder, pretrained=True)
-    if "program" not in readme:
-        model.eval()
-        wrapper = found["model"].eval()
+    models = [found["model"]]
+    if "timm" in found:
+        models = [found["model"].eval(), found["timm"].create_model("local-dir:" + folder, pretrained=True).eval()]
     images = torch.load(folder + "/images.pt")
     with torch.no_grad():
-        logits = [model(images)] if "program" in readme else [model(images), wrapper(images).logits]
+        outputs = [model(images) for model in models]
+    logits = [getattr(output, "logits", output) for output in outputs]
     torch.save(logits, folder + "/logits.pt")
 """
 
