@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ from gradaug_hf.data import class_names, load_image_data, take_images, with_pixe
 from gradaug_hf.experiment import first_on_main_process
 from gradaug_hf.measurements import Measurements
 from gradaug_hf.pixels import PixelNetwork, load_pixel_network, native_side, pixel_transform, to_unit, weights_digest
+from gradaug_hf.plots import NEEDS_MATPLOTLIB, can_plot
 from gradaug_hf.threads import use_all_cores
 
 # Settings on which what is measured does not depend.
@@ -200,8 +200,8 @@ def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 def check_plots() -> None:
     """Raise a ValueError where matplotlib is not installed, with which the results are drawn."""
-    if find_spec("matplotlib") is None:
-        raise ValueError("the plot needs matplotlib: pip install matplotlib")
+    if not can_plot():
+        raise ValueError(NEEDS_MATPLOTLIB)
 
 
 def _load_data(args: EvaluationArguments) -> DatasetDict:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from gradaug_hf.results import LINE_STYLES, MARKERS, markdown_table
+from gradaug_hf.plots import line_style
+from gradaug_hf.results import markdown_table
 
 # Seconds for which a network is run to time it.
 TIMED = 1.0
@@ -97,11 +98,7 @@ def plot_widths(results: Mapping[str, Mapping[float, WidthResult]], file: Path, 
     for axes in panels[:, 0]:
         axes.set(ylabel="top-1 accuracy (%)")
     for index, (model, own) in enumerate(results.items()):
-        style = {
-            "color": str(0.6 * index / max(1, len(results) - 1)),
-            "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
-            "marker": MARKERS[index % len(MARKERS)],
-        }
+        style = line_style(index, len(results))
         for axes, values in zip(panels.flat, _costs(own), strict=True):
             axes.plot(values, [100 * result.top1 for result in own.values()], label=model, **style)
     panels[0, 0].legend()
