@@ -237,6 +237,20 @@ def _figure(**settings: Any) -> Figure:
     return Figure(layout="constrained", **settings)
 
 
+def line_style(index: int, total: int) -> dict[str, str]:
+    """Lightness, line and marker that tell a curve from others without colour.
+
+    Args:
+        index: of the curve.
+        total: number of curves.
+    """
+    return {
+        "color": str(0.6 * index / max(1, total - 1)),
+        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
+
+
 def _draw_lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     """Curves by their label, told apart without colour."""
     curves = {label: points for label, points in curves.items() if points}
@@ -245,9 +259,7 @@ def _draw_lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]])
         axes.plot(
             x,
             y,
-            color=str(0.6 * index / max(1, len(curves) - 1)),
-            linestyle=LINE_STYLES[index % len(LINE_STYLES)],
-            marker=MARKERS[index % len(MARKERS)],
+            **line_style(index, len(curves)),
             markersize=5,
             markevery=math.ceil(len(points) / MOST_MARKERS),
             label=label,
