@@ -159,7 +159,7 @@ class GradAugTrainer(Trainer):
         if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):
             with random_states_kept():
                 batch = self.data_collator([self.train_dataset[0]])
-            self._settle_resolutions(network, min(_split(batch)[0].shape[2:]))
+            self._settle_resolutions(network, self._side(_split(batch)[0]))
 
     def _settle_resolutions(self, network: nn.Module, side: int) -> None:
         """Choose the resolutions of a network's sub-networks, for images of a side in pixels."""
@@ -173,6 +173,10 @@ class GradAugTrainer(Trainer):
                 f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
             )
 
+    def _side(self, images: Any) -> int:
+        """Shorter side in pixels of a batch of images."""
+        return min(images.shape[2:])
+
     @property
     def _subnet_mode(self) -> str:
         return getattr(self._subnet_sampler or self.args, "subnet_mode", "width")
@@ -185,7 +189,7 @@ class GradAugTrainer(Trainer):
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
-            self._settle_resolutions(self.model, min(images.shape[2:]))
+            self._settle_resolutions(self.model, self._side(images))
         args = self.args
         return GradAug(
             model,
@@ -344,7 +348,7 @@ class GradAugTrainer(Trainer):
         self._means.add(loss_full=full.loss.detach(), loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
         for p in others:
-            side = p.subnet.resolution or min(images.shape[2:])
+            side = p.subnet.resolution or self._side(images)
             self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
             if num_blocks:
                 self._means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
