@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
+from gradaug_hf.objective import SUBNET_TARGETS
 from gradaug_hf.subnets import SubnetSampler
 
 SUBNET_BACKWARDS = ("sequential", "joint")
@@ -30,7 +31,9 @@ class GradAugConfig(TrainingArguments):
             8 suits tensor cores.
         width_levels: Number of evenly spaced widths to draw from, at least 2; by default widths are drawn
             continuously, as in the paper.
-        kl_weight: Weight of the sub-networks' KL divergences in the loss, at least 0.
+        kl_weight: Weight of the sub-networks' losses, at least 0.
+        subnet_target: What sub-networks learn; "soft": the full network's prediction (in-place distillation), by KL
+            divergence, "label": the labels, by cross-entropy.
         subnet_backward: "sequential" runs the backward of each pass before the next one, in the memory of plain
             training; "joint" runs one for all of them.
         mixup_alpha: Parameter of Mixup's beta distribution, at least 0; 0 turns Mixup off.
@@ -102,7 +105,16 @@ class GradAugConfig(TrainingArguments):
     )
     kl_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of the sub-networks' KL divergences in the loss, at least 0."},
+        metadata={"help": "Weight of the sub-networks' losses, at least 0."},
+    )
+    subnet_target: str = field(
+        default="soft",
+        metadata={
+            "help": (
+                'What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
+                'divergence, "label": the labels, by cross-entropy.'
+            )
+        },
     )
     subnet_backward: str = field(
         default="sequential",
@@ -153,8 +165,8 @@ class GradAugConfig(TrainingArguments):
             subnet_mode=self.subnet_mode,
             min_survival=self.min_survival,
         )
-        choices = ", ".join(map(repr, SUBNET_BACKWARDS))
-        self._check("subnet_backward", self.subnet_backward in SUBNET_BACKWARDS, f"one of {choices}")
+        for name, choices in (("subnet_backward", SUBNET_BACKWARDS), ("subnet_target", SUBNET_TARGETS)):
+            self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
         self._check("width_divisor", isinstance(self.width_divisor, int) and self.width_divisor >= 1, "at least 1")
         for name in ("kl_weight", "mixup_alpha", "cutmix_alpha"):
             self._check(name, getattr(self, name) >= 0, "at least 0")

@@ -15,7 +15,10 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_processing_utils import BaseImageProcessor
 
+from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
+
 CONFIG = "config.json"
+SHAKE_DROP = "shake_drop_rate"
 
 
 def timm_name(model: str) -> str | None:
@@ -66,7 +69,9 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def accepted_arguments(model: str) -> set[str]:
-    """Parameters of the constructor of a network; none for one of transformers.
+    """What a network can be built with: its constructor's parameters, and ShakeDrop where its blocks take it.
+
+    None for a network of transformers.
 
     Args:
         model: as for `timm_name`.
@@ -74,8 +79,16 @@ def accepted_arguments(model: str) -> set[str]:
     name = timm_name(model)
     if name is None:
         return set()
+    network = _meta_network(name)
+    return _parameters(network) | ({SHAKE_DROP} if residual_blocks(network) else set())
+
+
+def _meta_network(name: str) -> nn.Module:
     with torch.device("meta"):
-        network = timm.create_model(name)
+        return timm.create_model(name)
+
+
+def _parameters(network: nn.Module) -> set[str]:
     return set(inspect.signature(type(network).__init__).parameters)
 
 
@@ -86,11 +99,11 @@ def create_network(model: str, class_names: Sequence[str], arguments: Mapping[st
         model: as for `timm_name`.
         class_names: in the order of the labels; another classifier than the checkpoint's is made where they differ in
             number.
-        arguments: of the constructor of a timm network.
+        arguments: of a timm network, by the names of `accepted_arguments`.
     """
     name = timm_name(model)
     if name is not None:
-        return timm.create_model(name, pretrained=is_checkpoint(model), num_classes=len(class_names), **arguments)
+        return _create_timm_network(name, is_checkpoint(model), len(class_names), dict(arguments))
     return AutoModelForImageClassification.from_pretrained(
         model,
         num_labels=len(class_names),
@@ -98,6 +111,15 @@ def create_network(model: str, class_names: Sequence[str], arguments: Mapping[st
         label2id={name: label for label, name in enumerate(class_names)},
         ignore_mismatched_sizes=True,
     )
+
+
+def _create_timm_network(name: str, pretrained: bool, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
+    shakes_itself = SHAKE_DROP not in arguments or SHAKE_DROP in _parameters(_meta_network(name))
+    rate = 0.0 if shakes_itself else arguments.pop(SHAKE_DROP)
+    network = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
+    if rate > 0:
+        add_shake_drop(network, rate)
+    return network
 
 
 def load_network(model: str, num_classes: int) -> nn.Module:

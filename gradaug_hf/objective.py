@@ -16,6 +16,8 @@ from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import Subnet, SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.transforms import ImageTransform, check_images, transform_for_subnet
 
+SUBNET_TARGETS = ("soft", "label")
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -55,7 +57,9 @@ class GradAug:
         resolutions: sides in pixels, one of which is drawn for each sub-network; None: 1, 6/7, 5/7 and 4/7 of the side
             of the first batch.
         width_levels: None draws widths uniformly from [min_width, max_width]; k draws from k evenly spaced ones.
-        kl_weight: weight of the sub-networks' divergences, at least 0.
+        kl_weight: weight of the sub-networks' losses, at least 0.
+        subnet_target: what sub-networks learn; "soft": the full network's prediction (in-place distillation), by KL
+            divergence, "label": the labels, by cross-entropy.
         label_smoothing: of the full network's cross-entropy, in [0, 1].
         seed: of the sub-networks that are drawn.
         subnet_mode: what a sub-network leaves out; "width": its last channels, "depth": residual blocks at random,
@@ -79,6 +83,7 @@ class GradAug:
         resolutions: Sequence[int] | None = None,
         width_levels: int | None = None,
         kl_weight: float = 1.0,
+        subnet_target: str = "soft",
         label_smoothing: float = 0.0,
         seed: int = 0,
         subnet_mode: str = "width",
@@ -88,6 +93,9 @@ class GradAug:
     ) -> None:
         if not kl_weight >= 0:
             raise ValueError(f"kl_weight is {kl_weight!r}; it must be at least 0")
+        if subnet_target not in SUBNET_TARGETS:
+            choices = ", ".join(map(repr, SUBNET_TARGETS))
+            raise ValueError(f"subnet_target is {subnet_target!r}; it must be one of {choices}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 1]")
         self.sampler = sampler or SubnetSampler(
@@ -95,6 +103,7 @@ class GradAug:
         )
         self._use_default_resolutions = sampler is None and resolutions is None
         self.kl_weight = kl_weight
+        self.subnet_target = subnet_target
         self.label_smoothing = label_smoothing
         self.transform = transform
         self.step = 0
@@ -186,7 +195,12 @@ class GradAug:
         """A sub-network's pass, with the model at its width."""
         transformed = transform_for_subnet(images, subnet, self.transform)
         logits = logits_of(self.model(transformed, **inputs), len(labels))
-        return Pass(self.kl_weight * soft_target_divergence(logits, target), logits.detach())
+        return Pass(self.kl_weight * self._subnet_loss(logits, target, labels), logits.detach())
+
+    def _subnet_loss(self, logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+        if self.subnet_target == "label":
+            return cross_entropy(logits, labels, self.label_smoothing)
+        return soft_target_divergence(logits, target)
 
     def _dropped_blocks(self, subnet: Subnet) -> frozenset[int]:
         num_blocks = num_droppable_blocks(self.model)

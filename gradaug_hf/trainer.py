@@ -199,6 +199,7 @@ class GradAugTrainer(Trainer):
             resolutions=self._resolutions,
             width_levels=args.width_levels,
             kl_weight=args.kl_weight,
+            subnet_target=args.subnet_target,
             label_smoothing=args.label_smoothing_factor,
             seed=args.seed,
             subnet_mode=args.subnet_mode,

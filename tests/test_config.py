@@ -19,6 +19,7 @@ OWN_FIELDS = {
     "width_divisor": 1,
     "width_levels": None,
     "kl_weight": 1.0,
+    "subnet_target": "soft",
     "subnet_backward": "sequential",
     "mixup_alpha": 0.0,
     "cutmix_alpha": 0.0,
@@ -56,7 +57,8 @@ def test_every_own_field_is_a_flag(tmp_path):
     line = (
         f"--output_dir {tmp_path} --num_subnets 2 --min_width 0.8 --max_width 0.95 --resolutions 32 28 "
         "--width_divisor 8 --width_levels 4 --kl_weight 0.5 --subnet_backward joint --mixup_alpha 0.2 "
-        "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width+depth --min_survival 0.7"
+        "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width+depth --min_survival 0.7 "
+        "--subnet_target label"
     )
     (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(line.split())
     parsed = {name: getattr(args, name) for name in OWN_FIELDS}
@@ -70,6 +72,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         "width_divisor": 8,
         "width_levels": 4,
         "kl_weight": 0.5,
+        "subnet_target": "label",
         "subnet_backward": "joint",
         "mixup_alpha": 0.2,
         "cutmix_alpha": 1.0,
@@ -99,6 +102,7 @@ def test_settings_survive_json_and_pickle(tmp_path):
         ({"resolutions": [32, -4]}, r"resolutions is \[32, -4\]"),
         ({"subnet_mode": "height"}, "subnet_mode is 'height'; it must be one of 'width', 'depth', 'width\\+depth'"),
         ({"subnet_backward": "both"}, "subnet_backward is 'both'; it must be one of 'sequential', 'joint'"),
+        ({"subnet_target": "hard"}, "subnet_target is 'hard'; it must be one of 'soft', 'label'"),
         ({"min_survival": 0}, r"min_survival is 0; it must lie in \(0, 1\]"),
         ({"width_divisor": 0}, "width_divisor is 0; it must be at least 1"),
         ({"width_levels": 1}, "width_levels is 1"),

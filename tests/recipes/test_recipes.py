@@ -31,7 +31,7 @@ SMALL = {
     "cifar_resnet110_depth": "resnet20_cifar",
 }
 NOT_FOR = {
-    "imagenet_resnet50": {"shakedrop"},
+    "imagenet_resnet50": set(),
     "cifar_wideresnet": {"bag_of_tricks"},
     "cifar_pyramidnet": {"bag_of_tricks"},
     "cifar_resnet110_depth": {"bag_of_tricks"},
@@ -48,6 +48,7 @@ QUICK_RUNS = {
     ("cifar_resnet110_depth", "stochdepth"),
     ("cifar_resnet110_depth", "gradaug"),
     ("imagenet_resnet50", "bag_of_tricks"),
+    ("imagenet_resnet50", "shakedrop"),
 }
 # From the paper and its configuration files, by hand.
 PAPER = {
@@ -74,7 +75,8 @@ PAPER = {
 }  # fmt: skip
 PAPER_EVERYWHERE = {
     "method": "gradaug", "num_subnets": 3, "max_width": 1.0, "width_divisor": 1, "width_levels": None,
-    "kl_weight": 1.0, "optim": "sgd", "max_grad_norm": 0.0, "warmup_epochs": 0, "warmup_steps": 0,
+    "kl_weight": 1.0, "subnet_target": "soft", "optim": "sgd", "max_grad_norm": 0.0, "warmup_epochs": 0,
+    "warmup_steps": 0,
     "label_smoothing_factor": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "bf16": False, "fp16": False,
     "gradient_accumulation_steps": 1, "drop_path_rate": None, "drop_block_rate": None, "shake_drop_rate": None,
     "labels_per_class": None, "max_train_samples": None, "max_eval_samples": None, "max_steps": -1,
@@ -143,13 +145,19 @@ def test_every_method_is_trained_by_a_quick_run():
 def test_method_that_a_network_cannot_take_is_refused_before_the_data_is_loaded(
     name, method, run_recipe, small_pyramid
 ):
-    missing = {"shakedrop": "shake_drop_rate", "bag_of_tricks": "zero_init_last"}[method]
-    possible = ", ".join(m for m in METHODS if m not in NOT_FOR[name])
-    message = (
-        f"{SMALL[name]} cannot be trained with method '{method}': it has no {missing}. Methods for it: {possible}"
-    )
+    refuse(run_recipe, name, SMALL[name], method, "zero_init_last", NOT_FOR[name])
+
+
+def test_method_that_needs_residual_blocks_is_refused_without_them(run_recipe):
+    residual = {"dropblock", "stochdepth", "shakedrop", "bag_of_tricks"}
+    refuse(run_recipe, "imagenet_resnet50", "vgg11", "shakedrop", "shake_drop_rate", residual)
+
+
+def refuse(run_recipe, recipe: str, model: str, method: str, missing: str, not_for: set[str]) -> None:
+    possible = ", ".join(m for m in METHODS if m not in not_for)
+    message = f"{model} cannot be trained with method '{method}': it has no {missing}. Methods for it: {possible}"
     with pytest.raises(SystemExit, match=f"^error: {message}$"):
-        run_recipe(RECIPES[name], f"--model {SMALL[name]} --method {method} --dataset_name /nowhere")
+        run_recipe(RECIPES[recipe], f"--model {model} --method {method} --dataset_name /nowhere")
 
 
 @pytest.mark.parametrize(
