@@ -109,15 +109,24 @@ def save_results(results: Sequence[Result], file: Path, settings: dict[str, Any]
         settings: Settings that the runs shared, the seed among them.
         device: Device on which they ran.
     """
-    content = {
+    content = provenance(settings, device) | {"runs": [asdict(result) for result in results]}
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def provenance(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What is needed to get results of this process again, as JSON takes it.
+
+    Args:
+        settings: of the run.
+        device: Device on which it ran.
+    """
+    return {
         "command": " ".join(sys.argv),
         "settings": settings,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS_OF}},
-        "runs": [asdict(result) for result in results],
     }
-    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_runs(folder: Path) -> list[Run]:

@@ -83,7 +83,9 @@ class CocoImages(Dataset):
             raise ValueError(f"{file} cannot be read as an image: {error}") from error
         size = described["height"], described["width"]
         if tuple(pixels.shape[1:]) != size:
-            raise ValueError(f"{file} has {tuple(pixels.shape[1:])} pixels (height, width); its annotation says {size}")
+            raise ValueError(
+                f"{file} has {tuple(pixels.shape[1:])} pixels (height, width); its annotation says {size}"
+            )
         return pixels
 
     def _make_target(self, image_id: int, size: tuple[int, int]) -> dict[str, Any]:
@@ -96,7 +98,9 @@ class CocoImages(Dataset):
         }
         if self.masks:
             masks = [torch.from_numpy(self.coco.annToMask(each)) for each in objects]
-            target["masks"] = tv_tensors.Mask(torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8))
+            target["masks"] = tv_tensors.Mask(
+                torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
+            )
         return target
 
     def _warn_of_degenerate_boxes(self, annotations: str | Path) -> None:
@@ -161,7 +165,9 @@ def _check_format(content: Any, file: str | Path) -> None:
     if not isinstance(content, Mapping) or any(
         not isinstance(content.get(table), list) for table in (*TABLES, "annotations")
     ):
-        raise ValueError(f"{file} is no file of COCO's format: it needs lists `images`, `categories` and `annotations`")
+        raise ValueError(
+            f"{file} is no file of COCO's format: it needs lists `images`, `categories` and `annotations`"
+        )
     for table, names in (*TABLES.items(), ("annotations", ANNOTATION)):
         for place, entry in enumerate(content[table]):
             lacking = [name for name in names if not isinstance(entry, Mapping) or name not in entry]
@@ -237,5 +243,3 @@ def _corners(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[f
 def _has_area(corners: tuple[float, float, float, float]) -> bool:
     left, top, right, bottom = corners
     return right > left and bottom > top
-
-

@@ -1,7 +1,7 @@
 """Faster and Mask R-CNN of torchvision on networks of timm."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -103,7 +103,10 @@ class Detector(nn.Module):
         self.rcnn = _build_rcnn(Pyramid(network, settings.channels), settings)
 
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None, resolution: int | None = None
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[dict[str, Tensor]] | None = None,
+        resolution: int | None = None,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         """The losses by name while training, else the detections of each image.
 
@@ -185,12 +188,24 @@ def create_detector(
     detector = Detector(DetectorConfig(architecture, list(categories), arguments, **statistics, **settings))
     if timm_name(backbone) == backbone:
         return detector, f"backbone {backbone}: new weights"
-    weights = network.state_dict()
-    body = detector.bottom_up.body.model
-    loaded = body.load_state_dict(weights, strict=False)
-    return detector, (
-        f"backbone {architecture}: {len(weights) - len(loaded.unexpected_keys)} of {len(weights)} tensors of {backbone}"
-        f"; missing: {', '.join(loaded.missing_keys) or 'none'}; left over: {', '.join(loaded.unexpected_keys) or 'none'}"
+    return detector, load_backbone(detector, network.state_dict(), backbone)
+
+
+def load_backbone(detector: Detector, weights: Mapping[str, Tensor], source: str) -> str:
+    """Load a classifier's weights into the backbone of a detector.
+
+    Args:
+        detector: its backbone is changed in place.
+        weights: state dict of the classifier.
+        source: where they are from.
+
+    Returns:
+        What was loaded, in words.
+    """
+    missing, left_over = detector.bottom_up.body.model.load_state_dict(weights, strict=False)
+    return (
+        f"backbone {detector.settings.backbone}: {len(weights) - len(left_over)} of {len(weights)} tensors of {source}; "
+        f"missing: {', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}"
     )
 
 
@@ -265,4 +280,6 @@ def _file_of(model: str, name: str) -> Path:
     try:
         return Path(hf_hub_download(model, name))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(f"model is {model!r}, which is neither a folder nor on the Hub with a {name}: {error}") from error
+        raise ValueError(
+            f"model is {model!r}, which is neither a folder nor on the Hub with a {name}: {error}"
+        ) from error

@@ -26,7 +26,6 @@ from gradaug_hf.trainer import IMAGES, LABELS, GradAugTrainer
 # Settings of GradAugConfig that are about classes, and the only value that they can have here.
 ABOUT_CLASSES = {
     "subnet_mode": "width",
-    "kl_weight": 1.0,
     "label_smoothing_factor": 0.0,
     "mixup_alpha": 0.0,
     "cutmix_alpha": 0.0,
@@ -64,7 +63,8 @@ class DetectionGradAug(GradAug):
         subnet: Subnet,
         inputs: dict[str, Any],
     ) -> Pass:
-        return Pass(total_loss(self.model(images, targets, resolution=subnet.resolution, **inputs)))
+        losses = self.model(images, targets, resolution=subnet.resolution, **inputs)
+        return Pass(self.kl_weight * total_loss(losses))
 
 
 def total_loss(losses: dict[str, Tensor]) -> Tensor:
@@ -76,9 +76,11 @@ class DetectionTrainer(GradAugTrainer):
     """`GradAugTrainer` for detectors, evaluated with COCO's average precision.
 
     Batches are `pixel_values`, a list of images (3, H, W) in 0..1, and `labels`, a list of targets as `CocoImages`
-    gives them. `resolutions` are shorter sides in pixels; by default 1, 6/7, 5/7 and 4/7 of the detector's. Images
-    and targets of a sub-network are resized from the originals by the detector's own transform, as its full pass's
-    are, whose geometry is that of its boxes (corners not aligned).
+    gives them. `resolutions` are shorter sides in pixels, by default 1, 6/7, 5/7 and 4/7 of the detector's. Images and
+    targets of a sub-network are resized from the originals by the detector's own transform, as those of the full pass
+    are; corners are not aligned, as boxes need it. `subnet_target` has no effect.
+
+    After an evaluation `detections` has what was found, as entries of COCO's result files.
 
     Args:
         model: a `Detector`.
@@ -104,6 +106,7 @@ class DetectionTrainer(GradAugTrainer):
                 raise ValueError(f"{name} is {getattr(args, name)!r}; a detector can have {only!r} alone")
         if kwargs.get("subnet_transform") is not None:
             raise ValueError("subnet_transform is given, but it would move the images and not their boxes")
+        self.detections: list[dict[str, Any]] | None = None
         super().__init__(model, args, data_collator or collate, *trainer_args, **kwargs)
 
     # ---- the detector and its sub-networks ----
@@ -113,8 +116,8 @@ class DetectionTrainer(GradAugTrainer):
         network.make_slimmable(self.args.width_divisor)
         if slicing_report(network).sliced_macs == 0:
             warnings.warn(
-                f"0 % of the backbone {network.settings.backbone} is sliced, so that its sub-networks differ from it by "
-                "their images only",
+                f"0 % of the backbone {network.settings.backbone} is sliced, so that its sub-networks differ from it "
+                "by their images only",
                 stacklevel=3,
             )
         self._resolutions = self.args.resolutions or default_resolutions(network.settings.min_size)
@@ -130,6 +133,7 @@ class DetectionTrainer(GradAugTrainer):
             max_width=args.max_width,
             resolutions=self._resolutions,
             width_levels=args.width_levels,
+            kl_weight=args.kl_weight,
             seed=args.seed,
             sampler=self._subnet_sampler,
         )
@@ -171,6 +175,7 @@ class DetectionTrainer(GradAugTrainer):
         results = [result for image_id in sorted(by_image) for result in by_image[image_id]]
         figures = average_precision(data.coco, results, detector.settings.has_masks)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.detections = results
         return EvalLoopOutput(predictions=results, label_ids=None, metrics=metrics, num_samples=len(data))
 
     @torch.no_grad()
