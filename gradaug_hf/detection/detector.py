@@ -204,8 +204,8 @@ def load_backbone(detector: Detector, weights: Mapping[str, Tensor], source: str
     """
     missing, left_over = detector.bottom_up.body.model.load_state_dict(weights, strict=False)
     return (
-        f"backbone {detector.settings.backbone}: {len(weights) - len(left_over)} of {len(weights)} tensors of {source}; "
-        f"missing: {', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}"
+        f"backbone {detector.settings.backbone}: {len(weights) - len(left_over)} of {len(weights)} tensors of {source}"
+        f"; missing: {', '.join(missing) or 'none'}; left over: {', '.join(left_over) or 'none'}"
     )
 
 
