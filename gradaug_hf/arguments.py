@@ -74,6 +74,10 @@ class ExperimentArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Whether to read the images while training instead of downloading first."}
     )
+    skip_bad_images: bool = field(
+        default=False,
+        metadata={"help": "Whether to leave out, and count, images that cannot be decoded instead of stopping."},
+    )
     batch_size: int = field(
         default=128,
         metadata={"help": "Images in an optimiser step, over all processes and accumulated batches."},
@@ -98,6 +102,7 @@ class ExperimentArguments:
             self._check(name, value is None or value >= 1, "at least 1")
         for name in ("drop_path_rate", "drop_block_rate", "shake_drop_rate"):
             self._check(name, 0 <= (getattr(self, name) or 0) < 1, "in [0, 1)")
+        self._check("skip_bad_images", not (self.skip_bad_images and self.streaming), "False with streaming")
         self._check("warmup_epochs", self.warmup_epochs >= 0, "at least 0")
         self._check("lr_drops", all(0 < share < 1 for share in self.lr_drops), "a list of shares in (0, 1)")
 
@@ -129,7 +134,7 @@ def parse(
     from_file = {}
     if argv and argv[0].endswith(FILE_ENDINGS):
         from_file, argv = _read_settings(argv[0]), argv[1:]
-    given = _given(parser, [*_as_flags(from_file), *argv])
+    given = _given(parser, [*as_flags(from_file), *argv])
     given = {name: value for name, value in from_file.items() if _is_empty(value)} | given
     if "per_device_train_batch_size" in given:
         raise ValueError("per_device_train_batch_size follows from batch_size, the images in a step; set that instead")
@@ -163,8 +168,11 @@ def _is_empty(value: Any) -> bool:
     return value is None or value == []
 
 
-def _as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as flags, so that a file's values are read as those of the command line are, 1e-4 for example."""
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags, without those that are empty.
+
+    A file's values are thereby read as those of the command line are, 1e-4 for example.
+    """
     flags = []
     for name, value in settings.items():
         if not _is_empty(value):

@@ -15,7 +15,8 @@ class GradAugConfig(TrainingArguments):
     """Settings of GradAugTrainer: the following, and those of `transformers.TrainingArguments`.
 
     Training on images needs three defaults that differ from `TrainingArguments`: `remove_unused_columns=False`,
-    `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`.
+    `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`. A fourth is `logging_nan_inf_filter=False`: a
+    loss that is not finite ends the training, and to look at it in each step would make an accelerator wait.
 
     Args:
         num_subnets: Number of sub-networks in each training step, at least 0; 0 is plain training.
@@ -27,6 +28,8 @@ class GradAugConfig(TrainingArguments):
             blocks at random, "width+depth": both.
         min_survival: With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it
             falls linearly from 1 at the first.
+        subnet_interval: With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the
+            others, which cost as much as plain training; at least 1.
         width_divisor: Channel counts are rounded to the nearest multiple of it, at least 1; 1 is exact to the paper,
             8 suits tensor cores.
         width_levels: Number of evenly spaced widths to draw from, at least 2; by default widths are drawn
@@ -41,6 +44,7 @@ class GradAugConfig(TrainingArguments):
         mix_prob: Probability with which a batch is mixed, in [0, 1].
         eval_widths: Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in
             (0, 1].
+        ignore_config_change: Whether to resume from a checkpoint that was trained with other settings.
 
     Raises:
         ValueError: a field is out of its range.
@@ -82,6 +86,15 @@ class GradAugConfig(TrainingArguments):
             "help": (
                 'With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it '
                 "falls linearly from 1 at the first."
+            )
+        },
+    )
+    subnet_interval: int = field(
+        default=1,
+        metadata={
+            "help": (
+                "With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the others, "
+                "which cost as much as plain training; at least 1."
             )
         },
     )
@@ -145,6 +158,14 @@ class GradAugConfig(TrainingArguments):
             )
         },
     )
+    ignore_config_change: bool = field(
+        default=False,
+        metadata={"help": "Whether to resume from a checkpoint that was trained with other settings."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether to log other losses in place of ones that are not finite, looked at in each step."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Whether to remove columns that the network's forward does not name."}
     )
@@ -164,6 +185,7 @@ class GradAugConfig(TrainingArguments):
             self.width_levels,
             subnet_mode=self.subnet_mode,
             min_survival=self.min_survival,
+            subnet_interval=self.subnet_interval,
         )
         for name, choices in (("subnet_backward", SUBNET_BACKWARDS), ("subnet_target", SUBNET_TARGETS)):
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
@@ -183,7 +205,7 @@ def as_gradaug_config(args: TrainingArguments) -> GradAugConfig:
     """Training arguments as a GradAugConfig, whose defaults hold for what `TrainingArguments` does not have.
 
     Args:
-        args: returned as they are if they are a GradAugConfig already. Else the three defaults in which the classes
+        args: returned as they are if they are a GradAugConfig already. Else the defaults in which the classes
             differ are GradAugConfig's, where `args` has those of `TrainingArguments`.
     """
     if isinstance(args, GradAugConfig):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +22,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from gradaug_hf.arguments import ExperimentArguments, parse
+from gradaug_hf.bad_images import SkippingDataset, readable_images
+from gradaug_hf.checkpoints import CheckpointError, ResumeError
 from gradaug_hf.config import GradAugConfig
 from gradaug_hf.data import (
     SHUFFLE_BUFFER,
     Transform,
+    UnreadableImageError,
     balanced_subset,
     class_names,
     load_image_data,
@@ -33,6 +37,7 @@ from gradaug_hf.data import (
     take_images,
     with_pixels,
 )
+from gradaug_hf.loss_watch import NonFiniteLossError
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.methods import NETWORK_ARGUMENTS, check_method
 from gradaug_hf.metrics import topk_accuracy
@@ -45,6 +50,7 @@ from gradaug_hf.networks import (
     pixel_statistics,
 )
 from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
+from gradaug_hf.seeded_data import SeededDataset, SeededStream
 from gradaug_hf.threads import use_all_cores
 from gradaug_hf.trainer import GradAugTrainer
 from gradaug_hf.transforms import RandomQuarterTurn
@@ -68,6 +74,8 @@ SETTINGS = {
 }
 MOMENTUM = 0.9
 LAST = "last"
+# Of ExperimentArguments, what a training that is resumed may change.
+CHANGEABLE = ("batch_size", "eval_split", "max_eval_samples", "skip_bad_images")
 
 
 @dataclass(frozen=True)
@@ -97,11 +105,19 @@ class RecipeTrainer(GradAugTrainer):
     Args:
         trainer_args: positional arguments of GradAugTrainer.
         lr_drops: shares of the training after which the learning rate is a tenth; none: `lr_scheduler_type` holds.
+        experiment: what else has to be the same when the training is resumed, by name.
         kwargs: keyword arguments of GradAugTrainer.
     """
 
-    def __init__(self, *trainer_args: Any, lr_drops: Sequence[float] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *trainer_args: Any,
+        lr_drops: Sequence[float] = (),
+        experiment: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.lr_drops = lr_drops
+        self.experiment = experiment or {}
         self.evaluation_seconds = 0.0
         super().__init__(*trainer_args, **kwargs)
 
@@ -111,6 +127,14 @@ class RecipeTrainer(GradAugTrainer):
         metrics = super().evaluate(*args, **kwargs)
         self.evaluation_seconds += time.perf_counter() - start
         return metrics
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same when a training is resumed."""
+        return super().settings() | dict(self.experiment)
+
+    def training_seconds(self) -> float:
+        """Seconds that the training has taken so far, without those of evaluation."""
+        return super().training_seconds() - self.evaluation_seconds
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """SGD with Nesterov momentum on all parameters, or what another `optim` stands for."""
@@ -141,23 +165,30 @@ class RecipeTrainer(GradAugTrainer):
 
 def run(recipe: Recipe) -> None:
     """Train, or only evaluate, as the command line says; prints accuracies and writes `results.json`."""
-    with errors_as_messages():
+    with errors_as_messages(OSError, ValueError):
         args, config = parse({**SETTINGS, **recipe.settings}, recipe.methods, recipe.description, sys.argv[1:])
         use_all_cores()
         complete(args, config)
         trainer = make_trainer(recipe, args, config)
-    if config.do_train:
-        train(trainer, args)
-    else:
-        evaluate(trainer, args)
+    with errors_as_messages(ResumeError, CheckpointError, NonFiniteLossError, UnreadableImageError):
+        if config.do_train:
+            train(trainer, args)
+        else:
+            evaluate(trainer, args)
 
 
 @contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """End the process with the message of an error about its arguments or data, printed once and without a trace."""
+def errors_as_messages(*kinds: type[Exception]) -> Iterator[None]:
+    """End the process with the message of an error that the user can do something about, without a trace.
+
+    Args:
+        kinds: of errors that are such; others are raised.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except kinds as error:
         raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from error
 
 
@@ -235,13 +266,24 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
     return RecipeTrainer(
         network,
         config,
-        train_dataset=with_pixels(data["train"], recipe.transform(True, **statistics)),
+        train_dataset=training_images(data["train"], recipe.transform(True, **statistics), args, config.seed),
         eval_dataset=with_pixels(data["eval"], recipe.transform(False, **statistics)),
         compute_metrics=topk_accuracy,
         processing_class=processor,
         subnet_transform=RandomQuarterTurn() if args.subnet_rotation else None,
         lr_drops=args.lr_drops,
+        experiment={name: value for name, value in asdict(args).items() if name not in CHANGEABLE},
     )
+
+
+def training_images(
+    split: Dataset | IterableDataset, transform: Transform, args: ExperimentArguments, seed: int
+) -> SeededDataset | SeededStream:
+    """Images to train on, whose augmentation is a function of the seed, so that a training can be resumed exactly."""
+    images = with_pixels(split, transform)
+    if args.streaming:
+        return SeededStream(images, seed)
+    return SeededDataset(SkippingDataset(images) if args.skip_bad_images else images, seed)
 
 
 def load_data_once(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
@@ -277,6 +319,8 @@ def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDat
     for split, number in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
         if number is not None:
             data[split] = take_images(data[split], number, seed)
+    if args.skip_bad_images:
+        data["eval"] = readable_images(data["eval"])
     if args.streaming:
         data["train"] = data["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return data
@@ -303,8 +347,9 @@ def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
     """Train, evaluate after the final epoch, and save the network and `results.json`."""
     config = trainer.args
     with PeakMemory(config.device) as peak:
-        seconds = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint).metrics["train_runtime"]
-    seconds -= trainer.evaluation_seconds
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    seconds = trainer.training_seconds()
+    skipped = images_skipped(trainer) if args.skip_bad_images else 0
     state = trainer.state
     if not any("eval_top1" in entry and entry["step"] == state.global_step for entry in state.log_history):
         trainer.evaluate()
@@ -326,7 +371,15 @@ def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
         print(f"\n{args.model} on {args.dataset_name}, seed {config.seed}\n\n{results_table([result])}\n")
         if config.eval_widths:
             print(f"{widths_table(result.widths)}\n")
+        if args.skip_bad_images:
+            print(f"skipped {skipped} training images that cannot be decoded")
         print(f"wrote the network and {RESULTS} to {config.output_dir}")
+
+
+def images_skipped(trainer: RecipeTrainer) -> int:
+    """Number of training images that some process could not decode."""
+    skipped = trainer.train_dataset.dataset.skipped.to(trainer.args.device)
+    return int((trainer.accelerator.reduce(skipped, "sum") > 0).sum())
 
 
 def evaluate(trainer: RecipeTrainer, args: ExperimentArguments) -> None:

@@ -66,6 +66,7 @@ class GradAug:
             "width+depth": both.
         min_survival: with "depth", probability in (0, 1] with which the last residual block is kept; it falls linearly
             from 1 at the first.
+        subnet_interval: k runs the sub-networks in steps 0, k, 2k and so on, and the full network alone in the others.
         sampler: draws the sub-networks; the settings above that are about them then have no effect.
         transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized.
 
@@ -88,6 +89,7 @@ class GradAug:
         seed: int = 0,
         subnet_mode: str = "width",
         min_survival: float = 0.8,
+        subnet_interval: int = 1,
         sampler: SubnetSampler | None = None,
         transform: ImageTransform | None = None,
     ) -> None:
@@ -99,7 +101,15 @@ class GradAug:
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 1]")
         self.sampler = sampler or SubnetSampler(
-            num_subnets, min_width, max_width, resolutions, width_levels, seed, subnet_mode, min_survival
+            num_subnets,
+            min_width,
+            max_width,
+            resolutions,
+            width_levels,
+            seed,
+            subnet_mode,
+            min_survival,
+            subnet_interval,
         )
         self._use_default_resolutions = sampler is None and resolutions is None
         self.kl_weight = kl_weight

@@ -178,9 +178,9 @@ def comparison_table(groups: Sequence[Sequence[Run]]) -> str:
             runs[0].data,
             str(runs[0].result.steps),
             str(len(runs)),
-            _spread([100 * run.result.top1 for run in runs], 2),
-            _spread([100 * run.result.top5 for run in runs], 2),
-            _spread([run.result.seconds for run in runs], 1),
+            spread([100 * run.result.top1 for run in runs], 2),
+            spread([100 * run.result.top5 for run in runs], 2),
+            spread([run.result.seconds for run in runs], 1),
             f"{max(run.result.peak_memory for run in runs):.0f}",
         )
         for runs in groups
@@ -188,7 +188,8 @@ def comparison_table(groups: Sequence[Sequence[Run]]) -> str:
     return markdown_table(header, rows, text_columns=3)
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and sample deviation of some values as text."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 

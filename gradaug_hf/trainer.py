@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
 from transformers.utils.generic import find_labels
@@ -22,11 +22,11 @@ from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
 from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network
 from gradaug_hf.losses import cross_entropy
-from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
 from gradaug_hf.objective import GradAug, Pass, logits_of
 from gradaug_hf.randomness import random_states_kept
 from gradaug_hf.resolutions import ResolutionTrial
+from gradaug_hf.resuming import ResumableTrainer
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
@@ -37,13 +37,14 @@ IMAGES, LABELS = "pixel_values", "labels"
 CALIBRATION_IMAGES = 1024
 
 
-class GradAugTrainer(Trainer):
+class GradAugTrainer(ResumableTrainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
     Sub-networks run only while training: `evaluate` and `predict` are those of the plain full network, and with
     `num_subnets=0` so is training. Beside `loss`, training logs `loss_full`, `loss_subnets`, `subnet_width`,
-    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log.
+    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log,
+    of `loss_full` over all batches, of the others over those with sub-networks.
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
@@ -78,7 +79,6 @@ class GradAugTrainer(Trainer):
         self._resolutions: list[int] | None = None
         self._objective: GradAug | None = None
         self._step_stack: ExitStack | None = None
-        self._means = RunningMeans()
         self._mixer: BatchMixer | None = None
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
@@ -204,6 +204,7 @@ class GradAugTrainer(Trainer):
             seed=args.seed,
             subnet_mode=args.subnet_mode,
             min_survival=args.min_survival,
+            subnet_interval=args.subnet_interval,
             sampler=self._subnet_sampler,
             transform=self._subnet_transform,
         )
@@ -232,7 +233,10 @@ class GradAugTrainer(Trainer):
         if model.training and self._mixer is not None:
             inputs = self._mix(inputs)
         if self.args.num_subnets == 0 or not model.training:
-            return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+            found = self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+            if model.training:
+                self._loss_watch.add(self.state.global_step + 1, [found[0] if return_outputs else found])
+            return found
         images, labels, others = _split(inputs)
         if self._objective is None:
             self._objective = self._make_objective(model, images)
@@ -346,13 +350,21 @@ class GradAugTrainer(Trainer):
 
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
-        self._means.add(loss_full=full.loss.detach(), loss_subnets=sum(p.loss.detach() for p in others))
+        self._loss_watch.add(self.state.global_step + 1, [p.loss for p in passes], [p.subnet for p in others])
+        self._means.add(loss_full=full.loss.detach())
+        if others:
+            self._means.add(loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
         for p in others:
             side = p.subnet.resolution or self._side(images)
             self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
             if num_blocks:
                 self._means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same when a training is resumed."""
+        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self._subnet_transform}
+        return super().settings() | {name: None if x is None else type(x).__name__ for name, x in own.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training."""

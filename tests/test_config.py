@@ -16,6 +16,7 @@ OWN_FIELDS = {
     "resolutions": None,
     "subnet_mode": "width",
     "min_survival": 0.8,
+    "subnet_interval": 1,
     "width_divisor": 1,
     "width_levels": None,
     "kl_weight": 1.0,
@@ -25,6 +26,7 @@ OWN_FIELDS = {
     "cutmix_alpha": 0.0,
     "mix_prob": 1.0,
     "eval_widths": [],
+    "ignore_config_change": False,
 }
 
 
@@ -58,6 +60,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         f"--output_dir {tmp_path} --num_subnets 2 --min_width 0.8 --max_width 0.95 --resolutions 32 28 "
         "--width_divisor 8 --width_levels 4 --kl_weight 0.5 --subnet_backward joint --mixup_alpha 0.2 "
         "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width+depth --min_survival 0.7 "
+        "--subnet_interval 2 --ignore_config_change "
         "--subnet_target label"
     )
     (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(line.split())
@@ -69,6 +72,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         "resolutions": [32, 28],
         "subnet_mode": "width+depth",
         "min_survival": 0.7,
+        "subnet_interval": 2,
         "width_divisor": 8,
         "width_levels": 4,
         "kl_weight": 0.5,
@@ -78,6 +82,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         "cutmix_alpha": 1.0,
         "mix_prob": 0.5,
         "eval_widths": [0.9, 0.8],
+        "ignore_config_change": True,
     }
 
 
@@ -104,6 +109,7 @@ def test_settings_survive_json_and_pickle(tmp_path):
         ({"subnet_backward": "both"}, "subnet_backward is 'both'; it must be one of 'sequential', 'joint'"),
         ({"subnet_target": "hard"}, "subnet_target is 'hard'; it must be one of 'soft', 'label'"),
         ({"min_survival": 0}, r"min_survival is 0; it must lie in \(0, 1\]"),
+        ({"subnet_interval": 0}, "subnet_interval is 0; it must be an integer of at least 1"),
         ({"width_divisor": 0}, "width_divisor is 0; it must be at least 1"),
         ({"width_levels": 1}, "width_levels is 1"),
         ({"kl_weight": -0.1}, "kl_weight is -0.1; it must be at least 0"),

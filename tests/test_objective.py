@@ -210,6 +210,18 @@ def test_no_subnetworks_leave_the_plain_cross_entropy(images, labels):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
+def test_between_the_steps_of_the_interval_the_full_network_learns_alone(images, labels):
+    network = make_network()
+    gradaug = GradAug(network, subnet_interval=2, **SETTINGS)
+    always = GradAug(make_network(), **SETTINGS)
+    for step in range(4):
+        network.zero_grad()
+        subnets = [] if step % 2 else drawn(always, step)
+        expected_loss, expected = gradients_by_hand(network, images, labels, subnets)
+        assert gradaug.backward(images, labels).item() == pytest.approx(expected_loss, abs=1e-10)
+        assert_close(gradients(network), expected)
+
+
 def test_a_transform_is_seen_by_the_subnetworks_only(images, labels):
     network = make_network()
     gradaug = GradAug(network, transform=torch.zeros_like, **SETTINGS)
