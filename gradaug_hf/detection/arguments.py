@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from gradaug_hf.arguments import given_settings
 from gradaug_hf.config import GradAugConfig
 from gradaug_hf.detection.detector import DETECTORS
 
@@ -108,20 +109,19 @@ class DetectionArguments:
 def parse(
     settings: Mapping[str, Any], description: str | None, argv: Sequence[str]
 ) -> tuple[DetectionArguments, GradAugConfig]:
-    """The arguments of a run: flags, then the recipe's settings, then the classes' defaults.
+    """The arguments of a run: flags, then the file, then the recipe, then the classes' defaults.
 
     Args:
         settings: what the recipe sets, by name of the field.
         description: shown by --help.
-        argv: flags.
+        argv: flags, after the name of a YAML or JSON file if there is one.
 
     Raises:
-        ValueError: a setting is out of its range.
+        ValueError: a setting is out of its range, or the file is not one of settings.
         SystemExit: a flag is not known, or its value has a wrong type.
     """
     parser = HfArgumentParser((DetectionArguments, GradAugConfig), description=description)
-    parser.set_defaults(**settings)
-    args, config = parser.parse_args_into_dataclasses(argv)
+    args, config = parser.parse_dict({**settings, **given_settings(parser, settings, argv)})
     if not args.gradaug:
         config.num_subnets = 0
     return args, config

@@ -11,6 +11,7 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import get_model_args
 from torch import Tensor, nn
@@ -156,9 +157,11 @@ class Detector(nn.Module):
             ValueError: there is none, or its files do not fit each other.
         """
         settings = _read_settings(_file_of(model, CONFIG))
-        detector = cls(settings)
+        detector, file = cls(settings), _file_of(model, WEIGHTS)
         try:
-            detector.load_state_dict(load_file(_file_of(model, WEIGHTS)))
+            detector.load_state_dict(load_file(file))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from error
         except RuntimeError as error:
             raise ValueError(f"the weights of {model} are not those of its {CONFIG}: {error}") from error
         return detector
