@@ -18,6 +18,8 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from gradaug_hf.data import UnreadableImageError
+
 NAMED = 3  # how many of the things that are wrong an error names
 TABLES = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name")}
 ANNOTATION = ("id", "image_id", "category_id", "bbox")
@@ -40,6 +42,7 @@ class CocoImages(Dataset):
     Raises:
         ValueError: the file cannot be read or does not have COCO's format, an object has no mask where masks are
             asked for, or images are missing.
+        UnreadableImageError: an item is asked for whose image cannot be decoded or has another size than it should.
     """
 
     def __init__(self, annotations: str | Path, folder: str | Path, masks: bool = False, flip: float = 0.0) -> None:
@@ -80,10 +83,10 @@ class CocoImages(Dataset):
             with Image.open(file) as image:
                 pixels = tv_tensors.Image(v2.functional.pil_to_tensor(image.convert("RGB")))
         except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{file} cannot be read as an image: {error}") from error
+            raise UnreadableImageError(f"{file} cannot be read as an image: {error}") from error
         size = described["height"], described["width"]
         if tuple(pixels.shape[1:]) != size:
-            raise ValueError(
+            raise UnreadableImageError(
                 f"{file} has {tuple(pixels.shape[1:])} pixels (height, width); its annotation says {size}"
             )
         return pixels

@@ -4,21 +4,26 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import set_seed
 
+from gradaug_hf.checkpoints import CheckpointError, ResumeError
 from gradaug_hf.config import GradAugConfig
+from gradaug_hf.data import UnreadableImageError
 from gradaug_hf.detection.arguments import DetectionArguments, parse
 from gradaug_hf.detection.coco import CocoImages, find_images
 from gradaug_hf.detection.detector import Detector, create_detector
 from gradaug_hf.detection.evaluation import FIGURES, KINDS
 from gradaug_hf.detection.trainer import DetectionTrainer
 from gradaug_hf.experiment import SETTINGS, RecipeTrainer, complete_config, errors_as_messages
+from gradaug_hf.loss_watch import NonFiniteLossError
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.results import RESULTS, markdown_table, provenance
+from gradaug_hf.seeded_data import SeededDataset
 from gradaug_hf.threads import use_all_cores
 
 DETECTIONS = "detections.json"
@@ -47,7 +52,7 @@ def run(settings: Mapping[str, Any], description: str | None) -> None:
         settings: of DetectionArguments and GradAugConfig, by name.
         description: shown by --help.
     """
-    with errors_as_messages():
+    with errors_as_messages(OSError, ValueError):
         args, config = parse({**SETTINGS, **settings}, description, sys.argv[1:])
         use_all_cores()
         if config.output_dir is None:
@@ -56,8 +61,9 @@ def run(settings: Mapping[str, Any], description: str | None) -> None:
             config.output_dir = str(Path("outputs") / f"{args.detector}-{name}-{method}-seed{config.seed}")
         complete_config(config, args.batch_size, args.warmup_epochs)
         trainer = make_trainer(args, config)
-    results = train(trainer) if config.do_train else {}
-    figures = evaluate(trainer)
+    with errors_as_messages(ResumeError, CheckpointError, NonFiniteLossError, UnreadableImageError):
+        results = train(trainer) if config.do_train else {}
+        figures = evaluate(trainer)
     if config.should_save:
         write(results | figures, trainer.detections, args, config)
         print(f"\n{args.val_annotations}\n\n{precision_table(figures)}\n\nwrote {RESULTS} to {config.output_dir}")
@@ -109,7 +115,13 @@ def make_trainer(args: DetectionArguments, config: GradAugConfig) -> DetectionRe
         **{name: getattr(args, name) for name in DETECTOR_SETTINGS},
     )
     PartialState().print(loaded)
-    return DetectionRecipeTrainer(detector, config, train_dataset=train, eval_dataset=val, lr_drops=args.lr_drops)
+    return DetectionRecipeTrainer(
+        detector,
+        config,
+        train_dataset=SeededDataset(train, config.seed),  # an image is flipped alike in a training that is resumed
+        eval_dataset=val,
+        lr_drops=args.lr_drops,
+    )
 
 
 def load_images(args: DetectionArguments, split: str, masks: bool) -> CocoImages:
@@ -126,6 +138,7 @@ def write(
     """Write `results.json`, with what is needed to get them again, and `detections.json`."""
     folder = Path(config.output_dir)
     content = provenance(asdict(args) | config.to_dict(), config.device) | {"results": results}
+    content["versions"]["pycocotools"] = version("pycocotools")
     (folder / RESULTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / DETECTIONS).write_text(json.dumps(detections) + "\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from gradaug_hf.data import UnreadableImageError
 from gradaug_hf.detection.coco import CocoImages, collate, find_images, read_coco
 from tests.detection.conftest import CATEGORIES, HEIGHT, WIDTH, make_annotation, make_crowd
 
@@ -135,9 +136,9 @@ def test_an_image_that_is_none_or_of_another_size_is_named(write_coco, content):
     file, folder = write_coco(content)
     (folder / "2.png").write_bytes(b"nothing")
     data = CocoImages(file, folder)
-    with pytest.raises(ValueError, match=r"1\.png has \(64, 96\) pixels .* annotation says \(65, 96\)"):
+    with pytest.raises(UnreadableImageError, match=r"1\.png has \(64, 96\) pixels .* annotation says \(65, 96\)"):
         data[0]
-    with pytest.raises(ValueError, match=r"2\.png cannot be read as an image"):
+    with pytest.raises(UnreadableImageError, match=r"2\.png cannot be read as an image"):
         data[1]
 
 
