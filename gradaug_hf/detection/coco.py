@@ -30,8 +30,9 @@ class CocoImages(Dataset):
 
     An item is an image (3, H, W) in 0..1 and a target: `boxes` (objects, 4) as corners in pixels, `labels` (objects,)
     from 1 on, in the order of `categories`, `masks` (objects, H, W) if asked for, and `image_id`. An image without
-    objects has none. Crowds are left out, since a crowd is no object, and so are boxes without an area within the
-    image, with a warning. `coco` keeps all of them for the evaluation.
+    objects has none. Crowds are left out, since a crowd is no object, and so are, with a warning, objects without an
+    area within the image or, where masks are read, without a polygon of three corners. `coco` keeps all of them for
+    the evaluation.
 
     Args:
         annotations: JSON file in COCO's format.
@@ -56,7 +57,7 @@ class CocoImages(Dataset):
         _check_files([self.folder / image["file_name"] for image in self.coco.imgs.values()], annotations)
         if masks:
             _check_masks(self.coco, annotations)
-        self._warn_of_degenerate_boxes(annotations)
+        self._warn_of_degenerate_objects(annotations)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -72,9 +73,13 @@ class CocoImages(Dataset):
 
     def objects(self, image_id: int) -> list[dict[str, Any]]:
         """The annotations of an image that are trained on."""
-        image = self.coco.imgs[image_id]
         annotations = self.coco.imgToAnns.get(image_id, [])
-        return [a for a in annotations if not a["iscrowd"] and _has_area(_corners(a, image))]
+        return [a for a in annotations if not a["iscrowd"] and self._is_whole(a)]
+
+    def _is_whole(self, annotation: Mapping[str, Any]) -> bool:
+        if self.masks and not _polygons(annotation):
+            return False
+        return _has_area(_corners(annotation, self.coco.imgs[annotation["image_id"]]))
 
     def _read_image(self, image_id: int) -> tv_tensors.Image:
         described = self.coco.imgs[image_id]
@@ -100,21 +105,19 @@ class CocoImages(Dataset):
             "image_id": image_id,
         }
         if self.masks:
-            masks = [torch.from_numpy(self.coco.annToMask(each)) for each in objects]
+            masks = [
+                torch.from_numpy(self.coco.annToMask({**each, "segmentation": _polygons(each)})) for each in objects
+            ]
             target["masks"] = tv_tensors.Mask(
                 torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
             )
         return target
 
-    def _warn_of_degenerate_boxes(self, annotations: str | Path) -> None:
-        degenerate = [
-            a["id"]
-            for a in self.coco.anns.values()
-            if not a["iscrowd"] and not _has_area(_corners(a, self.coco.imgs[a["image_id"]]))
-        ]
+    def _warn_of_degenerate_objects(self, annotations: str | Path) -> None:
+        degenerate = [a["id"] for a in self.coco.anns.values() if not a["iscrowd"] and not self._is_whole(a)]
         if degenerate:
             warnings.warn(
-                f"{annotations}: {len(degenerate)} boxes have no area within their image and are not trained on; "
+                f"{annotations}: {len(degenerate)} objects have no area within their image and are not trained on; "
                 f"annotations {_some(degenerate)}",
                 stacklevel=3,
             )
@@ -241,6 +244,12 @@ def _corners(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[f
     """(left, top, right, bottom) of the part of a box that lies within its image."""
     x, y, width, height = annotation["bbox"]
     return max(0, x), max(0, y), min(image["width"], x + width), min(image["height"], y + height)
+
+
+def _polygons(annotation: Mapping[str, Any]) -> Any:
+    """An object's segmentation without polygons of fewer than three corners, which COCO's tool takes for boxes."""
+    segmentation = annotation["segmentation"]
+    return [p for p in segmentation if len(p) >= 6] if isinstance(segmentation, list) else segmentation
 
 
 def _has_area(corners: tuple[float, float, float, float]) -> bool:

@@ -25,7 +25,8 @@ from transformers import AutoModelForImageClassification
 from gradaug_hf.detection.pyramid import Pyramid
 from gradaug_hf.hub import CONFIG, timm_network
 from gradaug_hf.networks import pixel_statistics, timm_name
-from gradaug_hf.slimming import make_slimmable
+from gradaug_hf.slimming import make_slimmable, meta_copy
+from gradaug_hf.slimming.meta import example_images
 
 DETECTORS = ("mask_rcnn", "faster_rcnn")
 WEIGHTS = "model.safetensors"
@@ -182,16 +183,36 @@ def create_detector(
         The detector, and what was loaded into its backbone, in words.
 
     Raises:
-        ValueError: the backbone cannot be found, or is no network of timm.
+        ValueError: the backbone cannot be found, is no network of timm, or cannot take images of these sides.
     """
     network = load_classifier(backbone, backbone_args or {})
     arguments = {name: value for name, value in get_model_args(network).items() if name != "num_classes"}
     statistics = {f"image_{name}": value for name, value in pixel_statistics(network, None).items()}
     architecture = network.pretrained_cfg["architecture"]
     detector = Detector(DetectorConfig(architecture, list(categories), arguments, **statistics, **settings))
+    check_sizes(detector)
     if timm_name(backbone) == backbone:
         return detector, f"backbone {backbone}: new weights"
     return detector, load_backbone(detector, network.state_dict(), backbone)
+
+
+def check_sizes(detector: Detector) -> None:
+    """Make sure that the backbone takes images that are not square, of the detector's sides.
+
+    Raises:
+        ValueError: it does not.
+    """
+    settings = detector.settings
+    sides = padded(settings.min_size), padded(settings.max_size)
+    try:
+        with torch.no_grad():
+            network = meta_copy(detector.bottom_up)
+            network(example_images(network, 1, (3, *sides)))
+    except Exception as error:  # a network may raise anything at a size that it cannot take
+        raise ValueError(
+            f"backbone {settings.backbone} cannot take images of {sides[0]} x {sides[1]} pixels ({error}); networks "
+            'of one size often do with backbone_args such as {"dynamic_img_size": true}'
+        ) from error
 
 
 def load_backbone(detector: Detector, weights: Mapping[str, Tensor], source: str) -> str:

@@ -57,9 +57,23 @@ def test_boxes_without_area_in_the_image_are_left_out_with_a_warning_and_others_
         make_annotation(22, 3, 7, (-6, 50, 20, 30)),
     ]
     file, folder = write_coco(content)
-    with pytest.warns(UserWarning, match=re.escape(f"{file}: 2 boxes") + ".*annotations 20, 21"):
+    with pytest.warns(UserWarning, match=re.escape(f"{file}: 2 objects") + ".*annotations 20, 21"):
         data = CocoImages(file, folder)
     assert data[2][1]["boxes"].tolist() == [[0, 50, 14, HEIGHT]]
+
+
+def test_polygons_of_fewer_than_three_corners_are_left_out(write_coco, content):
+    square = [10, 10, 20, 10, 20, 20, 10, 20]
+    content["annotations"] += [
+        make_annotation(20, 3, 3, (10, 10, 10, 10), segmentation=[square, [30, 30, 40, 40]]),
+        make_annotation(21, 3, 7, (30, 30, 10, 10), segmentation=[[30, 30, 40, 40]]),
+    ]
+    file, folder = write_coco(content)
+    with pytest.warns(UserWarning, match="1 objects .*annotations 21"):
+        _, target = CocoImages(file, folder, masks=True)[2]
+    assert target["labels"].tolist() == [1]
+    assert target["masks"].sum() == 100
+    assert len(CocoImages(file, folder)[2][1]["labels"]) == 2
 
 
 def test_a_batch_is_the_images_and_targets_as_lists(write_coco):

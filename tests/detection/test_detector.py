@@ -62,6 +62,13 @@ def test_a_network_without_feature_maps_is_refused():
         make_detector("wrn16_2")
 
 
+def test_a_network_of_one_image_size_is_refused_with_what_helps():
+    with pytest.raises(
+        ValueError, match=r"test_vit cannot take images of 64 x 96 pixels .* backbone_args .*dynamic_img"
+    ):
+        make_detector("test_vit")
+
+
 def test_a_slimmable_detector_gives_the_same_detections_and_has_the_same_state():
     detector = make_detector().eval()
     before, keys = detector(images()), list(detector.state_dict())

@@ -83,6 +83,7 @@ def test_a_checkpoint_of_gradaug_is_the_start(write_coco, classifier, tmp_path, 
         ("--do_train false --do_eval", "model is None"),
         ("--model somewhere", "model is 'somewhere', a detector to evaluate"),
         ("--do_train false --do_eval --model .", "config.json cannot be read"),
+        ("--do_train false --do_eval --model nobody/nothing", "neither a folder nor on the Hub"),
         ("--flip 2", r"flip is 2.0; it must be in \[0, 1\]"),
         ("--backbone_args [1]", "backbone_args is '.1.'; it must be a JSON object"),
         ("--lr_drops 1.5", "lr_drops"),
@@ -119,6 +120,20 @@ def test_two_processes_find_what_one_does(write_coco, tmp_path, monkeypatch):  #
         check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600,
     )  # fmt: skip
     assert (two / "detections.json").read_text() == (one / "detections.json").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_train_with_subnetworks(write_coco, tmp_path):  # noqa: F811
+    write_coco()
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    flags = f"{SMALL} --coco_dir {tmp_path / 'coco'} {SPLITS} --gradaug --num_subnets 2 --min_width 0.5"
+    flags += f" --max_steps 3 --warmup_steps 0 --output_dir {tmp_path / 'out'}"
+    subprocess.run(
+        [*launch, str(ROOT / "recipes" / "coco_maskrcnn.py"), *flags.split()],
+        check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600,
+    )  # fmt: skip
+    assert results(tmp_path / "out")["results"]["steps"] == 3
+    Detector.load(str(tmp_path / "out"))
 
 
 OVERFIT = (
