@@ -50,8 +50,7 @@ def test_the_pyramid_has_the_deepest_map_of_each_stride_from_four_on():
 
 @pytest.mark.parametrize("backbone", ["test_efficientnet", "test_convnext", "test_vit"])
 def test_networks_of_other_families_are_backbones(backbone):
-    settings = {"backbone_args": {"dynamic_img_size": True}} if backbone == "test_vit" else {}
-    detector = make_detector(backbone, **settings).eval()
+    detector = make_detector(backbone).eval()
     assert set(detector(images())[0]) == {"boxes", "labels", "scores", "masks"}
     detector.make_slimmable()
     assert slicing_report(detector).sliced_macs > 0
@@ -63,10 +62,10 @@ def test_a_network_without_feature_maps_is_refused():
 
 
 def test_a_network_of_one_image_size_is_refused_with_what_helps():
-    with pytest.raises(
-        ValueError, match=r"test_vit cannot take images of 64 x 96 pixels .* backbone_args .*dynamic_img"
-    ):
-        make_detector("test_vit")
+    with pytest.raises(ValueError, match=r"cannot take images of 64 x 96 pixels .* backbone_args .*dynamic_img_size"):
+        make_detector("vit_tiny_patch16_224")
+    detector = make_detector("vit_tiny_patch16_224", backbone_args={"dynamic_img_size": True})
+    assert detector.settings.backbone_args["dynamic_img_size"]
 
 
 def test_a_slimmable_detector_gives_the_same_detections_and_has_the_same_state():
@@ -124,7 +123,7 @@ def test_missing_weights_are_listed(classifier):
 
 
 def test_the_statistics_of_the_images_are_the_networks_own():
-    transform = make_detector("test_vit", backbone_args={"dynamic_img_size": True}).rcnn.transform
+    transform = make_detector("test_vit").rcnn.transform
     expected = timm.get_pretrained_cfg("test_vit")
     assert tuple(transform.image_mean) == expected.mean
     assert tuple(transform.image_std) == expected.std
