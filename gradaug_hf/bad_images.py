@@ -9,12 +9,13 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
 from gradaug_hf.data import UnreadableImageError, decode
+from gradaug_hf.seeded_data import DatasetWrapper
 
 # Images in a row that cannot be decoded, after which something else is wrong than some of the images.
 MOST_IN_A_ROW = 100
 
 
-class SkippingDataset(TorchDataset):
+class SkippingDataset(DatasetWrapper, TorchDataset):
     """A data set to train on, in which the next image stands for one that cannot be decoded.
 
     So batches keep their size. Each image that was skipped is warned of, and counted once, in whichever process.
@@ -26,11 +27,6 @@ class SkippingDataset(TorchDataset):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
         self._skipped = torch.zeros(len(dataset), dtype=torch.int64).share_memory_()
-
-    @property
-    def features(self) -> Any:
-        """Those of a data set of the `datasets` library, else None."""
-        return getattr(self.dataset, "features", None)
 
     @property
     def skipped(self) -> torch.Tensor:

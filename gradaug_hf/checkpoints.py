@@ -190,12 +190,11 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors in the safetensors files of a folder.
 
     Raises:
-        ResumeError: a file is damaged or cut off.
+        ResumeError: a file is damaged or cut off, or lies elsewhere.
     """
     files = [folder / SAFE_WEIGHTS_NAME]
     if not files[0].is_file() and (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        names = set(_read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).values())
-        files = [folder / name for name in sorted(names)]
+        files = [folder / name for name in _named_in_index(folder / SAFE_WEIGHTS_INDEX_NAME)]
     shapes = {}
     for file in files:
         try:
@@ -206,6 +205,13 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         except (OSError, SafetensorError) as error:
             raise ResumeError(f"{file} is damaged or cut off: {error}") from error
     return shapes
+
+
+def _named_in_index(index: Path) -> list[str]:
+    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    if elsewhere := [name for name in names if Path(name).name != name]:
+        raise ResumeError(f"{index} names {elsewhere[0]!r}; a file in its own folder is accepted")
+    return names
 
 
 def check_weights(folder: Path, network: nn.Module, prefix: str = "") -> None:

@@ -42,6 +42,10 @@ STREAM_BATCH = 16
 class UnreadableImageError(ValueError):
     """An image cannot be decoded."""
 
+    def __str__(self) -> str:
+        # A worker process of a data loader raises it with its whole traceback as the message.
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
 
 def load_image_data(
     name: str,

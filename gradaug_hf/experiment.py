@@ -49,6 +49,7 @@ from gradaug_hf.networks import (
     load_network,
     pixel_statistics,
 )
+from gradaug_hf.preprocessing import image_processor_of
 from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
 from gradaug_hf.seeded_data import SeededDataset, SeededStream
 from gradaug_hf.threads import use_all_cores
@@ -74,6 +75,8 @@ SETTINGS = {
 }
 MOMENTUM = 0.9
 LAST = "last"
+# What can go wrong while training.
+FAULTS = (CheckpointError, NonFiniteLossError, UnreadableImageError)
 # Of ExperimentArguments, what a training that is resumed may change.
 CHANGEABLE = ("batch_size", "eval_split", "max_eval_samples", "skip_bad_images")
 
@@ -170,7 +173,7 @@ def run(recipe: Recipe) -> None:
         use_all_cores()
         complete(args, config)
         trainer = make_trainer(recipe, args, config)
-    with errors_as_messages(ResumeError, CheckpointError, NonFiniteLossError, UnreadableImageError):
+    with errors_as_messages(ResumeError), errors_as_messages(*FAULTS, of_one_process=True):
         if config.do_train:
             train(trainer, args)
         else:
@@ -178,18 +181,20 @@ def run(recipe: Recipe) -> None:
 
 
 @contextmanager
-def errors_as_messages(*kinds: type[Exception]) -> Iterator[None]:
+def errors_as_messages(*kinds: type[Exception], of_one_process: bool = False) -> Iterator[None]:
     """End the process with the message of an error that the user can do something about, without a trace.
 
     Args:
         kinds: of errors that are such; others are raised.
+        of_one_process: whether a process may be the only one with the error, so that each says its own.
     """
     try:
         yield
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except kinds as error:
-        raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from error
+        speaks = of_one_process or PartialState().is_main_process
+        raise SystemExit(f"error: {error}" if speaks else 1) from error
 
 
 def complete(args: ExperimentArguments, config: GradAugConfig) -> None:
@@ -261,15 +266,15 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
             recipe.initialise(network)
     else:
         network = load_network(args.model, len(class_names(data)))
-    processor = image_processor(args.model)
-    statistics = pixel_statistics(network, processor)
+    statistics = pixel_statistics(network, image_processor(args.model))
+    evaluation = recipe.transform(False, **statistics)
     return RecipeTrainer(
         network,
         config,
         train_dataset=training_images(data["train"], recipe.transform(True, **statistics), args, config.seed),
-        eval_dataset=with_pixels(data["eval"], recipe.transform(False, **statistics)),
+        eval_dataset=with_pixels(data["eval"], evaluation),
         compute_metrics=topk_accuracy,
-        processing_class=processor,
+        processing_class=image_processor_of(evaluation, network),
         subnet_transform=RandomQuarterTurn() if args.subnet_rotation else None,
         lr_drops=args.lr_drops,
         experiment={name: value for name, value in asdict(args).items() if name not in CHANGEABLE},

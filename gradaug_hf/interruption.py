@@ -18,6 +18,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 REPEAT_SECONDS = 2.0
 
 
+def ends_epoch(state: TrainerState) -> bool:
+    """Whether the step that is over was the last of an epoch or of the training."""
+    return state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+
+
 class Interruption(TrainerCallback):
     """Ends a training that is to stop, with a checkpoint.
 
@@ -27,7 +32,7 @@ class Interruption(TrainerCallback):
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
-        self.is_training = False
+        self._lost_workers = False
         self._received: signal.Signals | None = None
         self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
@@ -40,8 +45,10 @@ class Interruption(TrainerCallback):
     def listening(self, args: TrainingArguments) -> Iterator[None]:
         """Receive the signals while the block runs; only the main thread can."""
         self.signal = self._received = None
+        self._lost_workers = False
         self._pid = os.getpid()
         self._is_first = args.process_index == 0
+        child_handler = signal.getsignal(signal.SIGCHLD)
         signals = [signal.SIGINT] if args.enable_jit_checkpoint else [signal.SIGINT, signal.SIGTERM]
         if threading.current_thread() is threading.main_thread():
             signals = [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]
@@ -51,6 +58,8 @@ class Interruption(TrainerCallback):
         finally:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
+            if self._received is not None:
+                signal.signal(signal.SIGCHLD, child_handler)
             self._previous = {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -60,6 +69,8 @@ class Interruption(TrainerCallback):
         now = time.monotonic()
         if self._received is None:
             self._received, self._received_at = signal.Signals(number), now
+            # The data loader's handler would raise an error amid a step, if its workers die of the same signal.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             if self._is_first:
                 again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
                 os.write(2, f"\n{self._received.name}: training ends after this step{again}\n".encode())
@@ -71,6 +82,14 @@ class Interruption(TrainerCallback):
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+    def take_lost_workers(self) -> bool:
+        """Whether a data loader that failed has lost its workers to the signal, which went to all of a group.
+
+        Training then ends as after a step. One of several processes cannot do that alone.
+        """
+        self._lost_workers = self._received is not None and self._group is None
+        return self._lost_workers
 
     # ---- during the training ----
 
@@ -96,8 +115,12 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """An epoch that is broken off is neither logged nor evaluated as one that is over."""
-        if self.signal is not None and state.epoch != round(state.epoch):
-            control.should_log = control.should_evaluate = control.should_save = False
+        if self._lost_workers:
+            self.signal = self._received
+            control.should_training_stop = True
+        if self._lost_workers or (self.signal is not None and not ends_epoch(state)):
+            control.should_log = control.should_evaluate = False
+            control.should_save = self._lost_workers and state.global_step > 0
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

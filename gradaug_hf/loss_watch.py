@@ -59,7 +59,10 @@ class LossWatch:
         if values.device.type != "cpu":
             copied = torch.Event(values.device)
             copied.record()
-        self._under_way.append(_Losses(step, on_host, subnets, copied))
+        self._watch(step, on_host, subnets, copied)
+
+    def _watch(self, step: int, values: Tensor, subnets: Sequence[Subnet], copied: torch.Event | None) -> None:
+        self._under_way.append(_Losses(step, values, subnets, copied))
         while self._under_way and (self._under_way[0].copied is None or self._under_way[0].copied.query()):
             self._under_way.popleft().check()
 

@@ -2,7 +2,8 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers.image_processing_utils import BaseImageProcessor
 
+from gradaug_hf.checkpoints import weight_shapes
 from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
 
 CONFIG = "config.json"
+# Characters that are shown of a long list of tensors.
+MESSAGE_LENGTH = 400
 SHAKE_DROP = "shake_drop_rate"
 
 
@@ -103,14 +107,32 @@ def create_network(model: str, class_names: Sequence[str], arguments: Mapping[st
     """
     name = timm_name(model)
     if name is not None:
-        return _create_timm_network(name, is_checkpoint(model), len(class_names), dict(arguments))
-    return AutoModelForImageClassification.from_pretrained(
-        model,
-        num_labels=len(class_names),
-        id2label=dict(enumerate(class_names)),
-        label2id={name: label for label, name in enumerate(class_names)},
-        ignore_mismatched_sizes=True,
-    )
+        with _loading(model):
+            return _create_timm_network(name, is_checkpoint(model), len(class_names), dict(arguments))
+    with _loading(model):
+        return AutoModelForImageClassification.from_pretrained(
+            model,
+            num_labels=len(class_names),
+            id2label=dict(enumerate(class_names)),
+            label2id={name: label for label, name in enumerate(class_names)},
+            ignore_mismatched_sizes=True,
+        )
+
+
+@contextmanager
+def _loading(model: str) -> Iterator[None]:
+    """Name the file of a folder that is damaged, and tensors that are not of the network in its `config.json`.
+
+    Raises:
+        ValueError: there are such.
+    """
+    if Path(model).is_dir():
+        weight_shapes(Path(model))
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:MESSAGE_LENGTH]
+        raise ValueError(f"the weights of {model} cannot be loaded: {reason}") from error
 
 
 def _create_timm_network(name: str, pretrained: bool, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
@@ -133,14 +155,26 @@ def load_network(model: str, num_classes: int) -> nn.Module:
         ValueError: the network has another number of classes.
     """
     name = timm_name(model)
-    if name is not None:
-        network = timm.create_model(name, pretrained=True)
-        found = network.num_classes
-    else:
-        network = AutoModelForImageClassification.from_pretrained(model)
-        found = network.config.num_labels
+    with _loading(model):
+        if name is not None:
+            network = timm.create_model(name, pretrained=True)
+            found = network.num_classes
+        else:
+            network = _load_whole(model)
+            found = network.config.num_labels
     if found != num_classes:
         raise ValueError(f"model {model!r} has {found} classes, the data set {num_classes}")
+    return network
+
+
+def _load_whole(model: str) -> nn.Module:
+    """A classifier of transformers, which on its own would draw at random what its weights lack."""
+    network, report = AutoModelForImageClassification.from_pretrained(model, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"the weights of {model} are of another network than {type(network).__name__}: they lack "
+            f"{', '.join(missing)[:MESSAGE_LENGTH]}"
+        )
     return network
 
 

@@ -1,11 +1,14 @@
 """ResumableTrainer: an interrupted training, once resumed, ends as if it had not been interrupted."""
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
@@ -23,7 +26,7 @@ from gradaug_hf.checkpoints import (
     write_state,
     written_whole,
 )
-from gradaug_hf.interruption import Interruption
+from gradaug_hf.interruption import Interruption, ends_epoch
 from gradaug_hf.loss_watch import LossWatch, NonFiniteLossError
 from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.seeded_data import EpochCallback
@@ -90,6 +93,12 @@ class ResumableTrainer(Trainer):
         if given is True and folder is None:
             raise ResumeError(f"resume_from_checkpoint is True, but {self.args.output_dir} holds no checkpoint")
         self._progress = {}
+        if folder is not None and isinstance(self.train_dataset, IterableDataset):
+            warnings.warn(
+                "a stream is resumed where it was in its first epoch; from a later one training goes on with the "
+                "beginning of the second",
+                stacklevel=3,
+            )
         if folder is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return folder
         check_whole(Path(folder))
@@ -104,6 +113,31 @@ class ResumableTrainer(Trainer):
             prefix = getattr(network, "base_model_prefix", "")  # a network of timm is saved without its wrapper's
             check_weights(Path(resume_from_checkpoint), network, f"{prefix}." if prefix else "")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        was_evaluated = any(key.startswith("eval_") for entry in self.state.log_history for key in entry)
+        if self._progress and self.args.dataloader_persistent_workers and (is_training or was_evaluated):
+            # Workers that are kept took one global random number when they were started, before the checkpoint.
+            loader.base_dataloader.generator = torch.Generator()
+            loader.base_dataloader.generator.seed()
+        return loader
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # After a checkpoint of the last step, amid an epoch, the Trainer would do one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """`Trainer.get_batch_samples`; nothing more if a signal that ends the training has ended the workers."""
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except RuntimeError:
+            if not self._interruption.take_lost_workers():
+                raise
+            return [], None
 
     # ---- writing ----
 
@@ -192,7 +226,7 @@ class _Progress(TrainerCallback):
 
 
 class _LastStep(TrainerCallback):
-    """Puts the checkpoint of an epoch's last step off until the epoch was logged and evaluated.
+    """Puts the checkpoint of the last step of an epoch off until the epoch was logged and evaluated.
 
     Else a training that is resumed from it would start with the next epoch, without that evaluation.
     """
@@ -203,7 +237,7 @@ class _LastStep(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._put_off = control.should_save and state.epoch == round(state.epoch)
+        self._put_off = control.should_save and ends_epoch(state)
         if self._put_off:
             control.should_save = False
 

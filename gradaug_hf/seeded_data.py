@@ -29,7 +29,23 @@ class _Seeds:
         return zlib.crc32(f"{self._seed} {int(self._epoch)} {example}".encode())
 
 
-class SeededDataset(Dataset):
+class DatasetWrapper:
+    """What a data set around another one, `dataset`, says of the classes."""
+
+    dataset: Any
+
+    @property
+    def features(self) -> Any:
+        """Those of a data set of the `datasets` library, else None."""
+        return getattr(self.dataset, "features", None)
+
+    @property
+    def classes(self) -> Any:
+        """Names of the classes, of a data set of torchvision for example, else None."""
+        return getattr(self.dataset, "classes", None)
+
+
+class SeededDataset(DatasetWrapper, Dataset):
     """A data set of which each example draws from Python, NumPy and torch what seed, epoch and its index say.
 
     The global random numbers stay as they are. `GradAugTrainer` sets the epoch.
@@ -42,11 +58,6 @@ class SeededDataset(Dataset):
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
         self._seeds = _Seeds(seed)
-
-    @property
-    def features(self) -> Any:
-        """Those of a data set of the `datasets` library, else None."""
-        return getattr(self.dataset, "features", None)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, here and in the worker processes that read the data set."""
@@ -67,7 +78,7 @@ class SeededDataset(Dataset):
         return self.dataset[index]
 
 
-class SeededStream(IterableDataset):
+class SeededStream(DatasetWrapper, IterableDataset):
     """`SeededDataset` for a stream, by the position of an example in what its process reads.
 
     Args:
@@ -78,11 +89,6 @@ class SeededStream(IterableDataset):
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
         self._seeds = _Seeds(seed)
-
-    @property
-    def features(self) -> Any:
-        """Those of a data set of the `datasets` library, else None."""
-        return getattr(self.dataset, "features", None)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, here and in the worker processes that read the data set."""

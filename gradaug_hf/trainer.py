@@ -15,12 +15,19 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
 from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
-from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network
+from gradaug_hf.hub import (
+    label_names,
+    plain_state,
+    save_configs,
+    timm_network,
+    why_not_rebuilt,
+)
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.mixing import BatchMixer
 from gradaug_hf.objective import GradAug, Pass, logits_of
@@ -31,6 +38,8 @@ from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_r
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.transforms import ImageTransform
+
+logger = logging.get_logger(__name__)
 
 IMAGES, LABELS = "pixel_values", "labels"
 # Training images of which batch norm is recalibrated before a sub-network is evaluated.
@@ -92,6 +101,10 @@ class GradAugTrainer(ResumableTrainer):
             self._mixer = self._make_mixer()
         if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
+        network = timm_network(self.model)
+        if network is not None and (reason := why_not_rebuilt(network)):
+            name = type(network).__name__
+            warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled, self.is_fsdp_enabled)
             if self.model_init is None and self.train_dataset is not None:
@@ -376,7 +389,14 @@ class GradAugTrainer(ResumableTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         network = timm_network(model)
-        if network is None:
+        if network is None or why_not_rebuilt(network):
+            if isinstance(model, PreTrainedModel) and self.processing_class is None:
+                logger.warning_once(
+                    "no preprocessor_config.json is written, which a pipeline needs: give GradAugTrainer the image "
+                    "processor as processing_class"
+                )
+            if not isinstance(model, PreTrainedModel):  # which unties its tensors itself
+                state_dict = plain_state(model.state_dict() if state_dict is None else state_dict)
             return super()._save(output_dir, state_dict)
         state_dict = model.state_dict() if state_dict is None else state_dict
         prefix = "" if network is model else f"{model.base_model_prefix}."
@@ -384,17 +404,18 @@ class GradAugTrainer(ResumableTrainer):
             super()._save(output_dir, plain_state({k.removeprefix(prefix): v for k, v in state_dict.items()}))
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
-            save_configs(network, folder, label_names(model, self.train_dataset, self.eval_dataset))
+            names = label_names(model, self.train_dataset, self.eval_dataset)
+            save_configs(model, folder, names, self.processing_class)
 
     @contextmanager
     def _saving(self, network: nn.Module) -> Iterator[None]:
         """Have `Trainer` save a network, of which it keeps the weights alone, rather than what wraps it."""
-        model = self.model
-        self.model = network
+        kept = self.model, self.processing_class
+        self.model, self.processing_class = network, None
         try:
             yield
         finally:
-            self.model = model
+            self.model, self.processing_class = kept
 
 
 def _images(batch: Any) -> Tensor:

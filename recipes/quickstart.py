@@ -34,6 +34,7 @@ from gradaug_hf.data import (
 )
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.metrics import topk_accuracy
+from gradaug_hf.preprocessing import image_processor_of
 from gradaug_hf.results import Result, plot_curves, results_table, save_results
 from gradaug_hf.threads import use_all_cores
 
@@ -145,6 +146,7 @@ def train(
             data["train"], transform_for(network, train=True, flip=args.dataset_name is not None)
         ),
         eval_dataset=with_pixels(data["eval"], transform_for(network, train=False)),
+        processing_class=image_processor_of(transform_for(network, train=False), network),
         compute_metrics=topk_accuracy,
         optimizers=(optimizer, None),
     )

@@ -45,6 +45,7 @@ def test_defaults_that_image_training_needs(tmp_path):
     assert args.remove_unused_columns is False
     assert args.ddp_find_unused_parameters is False
     assert args.ddp_broadcast_buffers is False
+    assert args.logging_nan_inf_filter is False
 
 
 def test_the_docstring_has_the_words_of_the_help():

@@ -56,7 +56,9 @@ def example_sizes(model: nn.Module, input_size: int | Sequence[int] | None) -> I
     network = getattr(model, "timm_model", model)
     config = getattr(model, "config", None)
     cfg = getattr(network, "pretrained_cfg", None) or {}
-    channels = list(dict.fromkeys([(cfg.get("input_size") or (3,))[0], _input_channels(model)]))
+    # The configuration of a network of timm is that of its checkpoint, which may have had other channels.
+    stated = getattr(network, "in_chans", None) or (cfg.get("input_size") or (3,))[0]
+    channels = list(dict.fromkeys([stated, _input_channels(model)]))
     if input_size is not None:
         yield from (_full_size(input_size, count) for count in channels)
         return
