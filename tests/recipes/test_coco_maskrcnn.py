@@ -97,6 +97,18 @@ def test_what_is_wrong_is_said_before_any_long_work(tmp_path, monkeypatch, flags
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["", "--gradaug --num_subnets 2 --resolutions 64 56 48"])
+def test_a_detector_learns_its_training_images_by_heart(write_coco, tmp_path, monkeypatch, method):  # noqa: F811
+    write_coco()
+    flags = f"{SMALL} --coco_dir {tmp_path / 'coco'} {SPLITS} --channels 32 --anchor_scale 4 --flip 0 --batch_size 4"
+    flags += " --optim adamw_torch --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 10 --max_steps 100"
+    run_recipe(f"{flags} {method} --max_grad_norm 5 --output_dir {tmp_path / 'out'}", monkeypatch)
+    found = results(tmp_path / "out")["results"]
+    assert found["box_AP"] > 0.5
+    assert found["mask_AP"] > 0.5
+
+
 def test_a_run_on_photographs_ends(real_data, tmp_path, monkeypatch):
     flags = f"{SMALL} --coco_dir {real_data / 'coco-sample'} --gradaug --num_subnets 1"
     run_recipe(f"{flags} --max_steps 2 --warmup_steps 0 --output_dir {tmp_path}", monkeypatch)
@@ -134,11 +146,3 @@ def test_two_processes_train_with_subnetworks(write_coco, tmp_path):  # noqa: F8
     )  # fmt: skip
     assert results(tmp_path / "out")["results"]["steps"] == 3
     Detector.load(str(tmp_path / "out"))
-
-
-OVERFIT = (
-    "--val_annotations annotations/instances_train2017.json --backbone test_resnet --min_size 160 --max_size 267 "
-    "--anchor_scale 2 --channels 64 --box_head_size 256 --rois_per_image 32 --flip 0 --batch_size 4 "
-    "--optim adamw_torch --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 20 --weight_decay 0 "
-    "--max_grad_norm 5 --eval_strategy no --save_strategy no --dataloader_num_workers 0 --use_cpu"
-)
