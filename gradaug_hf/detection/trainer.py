@@ -43,14 +43,16 @@ class DetectionGradAug(GradAug):
 
     Args:
         model: a `Detector` in training mode, wrapped or not; its backbone is made slimmable if it is not yet.
-        settings: of GradAug.
+        settings: of GradAug; `resolutions` are by default 1, 6/7, 5/7 and 4/7 of the detector's side. Those about
+            classes, `transform`, `label_smoothing` and `subnet_target`, have no effect.
     """
 
     def __init__(self, model: nn.Module, **settings: Any) -> None:
         detector = model.module if isinstance(model, DistributedDataParallel) else model
         if not is_slimmable(detector):
             detector.make_slimmable()
-        super().__init__(model, **settings)
+        resolutions = settings.pop("resolutions", None) or default_resolutions(detector.settings.min_size)
+        super().__init__(model, resolutions=resolutions, **settings)
 
     def _full_pass(self, images: Sequence[Tensor], targets: Sequence[dict[str, Any]], inputs: dict[str, Any]) -> Pass:
         return Pass(total_loss(self.model(images, targets, **inputs)))
@@ -104,6 +106,8 @@ class DetectionTrainer(GradAugTrainer):
         for name, only in ABOUT_CLASSES.items():
             if getattr(args, name, only) != only:
                 raise ValueError(f"{name} is {getattr(args, name)!r}; a detector can have {only!r} alone")
+        if (mode := getattr(kwargs.get("subnet_sampler"), "subnet_mode", "width")) != "width":
+            raise ValueError(f"subnet_sampler has subnet_mode {mode!r}; a detector can have 'width' alone")
         if kwargs.get("subnet_transform") is not None:
             raise ValueError("subnet_transform is given, but it would move the images and not their boxes")
         self.detections: list[dict[str, Any]] | None = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import SequentialSampler
 
-from gradaug_hf import GradAugConfig, Subnet
+from gradaug_hf import GradAugConfig, Subnet, SubnetSampler
 from gradaug_hf.detection.coco import CocoImages, collate
 from gradaug_hf.detection.detector import Detector
 from gradaug_hf.detection.trainer import DetectionGradAug, DetectionTrainer
@@ -181,6 +181,20 @@ def test_images_without_objects_alone_are_a_batch(data):
 def test_settings_about_classes_are_refused_by_name(data, tmp_path, fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} is .*; a detector can have"):
         DetectionTrainer(make_detector(), settings(tmp_path, **fields), train_dataset=data)
+
+
+def test_a_sampler_that_drops_blocks_is_refused(data, tmp_path):
+    sampler = SubnetSampler(subnet_mode="depth")
+    with pytest.raises(ValueError, match="subnet_sampler has subnet_mode 'depth'"):
+        DetectionTrainer(make_detector(), settings(tmp_path), train_dataset=data, subnet_sampler=sampler)
+
+
+def test_a_loop_of_ones_own_has_the_default_resolutions(data):
+    detector = make_detector().train()
+    gradaug = DetectionGradAug(detector, num_subnets=1)
+    assert gradaug.sampler.resolutions == (64, 55, 46, 37)
+    assert gradaug.backward(*make_batch(data)) > 0
+    assert detector.rcnn.rpn.head.cls_logits.weight.grad is not None
 
 
 def test_a_transform_of_images_alone_is_refused(data, tmp_path):
