@@ -213,25 +213,39 @@ def complete(args: ExperimentArguments, config: GradAugConfig) -> None:
     Raises:
         ValueError: the arguments do not fit each other or the number of processes.
     """
+    if config.output_dir is None:
+        config.output_dir = str(Path("outputs") / f"{Path(args.model).name}-{args.method}-seed{config.seed}")
+    complete_config(config, args.batch_size, args.warmup_epochs)
+
+
+def complete_config(config: GradAugConfig, batch_size: int, warmup_epochs: float) -> None:
+    """Settle what of the Trainer's settings follows from those of a recipe.
+
+    Args:
+        config: the settings, with an `output_dir`; changed in place.
+        batch_size: images in an optimiser step, over all processes and accumulated batches.
+        warmup_epochs: epochs in which the learning rate rises.
+
+    Raises:
+        ValueError: the settings do not fit each other or the number of processes.
+    """
     if not (config.do_train or config.do_eval):
         raise ValueError("do_train and do_eval are both False, so there is nothing to do")
     if config.load_best_model_at_end:
         raise ValueError("load_best_model_at_end is True, but results are those of the final epoch; leave it out")
-    if config.output_dir is None:
-        config.output_dir = str(Path("outputs") / f"{Path(args.model).name}-{args.method}-seed{config.seed}")
     devices = config.world_size * max(1, config.n_gpu)
     batches = devices * config.gradient_accumulation_steps
-    if args.batch_size % batches:
+    if batch_size % batches:
         raise ValueError(
-            f"batch_size is {args.batch_size}, which {devices} processes with gradient_accumulation_steps "
+            f"batch_size is {batch_size}, which {devices} processes with gradient_accumulation_steps "
             f"{config.gradient_accumulation_steps} cannot share; it must be a multiple of {batches}"
         )
-    config.per_device_train_batch_size = args.batch_size // batches
+    config.per_device_train_batch_size = batch_size // batches
     config.dataloader_persistent_workers &= config.dataloader_num_workers > 0
-    if args.warmup_epochs >= config.num_train_epochs and args.warmup_epochs > 0:
-        raise ValueError(f"warmup_epochs is {args.warmup_epochs}; it must be below num_train_epochs")
-    if args.warmup_epochs > 0:
-        config.warmup_steps = args.warmup_epochs / config.num_train_epochs
+    if warmup_epochs >= config.num_train_epochs and warmup_epochs > 0:
+        raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be below num_train_epochs")
+    if warmup_epochs > 0:
+        config.warmup_steps = warmup_epochs / config.num_train_epochs
     if config.resume_from_checkpoint == LAST:
         config.resume_from_checkpoint = (
             get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None

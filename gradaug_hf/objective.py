@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,13 +25,13 @@ class Pass:
 
     Args:
         loss: its part of the objective, a scalar with its graph.
-        logits: (N, classes), detached.
+        logits: (N, classes), detached; None where an objective has none.
         subnet: the sub-network; None for the full network.
         dropped: indices of the residual blocks that it left out, among those that can be.
     """
 
     loss: Tensor
-    logits: Tensor
+    logits: Tensor | None = None
     subnet: Subnet | None = None
     dropped: frozenset[int] = frozenset()
 
@@ -182,19 +182,30 @@ class GradAug:
             subnets: the sub-networks.
             inputs: further keyword arguments of the network.
         """
-        check_images(images)
-        logits = logits_of(self.model(images, **inputs), len(labels))
-        target = logits.detach()
-        yield Pass(cross_entropy(logits, labels, self.label_smoothing), target)
-        del logits
+        full = self._full_pass(images, labels, inputs)
+        target = full.logits
+        yield full
+        del full
         for subnet in subnets:
-            transformed = transform_for_subnet(images, subnet, self.transform)
             dropped = self._dropped_blocks(subnet)
             with subnet_pass(self.model, subnet.width, dropped):
-                logits = logits_of(self.model(transformed, **inputs), len(labels))
-                loss = self.kl_weight * self._subnet_loss(logits, target, labels)
-                yield Pass(loss, logits.detach(), subnet, dropped)
-                del logits, loss
+                current = self._subnet_pass(images, labels, target, subnet, inputs)
+                yield replace(current, subnet=subnet, dropped=dropped)
+                del current
+
+    def _full_pass(self, images: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Pass:
+        """The full network's pass; its logits are the target of the sub-networks."""
+        check_images(images)
+        logits = logits_of(self.model(images, **inputs), len(labels))
+        return Pass(cross_entropy(logits, labels, self.label_smoothing), logits.detach())
+
+    def _subnet_pass(
+        self, images: Tensor, labels: Tensor, target: Tensor, subnet: Subnet, inputs: dict[str, Any]
+    ) -> Pass:
+        """A sub-network's pass, with the model at its width."""
+        transformed = transform_for_subnet(images, subnet, self.transform)
+        logits = logits_of(self.model(transformed, **inputs), len(labels))
+        return Pass(self.kl_weight * self._subnet_loss(logits, target, labels), logits.detach())
 
     def _subnet_loss(self, logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         if self.subnet_target == "label":

@@ -46,7 +46,7 @@ from gradaug_hf.resolutions import ResolutionTrial
 from gradaug_hf.resuming import ResumableTrainer
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
-from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.subnets import Subnet, SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.sync_batchnorm import synchronise_batchnorm
 from gradaug_hf.transforms import ImageTransform
 
@@ -199,7 +199,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):
             with random_states_kept():
                 batch = self.data_collator([self.train_dataset[0]])
-            self._settle_resolutions(network, min(_split(batch)[0].shape[2:]))
+            self._settle_resolutions(network, self._side(_split(batch)[0]))
 
     def _settle_resolutions(self, network: nn.Module, side: int) -> None:
         """Choose the resolutions of a network's sub-networks, for images of a side in pixels."""
@@ -213,6 +213,10 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
                 f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
             )
 
+    def _side(self, images: Any) -> int:
+        """Shorter side in pixels of a batch of images."""
+        return min(images.shape[2:])
+
     @property
     def _subnet_mode(self) -> str:
         return getattr(self._subnet_sampler or self.args, "subnet_mode", "width")
@@ -225,7 +229,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
-            self._settle_resolutions(self.model, min(images.shape[2:]))
+            self._settle_resolutions(self.model, self._side(images))
         args = self.args
         return GradAug(
             model,
@@ -414,13 +418,17 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
             self._means.add(loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
         if self._seen_batch is None and others:
-            subnets = [p.subnet for p in others]
-            self._seen_batch = SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self.subnet_transform, num_blocks)
+            self._seen_batch = self._see(images, [p.subnet for p in others])
         for p in others:
-            side = p.subnet.resolution or min(images.shape[2:])
+            side = p.subnet.resolution or self._side(images)
             self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
             if num_blocks:
                 self._means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
+
+    def _see(self, images: Tensor, subnets: list[Subnet]) -> SeenBatch | None:
+        """What is drawn of a batch; None draws nothing."""
+        num_blocks = num_droppable_blocks(self.model)
+        return SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self.subnet_transform, num_blocks)
 
     def settings(self) -> dict[str, Any]:
         """What has to be the same when a training is resumed."""
