@@ -120,13 +120,14 @@ def read_plan(file: Path) -> Plan:
     return Plan(recipe, rows, content["seeds"], content.get("settings", {}), columns)
 
 
-def train_all(plan: Plan, folder: Path, launch: str = LAUNCH) -> list[PlannedRun]:
+def train_all(plan: Plan, folder: Path, launch: str = LAUNCH, seeds: Sequence[int] | None = None) -> list[PlannedRun]:
     """Train what is not trained yet, one run after the other.
 
     Args:
         plan: The runs.
         folder: Where each has a folder of its own.
         launch: Command that starts a recipe.
+        seeds: Seeds of the runs to train; None: all.
 
     Returns:
         The runs that failed; the others of the plan are trained nevertheless.
@@ -134,7 +135,7 @@ def train_all(plan: Plan, folder: Path, launch: str = LAUNCH) -> list[PlannedRun
     Raises:
         ValueError: the folder holds a run of the same name with other settings.
     """
-    runs = plan.runs()
+    runs = [run for run in plan.runs() if seeds is None or run.seed in seeds]
     for run in runs:
         _check_settings(run, folder / run.name)
     waiting = [run for run in runs if not (folder / run.name / RESULTS).exists()]
@@ -246,15 +247,21 @@ def _accuracy(records: Sequence[Mapping[str, Any]]) -> str:
     return spread([100 * record["top1"] for record in records], 2) if records else ""
 
 
-def train_and_report(plan: Plan, folder: Path, launch: str) -> None:
+def train_and_report(plan: Plan, folder: Path, launch: str, seeds: Sequence[int] | None = None) -> None:
     """Train a plan, and write and print what is known of it, also after an interruption.
+
+    Args:
+        plan: as for `train_all`.
+        folder: as for `train_all`.
+        launch: as for `train_all`.
+        seeds: as for `train_all`.
 
     Raises:
         SystemExit: runs failed.
         ValueError: the folder holds a run of the same name with other settings.
     """
     try:
-        failed = train_all(plan, folder, launch)
+        failed = train_all(plan, folder, launch, seeds)
     finally:
         report(plan, folder)
     if failed:
@@ -298,11 +305,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("plan", type=Path, help="YAML or JSON file with recipe, rows, seeds, settings and columns")
     parser.add_argument("--output_dir", type=Path, help="folder of all runs; default: outputs/ and the plan's name")
     parser.add_argument("--launch", default=LAUNCH, help=f"command that starts the recipe; default: {LAUNCH}")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to train now; default: all that the plan lists")
     args, flags = parser.parse_known_args(argv)
     try:
         plan = read_plan(args.plan)
         plan = Plan(plan.recipe, plan.rows, plan.seeds, {**plan.settings, **flag_settings(flags)}, plan.columns)
-        train_and_report(plan, args.output_dir or Path("outputs") / args.plan.stem, args.launch)
+        train_and_report(plan, args.output_dir or Path("outputs") / args.plan.stem, args.launch, args.seeds)
     except ValueError as error:
         parser.error(str(error))
 
