@@ -34,8 +34,8 @@ class ExperimentArguments:
         default="resnet50",
         metadata={
             "help": (
-                "Name of a timm network, which is trained from scratch; or a Hub id or a folder of timm or "
-                "transformers, whose weights are loaded."
+                "Name of a timm network, which is trained from scratch; or a Hub id, as user/name or "
+                "user/name@revision, or a folder, of timm or transformers, whose weights are loaded."
             )
         },
     )

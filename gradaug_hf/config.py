@@ -1,9 +1,12 @@
 """GradAugConfig: the settings of GradAugTrainer."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
+from gradaug_hf.launch import check_processes, meets_on_cpu
 from gradaug_hf.objective import SUBNET_TARGETS
 from gradaug_hf.subnets import SubnetSampler
 
@@ -39,6 +42,8 @@ class GradAugConfig(TrainingArguments):
             divergence, "label": the labels, by cross-entropy.
         subnet_backward: "sequential" runs the backward of each pass before the next one, in the memory of plain
             training; "joint" runs one for all of them.
+        sync_batchnorm: Whether batch norm takes its statistics from the whole batch of all processes, in sub-networks
+            too.
         mixup_alpha: Parameter of Mixup's beta distribution, at least 0; 0 turns Mixup off.
         cutmix_alpha: Parameter of CutMix's beta distribution, at least 0; 0 turns CutMix off.
         mix_prob: Probability with which a batch is mixed, in [0, 1].
@@ -47,7 +52,7 @@ class GradAugConfig(TrainingArguments):
         ignore_config_change: Whether to resume from a checkpoint that was trained with other settings.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of its range, or `accelerate launch --cpu` started one process of several.
     """
 
     num_subnets: int = field(
@@ -138,6 +143,14 @@ class GradAugConfig(TrainingArguments):
             )
         },
     )
+    sync_batchnorm: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Whether batch norm takes its statistics from the whole batch of all processes, in sub-networks too."
+            )
+        },
+    )
     mixup_alpha: float = field(
         default=0.0,
         metadata={"help": "Parameter of Mixup's beta distribution, at least 0; 0 turns Mixup off."},
@@ -194,7 +207,25 @@ class GradAugConfig(TrainingArguments):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("mix_prob", 0 <= self.mix_prob <= 1, "in [0, 1]")
         self._check("eval_widths", all(0 < width <= 1 for width in self.eval_widths), "a list of widths in (0, 1]")
+        check_processes()
+        self.use_cpu = self.use_cpu or meets_on_cpu()
         super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the token, since `training_args.bin` is kept and pushed."""
+        return vars(self) | {"hub_token": None}
+
+    def __copy__(self) -> "GradAugConfig":
+        return self._with_state(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GradAugConfig":
+        return self._with_state(deepcopy(vars(self), memo))
+
+    def _with_state(self, state: dict[str, Any]) -> "GradAugConfig":
+        """A copy, which keeps the token that a pickle leaves out."""
+        other = object.__new__(type(self))
+        vars(other).update(state)
+        return other
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:

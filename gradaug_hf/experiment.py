@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -37,6 +36,7 @@ from gradaug_hf.data import (
     take_images,
     with_pixels,
 )
+from gradaug_hf.launch import process_state
 from gradaug_hf.loss_watch import NonFiniteLossError
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.methods import NETWORK_ARGUMENTS, check_method
@@ -50,6 +50,7 @@ from gradaug_hf.networks import (
     pixel_statistics,
 )
 from gradaug_hf.preprocessing import image_processor_of
+from gradaug_hf.pushing import PushError
 from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
 from gradaug_hf.seeded_data import SeededDataset, SeededStream
 from gradaug_hf.threads import use_all_cores
@@ -74,6 +75,7 @@ SETTINGS = {
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 MOMENTUM = 0.9
+Loaded = TypeVar("Loaded")
 LAST = "last"
 # What can go wrong while training.
 FAULTS = (CheckpointError, NonFiniteLossError, UnreadableImageError)
@@ -170,14 +172,22 @@ def run(recipe: Recipe) -> None:
     """Train, or only evaluate, as the command line says; prints accuracies and writes `results.json`."""
     with errors_as_messages(OSError, ValueError):
         args, config = parse({**SETTINGS, **recipe.settings}, recipe.methods, recipe.description, sys.argv[1:])
+        hide_token(config.hub_token)
         use_all_cores()
         complete(args, config)
         trainer = make_trainer(recipe, args, config)
-    with errors_as_messages(ResumeError), errors_as_messages(*FAULTS, of_one_process=True):
+    with errors_as_messages(ResumeError, PushError), errors_as_messages(*FAULTS, of_one_process=True):
         if config.do_train:
             train(trainer, args)
+            push(trainer)
         else:
             evaluate(trainer, args)
+
+
+def hide_token(token: str | None) -> None:
+    """Take a token out of the command line, which results, model cards and loggers keep."""
+    if token:
+        sys.argv[:] = [word.replace(token, "<HUB_TOKEN>") for word in sys.argv]
 
 
 @contextmanager
@@ -193,7 +203,7 @@ def errors_as_messages(*kinds: type[Exception], of_one_process: bool = False) ->
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except kinds as error:
-        speaks = of_one_process or PartialState().is_main_process
+        speaks = of_one_process or process_state().is_main_process
         raise SystemExit(f"error: {error}" if speaks else 1) from error
 
 
@@ -268,7 +278,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         network = load_network(args.model, len(class_names(data)))
     statistics = pixel_statistics(network, image_processor(args.model))
     evaluation = recipe.transform(False, **statistics)
-    return RecipeTrainer(
+    trainer = RecipeTrainer(
         network,
         config,
         train_dataset=training_images(data["train"], recipe.transform(True, **statistics), args, config.seed),
@@ -279,6 +289,10 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         lr_drops=args.lr_drops,
         experiment={name: value for name, value in asdict(args).items() if name not in CHANGEABLE},
     )
+    trainer.card_metadata = {"dataset": args.dataset_name, "dataset_args": args.dataset_config_name}
+    if is_checkpoint(args.model):
+        trainer.card_metadata["finetuned_from"] = args.model
+    return trainer
 
 
 def training_images(
@@ -293,15 +307,20 @@ def training_images(
 
 def load_data_once(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """`load_data` on the main process, and then on the others from its cache."""
+    return first_on_main_process(lambda: load_data(args, seed))
+
+
+def first_on_main_process(load: Callable[[], Loaded]) -> Loaded:
+    """What a function loads, on the main process first; each process fails for a reason of its own."""
     failure = None
-    with PartialState().main_process_first():
+    with process_state().main_process_first():
         try:
-            data = load_data(args, seed)
+            loaded = load()
         except (OSError, ValueError) as error:  # raised once nobody waits, so that each process fails for this reason
             failure = error
     if failure is not None:
         raise failure
-    return data
+    return loaded
 
 
 def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
@@ -358,7 +377,7 @@ def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
     state = trainer.state
     if not any("eval_top1" in entry and entry["step"] == state.global_step for entry in state.log_history):
         trainer.evaluate()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed once the results are there too
     final = {k: v for entry in state.log_history if entry["step"] == state.global_step for k, v in entry.items()}
     result = Result(
         method=args.method,
@@ -385,6 +404,14 @@ def images_skipped(trainer: RecipeTrainer) -> int:
     """Number of training images that some process could not decode."""
     skipped = trainer.train_dataset.dataset.skipped.to(trainer.args.device)
     return int((trainer.accelerator.reduce(skipped, "sum") > 0).sum())
+
+
+def push(trainer: RecipeTrainer) -> None:
+    """Push the network and its results, if they are to be."""
+    if trainer.args.push_to_hub:
+        commit = trainer.push_to_hub()
+        if trainer.args.should_save:
+            print(f"pushed them to {commit.repo_url}")
 
 
 def evaluate(trainer: RecipeTrainer, args: ExperimentArguments) -> None:

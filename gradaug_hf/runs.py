@@ -65,7 +65,7 @@ class Plan:
         columns: Name of a column -> its settings.
 
     Raises:
-        ValueError: There are no rows or seeds, or two runs would have the same folder.
+        ValueError: There are no rows or seeds, two runs would have the same folder, or a token would be written there.
     """
 
     recipe: Path
@@ -80,6 +80,8 @@ class Plan:
         names = [run.name for run in self.runs()]
         if doubled := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"several runs of the plan are called {', '.join(sorted(doubled))}; name rows apart")
+        if any("hub_token" in run.settings for run in self.runs()):
+            raise ValueError("hub_token would be written with the settings of each run; use `hf auth login`")
 
     def runs(self) -> list[PlannedRun]:
         """All runs, seed by seed, so that every row has a first result early."""

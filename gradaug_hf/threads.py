@@ -4,7 +4,8 @@ import os
 
 import psutil
 import torch
-from accelerate import PartialState
+
+from gradaug_hf.launch import process_state
 
 # Set by accelerate's and torch's launchers.
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE")
@@ -16,7 +17,7 @@ def use_all_cores() -> None:
     `accelerate launch` and `torchrun` leave a process a single thread where they are not told otherwise. A number
     above one stays as it is, and so does `OMP_NUM_THREADS=1` of a process that was not launched by them.
     """
-    state = PartialState()
+    state = process_state()
     threads = os.environ.get("OMP_NUM_THREADS")
     chosen = threads is not None and (threads != "1" or not any(name in os.environ for name in LAUNCHERS))
     if state.device.type == "cpu" and not chosen:

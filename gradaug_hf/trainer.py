@@ -18,7 +18,13 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
-from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
+from gradaug_hf.checks import (
+    LabelCheckingCollator,
+    check_checkpointing,
+    check_launch,
+    check_output_dir,
+    check_sharding,
+)
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
 from gradaug_hf.hub import (
@@ -30,13 +36,18 @@ from gradaug_hf.hub import (
 )
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.mixing import BatchMixer
+from gradaug_hf.networks import image_processor, load_checkpoint
 from gradaug_hf.objective import GradAug, Pass, logits_of
+from gradaug_hf.plots import IMAGES_SHOWN, SeenBatch
+from gradaug_hf.pushing import PushingTrainer
 from gradaug_hf.randomness import random_states_kept
+from gradaug_hf.reporting import ReportingTrainer
 from gradaug_hf.resolutions import ResolutionTrial
 from gradaug_hf.resuming import ResumableTrainer
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
-from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.subnets import Subnet, SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.sync_batchnorm import synchronise_batchnorm
 from gradaug_hf.transforms import ImageTransform
 
 logger = logging.get_logger(__name__)
@@ -46,7 +57,7 @@ IMAGES, LABELS = "pixel_values", "labels"
 CALIBRATION_IMAGES = 1024
 
 
-class GradAugTrainer(ResumableTrainer):
+class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
@@ -57,7 +68,8 @@ class GradAugTrainer(ResumableTrainer):
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
-            slimmable and droppable in place, as `args.subnet_mode` needs it.
+            slimmable and droppable in place, as `args.subnet_mode` needs it. Or the Hub id, as `user/name` or
+            `user/name@revision`, or the folder of one, which is loaded with its image processor.
         args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
         trainer_args: further positional arguments of `transformers.Trainer`.
         subnet_sampler: draws the sub-networks; what `args` says about them then has no effect.
@@ -67,13 +79,16 @@ class GradAugTrainer(ResumableTrainer):
         kwargs: further keyword arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: the settings do not fit each other, the network, or how the processes were launched, or
-            `args.output_dir` cannot be written.
+        ValueError: the settings do not fit each other, the network, or how the processes were launched,
+            `args.output_dir` cannot be written, or `model` cannot be loaded.
+        PushError: `args.push_to_hub` is True, and the Hub refuses or cannot be reached.
     """
+
+    _objective_class: type[GradAug] = GradAug
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | None = None,
+        model: PreTrainedModel | nn.Module | str | None = None,
         args: TrainingArguments | None = None,
         *trainer_args: Any,
         subnet_sampler: SubnetSampler | None = None,
@@ -82,8 +97,12 @@ class GradAugTrainer(ResumableTrainer):
     ) -> None:
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
         check_output_dir(args)
+        if args.num_subnets > 0:
+            check_sharding(args)  # which the Trainer's constructor may not stand
+        checkpoint = model if isinstance(model, str) else None
+        model = load_checkpoint(checkpoint) if checkpoint else model
         self._subnet_sampler = subnet_sampler
-        self._subnet_transform = subnet_transform
+        self.subnet_transform = subnet_transform
         self._resolution_trial: ResolutionTrial | None = None
         self._resolutions: list[int] | None = None
         self._objective: GradAug | None = None
@@ -92,6 +111,8 @@ class GradAugTrainer(ResumableTrainer):
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
             super().__init__(model, args, *trainer_args, **kwargs)
+        if checkpoint and self.processing_class is None:
+            self.processing_class = image_processor(checkpoint)
         if args.label_smoothing_factor > 0 and model is None and isinstance(self.model, PreTrainedModel):
             self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
         self._network_has_loss = bool(find_labels(type(self.model)))
@@ -105,8 +126,11 @@ class GradAugTrainer(ResumableTrainer):
         if network is not None and (reason := why_not_rebuilt(network)):
             name = type(network).__name__
             warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
+        if args.sync_batchnorm and args.world_size > 1 and self.model_init is None:
+            synchronise_batchnorm(self.model, args.device)
         if args.num_subnets > 0:
-            check_launch(args, self.is_deepspeed_enabled, self.is_fsdp_enabled)
+            check_launch(args, self.is_deepspeed_enabled)
+            check_sharding(args, getattr(self.accelerator.state, "deepspeed_plugin", None))
             if self.model_init is None and self.train_dataset is not None:
                 self._prepare_network(self.model)
 
@@ -141,6 +165,7 @@ class GradAugTrainer(ResumableTrainer):
         """`Trainer.train`, which makes the network slimmable first where that was not done yet."""
         self._mixed_batches = (-1, 0)
         self._objective = None  # network and settings may be others than in an earlier training
+        self._seen_batch = None
         if self.args.num_subnets > 0 and self.model_init is None and self._resolution_trial is None:
             self._prepare_network(self.model)
         return super().train(*args, **kwargs)
@@ -148,7 +173,11 @@ class GradAugTrainer(ResumableTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer.call_model_init`; a network that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
-        if self.args.num_subnets > 0 and getattr(self, "is_in_train", False):
+        if not getattr(self, "is_in_train", False):
+            return network
+        if self.args.sync_batchnorm and self.args.world_size > 1:
+            synchronise_batchnorm(network, self.args.device)
+        if self.args.num_subnets > 0:
             self._prepare_network(network)
         return network
 
@@ -180,7 +209,7 @@ class GradAugTrainer(ResumableTrainer):
             self._resolutions = []
             return
         self._resolutions = self.args.resolutions or self._resolution_trial.default(side)
-        if set(self._resolutions) == {side} and not self._subnets_differ(network) and self._subnet_transform is None:
+        if set(self._resolutions) == {side} and not self._subnets_differ(network) and self.subnet_transform is None:
             raise ValueError(
                 f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions "
                 f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
@@ -204,7 +233,7 @@ class GradAugTrainer(ResumableTrainer):
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
             self._settle_resolutions(self.model, self._side(images))
         args = self.args
-        return GradAug(
+        return self._objective_class(
             model,
             num_subnets=args.num_subnets,
             min_width=args.min_width,
@@ -219,7 +248,7 @@ class GradAugTrainer(ResumableTrainer):
             min_survival=args.min_survival,
             subnet_interval=args.subnet_interval,
             sampler=self._subnet_sampler,
-            transform=self._subnet_transform,
+            transform=self.subnet_transform,
         )
 
     # ---- the loss ----
@@ -321,7 +350,9 @@ class GradAugTrainer(ResumableTrainer):
         Raises:
             ValueError: there are widths but no `train_dataset`, of which batch norm is recalibrated.
         """
+        logged_before = len(self.state.log_history)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        is_own = eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str)
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):  # each was evaluated by a call of its own
             return metrics
@@ -329,6 +360,8 @@ class GradAugTrainer(ResumableTrainer):
             found = self._evaluate_at_width(width, eval_dataset, ignore_keys, f"{metric_key_prefix}_width{width:g}")
             self.log(found)
             metrics.update(found)
+        if not is_own:
+            self._measured_elsewhere += self.state.log_history[logged_before:]
         return metrics
 
     def _evaluate_at_width(
@@ -361,6 +394,24 @@ class GradAugTrainer(ResumableTrainer):
 
     # ---- log and checkpoint ----
 
+    @property
+    def subnet_sampler(self) -> SubnetSampler:
+        """What draws the sub-networks."""
+        if self._objective is not None:
+            return self._objective.sampler
+        args = self.args
+        return self._subnet_sampler or SubnetSampler(
+            args.num_subnets,
+            args.min_width,
+            args.max_width,
+            self._resolutions or args.resolutions,
+            args.width_levels,
+            args.seed,
+            args.subnet_mode,
+            args.min_survival,
+            args.subnet_interval,
+        )
+
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
         self._loss_watch.add(self.state.global_step + 1, [p.loss for p in passes], [p.subnet for p in others])
@@ -368,15 +419,21 @@ class GradAugTrainer(ResumableTrainer):
         if others:
             self._means.add(loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
+        if self._seen_batch is None and others:
+            self._seen_batch = self._see(images, [p.subnet for p in others], num_blocks)
         for p in others:
             side = p.subnet.resolution or self._side(images)
             self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
             if num_blocks:
                 self._means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
 
+    def _see(self, images: Any, subnets: list[Subnet], num_blocks: int) -> SeenBatch | None:
+        """What is kept of a batch to be drawn."""
+        return SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self.subnet_transform, num_blocks)
+
     def settings(self) -> dict[str, Any]:
         """What has to be the same when a training is resumed."""
-        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self._subnet_transform}
+        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self.subnet_transform}
         return super().settings() | {name: None if x is None else type(x).__name__ for name, x in own.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

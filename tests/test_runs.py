@@ -145,6 +145,12 @@ def test_what_is_no_plan_is_refused(recipe, tmp_path, content, message):
         read_plan(write_plan(tmp_path, **content))
 
 
+def test_a_token_is_no_setting_of_a_plan(recipe):
+    for changes in ({"settings": {"hub_token": "hf_x"}}, {"columns": {"few": {"hub_token": "hf_x"}}}):
+        with pytest.raises(ValueError, match="hub_token would be written with the settings"):
+            make_plan(recipe, **changes)
+
+
 def test_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match="plan.yaml cannot be read as YAML or JSON"):
         read_plan(tmp_path / "plan.yaml")

@@ -748,3 +748,19 @@ def test_plain_training_arguments_train_with_the_defaults(tmp_path):
     trainer.train()
     assert trainer.args.num_subnets == 3
     assert 0.9 <= trainer.state.log_history[0]["subnet_width"] <= 1.0
+
+
+def test_tensorboard_shows_the_parts_of_the_loss_the_sub_networks_and_the_widths(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"logging_steps": 1, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_widths": [0.5]}
+    arguments = config(tmp_path, report_to="tensorboard", resolutions=[32, 24], **settings)
+    trainer = GradAugTrainer(plain_timm(), arguments, train_dataset=rows(8), eval_dataset=rows(4))
+    trainer.train()
+    (run,) = (tmp_path / "runs").iterdir()
+    shown = EventAccumulator(str(run)).Reload()
+    parts = ("loss", "loss_full", "loss_subnets", "subnet_width", "subnet_resolution")
+    for name, tag in [*((part, f"train/{part}") for part in parts), ("eval_width0.5_loss", "eval/width0.5_loss")]:
+        logged = {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+        assert {event.step: event.value for event in shown.Scalars(tag)} == pytest.approx(logged)
+        assert logged

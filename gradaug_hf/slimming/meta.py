@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gradaug_hf.slimming.patching import unpatch
+from gradaug_hf.sync_batchnorm import run_without_gpu
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -32,6 +33,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     # The memo also keeps the originals' ids valid while they are copied.
     copied = copy.deepcopy(model, memo)
     unpatch(copied)
+    run_without_gpu(copied)
     return copied
 
 
