@@ -57,7 +57,7 @@ class ReportingTrainer(Trainer):
             metadata: keyword arguments of `Trainer.create_model_card`; they win over `card_metadata`.
         """
         if self.is_world_process_zero():
-            write_model_card(self, Path(self.args.output_dir), **{**self.card_metadata, **metadata})
+            self._write_card(Path(self.args.output_dir), {**self.card_metadata, **metadata})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer.save_model`, with the model card and, unless it is for a checkpoint, `plots`."""
@@ -67,7 +67,10 @@ class ReportingTrainer(Trainer):
             is_checkpoint = _internal_call and output_dir is not None
             if not is_checkpoint:
                 self._plot_if_possible(folder / PLOTS)
-            write_model_card(self, folder, **self.card_metadata)
+            self._write_card(folder, self.card_metadata)
+
+    def _write_card(self, folder: Path, metadata: dict[str, Any]) -> None:
+        write_model_card(self, folder, **metadata)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         card = Path(checkpoint_folder) / CARD  # Trainer copies the weights and their configuration

@@ -84,6 +84,8 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         PushError: `args.push_to_hub` is True, and the Hub refuses or cannot be reached.
     """
 
+    _objective_class: type[GradAug] = GradAug
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
@@ -231,7 +233,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
             self._settle_resolutions(self.model, self._side(images))
         args = self.args
-        return GradAug(
+        return self._objective_class(
             model,
             num_subnets=args.num_subnets,
             min_width=args.min_width,

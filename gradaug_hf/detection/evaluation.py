@@ -11,6 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from gradaug_hf.results import markdown_table
+
 # The first of COCO's twelve figures.
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 KINDS = {"box": "bbox", "mask": "segm"}
@@ -64,6 +66,17 @@ def average_precision(coco: COCO, results: Sequence[dict[str, Any]], masks: bool
             evaluation.summarize()
             figures |= {f"{kind}_{name}": float(value) for name, value in zip(FIGURES, evaluation.stats, strict=False)}
     return figures
+
+
+def precision_table(figures: Mapping[str, float]) -> str:
+    """Average precisions in 0..1 as a Markdown table in %; a dash where there is no object to find."""
+    kinds = [kind for kind in KINDS if f"{kind}_AP" in figures]
+    rows = [[kind, *(_percent(figures[f"{kind}_{name}"]) for name in FIGURES)] for kind in kinds]
+    return markdown_table(("%", *(name.replace("_", " ") for name in FIGURES)), rows)
+
+
+def _percent(share: float) -> str:
+    return "-" if share < 0 else f"{share:.2%}"[:-1]
 
 
 def _detected(coco: COCO, results: Sequence[dict[str, Any]], kind: str) -> COCO:

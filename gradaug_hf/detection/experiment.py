@@ -15,13 +15,13 @@ from gradaug_hf.config import GradAugConfig
 from gradaug_hf.detection.arguments import DetectionArguments, parse
 from gradaug_hf.detection.coco import CocoImages, find_images
 from gradaug_hf.detection.detector import Detector, create_detector
-from gradaug_hf.detection.evaluation import FIGURES, KINDS
+from gradaug_hf.detection.evaluation import precision_table
 from gradaug_hf.detection.trainer import DetectionTrainer
 from gradaug_hf.experiment import FAULTS, SETTINGS, RecipeTrainer, complete_config, errors_as_messages
 from gradaug_hf.launch import process_state
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.pushing import PushError
-from gradaug_hf.results import RESULTS, markdown_table, run_context
+from gradaug_hf.results import RESULTS, run_context
 from gradaug_hf.seeded_data import SeededDataset
 from gradaug_hf.threads import use_all_cores
 
@@ -63,6 +63,8 @@ def run(settings: Mapping[str, Any], description: str | None) -> None:
     with errors_as_messages(ResumeError, PushError), errors_as_messages(*FAULTS, of_one_process=True):
         results = train(trainer) if config.do_train else {}
         figures = evaluate(trainer)
+    if config.do_train:
+        trainer.create_model_card()
     if config.should_save:
         write(results | figures, trainer.detections, args, config)
         print(f"\n{args.val_annotations}\n\n{precision_table(figures)}\n\nwrote {RESULTS} to {config.output_dir}")
@@ -140,14 +142,3 @@ def write(
     content["versions"]["pycocotools"] = version("pycocotools")
     (folder / RESULTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / DETECTIONS).write_text(json.dumps(detections) + "\n", encoding="utf-8")
-
-
-def precision_table(figures: Mapping[str, float]) -> str:
-    """Average precisions in 0..1 as a Markdown table in %; a dash where there is no object to find."""
-    kinds = [kind for kind in KINDS if f"{kind}_AP" in figures]
-    rows = [[kind, *(_percent(figures[f"{kind}_{name}"]) for name in FIGURES)] for kind in kinds]
-    return markdown_table(("%", *(name.replace("_", " ") for name in FIGURES)), rows)
-
-
-def _percent(share: float) -> str:
-    return "-" if share < 0 else f"{share:.2%}"[:-1]

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from transformers import DataCollator, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from gradaug_hf.checks import check_checkpointing
+from gradaug_hf.detection.card import write_detector_card
 from gradaug_hf.detection.coco import CocoImages, collate
 from gradaug_hf.detection.detector import Detector, padded
 from gradaug_hf.detection.evaluation import as_coco_results, average_precision
+from gradaug_hf.history import at_step
 from gradaug_hf.objective import GradAug, Pass
 from gradaug_hf.resolutions import ResolutionTrial, default_resolutions
 from gradaug_hf.slimming import slicing_report
@@ -95,6 +98,8 @@ class DetectionTrainer(GradAugTrainer):
         ValueError: a setting is about classes rather than objects, or they do not fit each other.
     """
 
+    _objective_class = DetectionGradAug
+
     def __init__(
         self,
         model: Detector,
@@ -127,20 +132,6 @@ class DetectionTrainer(GradAugTrainer):
         self._resolutions = self.args.resolutions or default_resolutions(network.settings.min_size)
         self._resolution_trial = ResolutionTrial(network.bottom_up)
         self._resolution_trial.check(sorted({padded(side) for side in self._resolutions}))
-
-    def _make_objective(self, model: nn.Module, images: Sequence[Tensor]) -> DetectionGradAug:
-        args = self.args
-        return DetectionGradAug(
-            model,
-            num_subnets=args.num_subnets,
-            min_width=args.min_width,
-            max_width=args.max_width,
-            resolutions=self._resolutions,
-            width_levels=args.width_levels,
-            kl_weight=args.kl_weight,
-            seed=args.seed,
-            sampler=self._subnet_sampler,
-        )
 
     def _side(self, images: Sequence[Tensor]) -> int:
         return self._detector.settings.min_size
@@ -201,6 +192,18 @@ class DetectionTrainer(GradAugTrainer):
         return found
 
     # ---- checkpoint ----
+
+    def _write_card(self, folder: Path, metadata: dict[str, Any]) -> None:
+        write_detector_card(
+            folder,
+            self._detector.settings,
+            at_step(self.evaluations, self.state.global_step),
+            name=metadata.get("model_name") or Path(self.args.output_dir).absolute().name,
+            source=self.hub_model_id or folder.absolute().name,
+            num_subnets=self.args.num_subnets,
+            license=metadata.get("license"),
+            tags=metadata.get("tags") or (),
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -219,6 +219,22 @@ def test_evaluation_is_that_of_pycocotools_on_its_detections(write_coco, tmp_pat
     assert {name: metrics[f"eval_{name}"] for name in expected} == expected
 
 
+def test_the_card_of_a_detector_says_what_it_is_and_an_edited_one_stays(data, tmp_path):
+    args = settings(tmp_path, per_device_eval_batch_size=4)
+    trainer = DetectionTrainer(make_detector(), args, train_dataset=data, eval_dataset=data)
+    trainer.evaluate()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "pipeline_tag: image-segmentation" in card
+    assert "Mask R-CNN of torchvision with a feature pyramid on `test_resnet`, for 2 categories" in card
+    assert "| box " in card and "| mask " in card
+    assert "classif" not in card
+    assert f'Detector.load("{tmp_path.name}")' in card
+    (tmp_path / "README.md").write_text("my own")
+    trainer.save_model()
+    assert (tmp_path / "README.md").read_text() == "my own"
+
+
 def test_images_of_other_categories_are_refused(write_coco, content, data, tmp_path):
     content["categories"] = [{"id": 3, "name": "green"}, {"id": 7, "name": "blue"}]
     other = CocoImages(*write_coco(content))
