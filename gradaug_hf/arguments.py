@@ -34,8 +34,8 @@ class ExperimentArguments:
         default="resnet50",
         metadata={
             "help": (
-                "Name of a timm network, which is trained from scratch; or a Hub id or a folder of timm or "
-                "transformers, whose weights are loaded."
+                "Name of a timm network, which is trained from scratch; or a Hub id, as user/name or "
+                "user/name@revision, or a folder, of timm or transformers, whose weights are loaded."
             )
         },
     )
@@ -74,6 +74,10 @@ class ExperimentArguments:
     streaming: bool = field(
         default=False, metadata={"help": "Whether to read the images while training instead of downloading first."}
     )
+    skip_bad_images: bool = field(
+        default=False,
+        metadata={"help": "Whether to leave out, and count, images that cannot be decoded instead of stopping."},
+    )
     batch_size: int = field(
         default=128,
         metadata={"help": "Images in an optimiser step, over all processes and accumulated batches."},
@@ -98,6 +102,7 @@ class ExperimentArguments:
             self._check(name, value is None or value >= 1, "at least 1")
         for name in ("drop_path_rate", "drop_block_rate", "shake_drop_rate"):
             self._check(name, 0 <= (getattr(self, name) or 0) < 1, "in [0, 1)")
+        self._check("skip_bad_images", not (self.skip_bad_images and self.streaming), "False with streaming")
         self._check("warmup_epochs", self.warmup_epochs >= 0, "at least 0")
         self._check("lr_drops", all(0 < share < 1 for share in self.lr_drops), "a list of shares in (0, 1)")
 
@@ -125,33 +130,50 @@ def parse(
         SystemExit: a flag is not known, or its value has a wrong type.
     """
     parser = HfArgumentParser((ExperimentArguments, GradAugConfig), description=description)
+    given = given_settings(parser, settings, argv)
+    method = given.get("method", settings.get("method", ExperimentArguments.method))
+    return parser.parse_dict({**settings, **methods[method], **given, "method": method})
+
+
+def given_settings(parser: HfArgumentParser, settings: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """What flags and a file set, and what gives way to that, by name of the field.
+
+    Args:
+        parser: knows the fields.
+        settings: what the recipe sets, for --help.
+        argv: flags, after the name of a YAML or JSON file if there is one.
+
+    Raises:
+        ValueError: a setting is not for the user to set, or the file is not one of settings.
+        SystemExit: a flag is not known, or its value has a wrong type.
+    """
     parser.set_defaults(**settings)
     from_file = {}
     if argv and argv[0].endswith(FILE_ENDINGS):
-        from_file, argv = _read_settings(argv[0]), argv[1:]
-    given = _given(parser, [*_as_flags(from_file), *argv])
+        from_file, argv = _read_settings(argv[0], _names(parser)), argv[1:]
+    given = _given(parser, [*as_flags(from_file), *argv])
     given = {name: value for name, value in from_file.items() if _is_empty(value)} | given
     if "per_device_train_batch_size" in given:
         raise ValueError("per_device_train_batch_size follows from batch_size, the images in a step; set that instead")
-    method = given.get("method", settings.get("method", ExperimentArguments.method))
-    replaced = dict(GIVES_WAY[name] for name in given if name in GIVES_WAY)
-    return parser.parse_dict({**settings, **methods[method], **replaced, **given, "method": method})
+    return dict(GIVES_WAY[name] for name in given if name in GIVES_WAY) | given
+
+
+def _names(parser: HfArgumentParser) -> list[str]:
+    return [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
 
 
 def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     """Values of the flags that are there, of the right types, without defaults."""
-    names = [f.name for kind in parser.dataclass_types for f in fields(kind) if f.init]
     absent = object()
-    parsed = parser.parse_args(argv, Namespace(**dict.fromkeys(names, absent)))
+    parsed = parser.parse_args(argv, Namespace(**dict.fromkeys(_names(parser), absent)))
     return {name: value for name, value in vars(parsed).items() if value is not absent}
 
 
-def _read_settings(file: str) -> dict[str, Any]:
+def _read_settings(file: str, known: Sequence[str]) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML as well
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read as YAML or JSON: {error}") from error
-    known = {f.name for kind in (ExperimentArguments, GradAugConfig) for f in fields(kind) if f.init}
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}; expected settings by name, such as `seed: 1`")
     if unknown := sorted(str(name) for name in content if name not in known):
@@ -163,8 +185,11 @@ def _is_empty(value: Any) -> bool:
     return value is None or value == []
 
 
-def _as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as flags, so that a file's values are read as those of the command line are, 1e-4 for example."""
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags, without those that are empty.
+
+    A file's values are thereby read as those of the command line are, 1e-4 for example.
+    """
     flags = []
     for name, value in settings.items():
         if not _is_empty(value):

@@ -1,11 +1,13 @@
 """Checks of the output folder, of how the processes were launched, and of labels, each before any long work."""
 
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel
 
@@ -19,23 +21,48 @@ def check_output_dir(args: GradAugConfig) -> None:
     Raises:
         ValueError: the folder cannot be written.
     """
-    if not args.should_save:
-        return
+    if args.should_save:
+        check_writable(args.output_dir)
+
+
+def check_writable(output_dir: str) -> None:
+    """Make a folder, and a file in it for a moment.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
     try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir):
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
             pass
     except OSError as error:
-        raise ValueError(f"output_dir is {args.output_dir!r}, which cannot be written: {error}") from error
+        raise ValueError(f"output_dir is {output_dir!r}, which cannot be written: {error}") from error
 
 
-def check_launch(args: GradAugConfig, deepspeed: bool, fsdp: bool) -> None:
+def check_sharding(args: GradAugConfig, deepspeed: DeepSpeedPlugin | None = None) -> None:
+    """Make sure that each process holds whole parameters.
+
+    Args:
+        args: the settings.
+        deepspeed: DeepSpeed's, if it is in use.
+
+    Raises:
+        ValueError: parameters are split, or are asked to be; on the CPU accelerate would not do so and not say it.
+    """
+    fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if fsdp or args.parallelism_config or (deepspeed is not None and deepspeed.zero_stage == 3):
+        raise ValueError(
+            "FSDP, DeepSpeed's ZeRO-3 and tensor parallelism split the parameters that sub-networks take their slices "
+            "of; use DDP, without fsdp, parallelism_config and stage 3"
+        )
+
+
+def check_launch(args: GradAugConfig, deepspeed: bool) -> None:
     """Make sure that the processes and the optimiser bear several backward passes in a step.
 
     Args:
         args: the settings.
         deepspeed: whether DeepSpeed is in use.
-        fsdp: whether FSDP is in use.
 
     Raises:
         ValueError: they do not; says what to do.
@@ -45,8 +72,6 @@ def check_launch(args: GradAugConfig, deepspeed: bool, fsdp: bool) -> None:
             f"one process sees {args.n_gpu} GPUs and would use DataParallel, under which sub-networks do not work; "
             f"start one process for each: accelerate launch --num_processes {args.n_gpu} SCRIPT"
         )
-    if fsdp:
-        raise ValueError("FSDP shards the parameters that sub-networks take their slices of; use DDP, without fsdp")
     if args.ddp_static_graph:
         raise ValueError("ddp_static_graph is True, but the graph differs from sub-network to sub-network; set False")
     if args.subnet_backward == "joint":

@@ -1,9 +1,13 @@
 """GradAugConfig: the settings of GradAugTrainer."""
 
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers import TrainingArguments
 
+from gradaug_hf.launch import check_processes, meets_on_cpu
+from gradaug_hf.objective import SUBNET_TARGETS
 from gradaug_hf.subnets import SubnetSampler
 
 SUBNET_BACKWARDS = ("sequential", "joint")
@@ -14,7 +18,8 @@ class GradAugConfig(TrainingArguments):
     """Settings of GradAugTrainer: the following, and those of `transformers.TrainingArguments`.
 
     Training on images needs three defaults that differ from `TrainingArguments`: `remove_unused_columns=False`,
-    `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`.
+    `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`. A fourth is `logging_nan_inf_filter=False`: a
+    loss that is not finite ends the training, and to look at it in each step would make an accelerator wait.
 
     Args:
         num_subnets: Number of sub-networks in each training step, at least 0; 0 is plain training.
@@ -26,21 +31,28 @@ class GradAugConfig(TrainingArguments):
             blocks at random, "width+depth": both.
         min_survival: With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it
             falls linearly from 1 at the first.
+        subnet_interval: With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the
+            others, which cost as much as plain training; at least 1.
         width_divisor: Channel counts are rounded to the nearest multiple of it, at least 1; 1 is exact to the paper,
             8 suits tensor cores.
         width_levels: Number of evenly spaced widths to draw from, at least 2; by default widths are drawn
             continuously, as in the paper.
-        kl_weight: Weight of the sub-networks' KL divergences in the loss, at least 0.
+        kl_weight: Weight of the sub-networks' losses, at least 0.
+        subnet_target: What sub-networks learn; "soft": the full network's prediction (in-place distillation), by KL
+            divergence, "label": the labels, by cross-entropy.
         subnet_backward: "sequential" runs the backward of each pass before the next one, in the memory of plain
             training; "joint" runs one for all of them.
+        sync_batchnorm: Whether batch norm takes its statistics from the whole batch of all processes, in sub-networks
+            too.
         mixup_alpha: Parameter of Mixup's beta distribution, at least 0; 0 turns Mixup off.
         cutmix_alpha: Parameter of CutMix's beta distribution, at least 0; 0 turns CutMix off.
         mix_prob: Probability with which a batch is mixed, in [0, 1].
         eval_widths: Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in
             (0, 1].
+        ignore_config_change: Whether to resume from a checkpoint that was trained with other settings.
 
     Raises:
-        ValueError: a field is out of its range.
+        ValueError: a field is out of its range, or `accelerate launch --cpu` started one process of several.
     """
 
     num_subnets: int = field(
@@ -82,6 +94,15 @@ class GradAugConfig(TrainingArguments):
             )
         },
     )
+    subnet_interval: int = field(
+        default=1,
+        metadata={
+            "help": (
+                "With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the others, "
+                "which cost as much as plain training; at least 1."
+            )
+        },
+    )
     width_divisor: int = field(
         default=1,
         metadata={
@@ -102,7 +123,16 @@ class GradAugConfig(TrainingArguments):
     )
     kl_weight: float = field(
         default=1.0,
-        metadata={"help": "Weight of the sub-networks' KL divergences in the loss, at least 0."},
+        metadata={"help": "Weight of the sub-networks' losses, at least 0."},
+    )
+    subnet_target: str = field(
+        default="soft",
+        metadata={
+            "help": (
+                'What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
+                'divergence, "label": the labels, by cross-entropy.'
+            )
+        },
     )
     subnet_backward: str = field(
         default="sequential",
@@ -110,6 +140,14 @@ class GradAugConfig(TrainingArguments):
             "help": (
                 '"sequential" runs the backward of each pass before the next one, in the memory of plain '
                 'training; "joint" runs one for all of them.'
+            )
+        },
+    )
+    sync_batchnorm: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Whether batch norm takes its statistics from the whole batch of all processes, in sub-networks too."
             )
         },
     )
@@ -133,6 +171,14 @@ class GradAugConfig(TrainingArguments):
             )
         },
     )
+    ignore_config_change: bool = field(
+        default=False,
+        metadata={"help": "Whether to resume from a checkpoint that was trained with other settings."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether to log other losses in place of ones that are not finite, looked at in each step."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Whether to remove columns that the network's forward does not name."}
     )
@@ -152,15 +198,34 @@ class GradAugConfig(TrainingArguments):
             self.width_levels,
             subnet_mode=self.subnet_mode,
             min_survival=self.min_survival,
+            subnet_interval=self.subnet_interval,
         )
-        choices = ", ".join(map(repr, SUBNET_BACKWARDS))
-        self._check("subnet_backward", self.subnet_backward in SUBNET_BACKWARDS, f"one of {choices}")
+        for name, choices in (("subnet_backward", SUBNET_BACKWARDS), ("subnet_target", SUBNET_TARGETS)):
+            self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
         self._check("width_divisor", isinstance(self.width_divisor, int) and self.width_divisor >= 1, "at least 1")
         for name in ("kl_weight", "mixup_alpha", "cutmix_alpha"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("mix_prob", 0 <= self.mix_prob <= 1, "in [0, 1]")
         self._check("eval_widths", all(0 < width <= 1 for width in self.eval_widths), "a list of widths in (0, 1]")
+        check_processes()
+        self.use_cpu = self.use_cpu or meets_on_cpu()
         super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but the token, since `training_args.bin` is kept and pushed."""
+        return vars(self) | {"hub_token": None}
+
+    def __copy__(self) -> "GradAugConfig":
+        return self._with_state(vars(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GradAugConfig":
+        return self._with_state(deepcopy(vars(self), memo))
+
+    def _with_state(self, state: dict[str, Any]) -> "GradAugConfig":
+        """A copy, which keeps the token that a pickle leaves out."""
+        other = object.__new__(type(self))
+        vars(other).update(state)
+        return other
 
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:
@@ -171,7 +236,7 @@ def as_gradaug_config(args: TrainingArguments) -> GradAugConfig:
     """Training arguments as a GradAugConfig, whose defaults hold for what `TrainingArguments` does not have.
 
     Args:
-        args: returned as they are if they are a GradAugConfig already. Else the three defaults in which the classes
+        args: returned as they are if they are a GradAugConfig already. Else the defaults in which the classes
             differ are GradAugConfig's, where `args` has those of `TrainingArguments`.
     """
     if isinstance(args, GradAugConfig):

@@ -8,7 +8,6 @@ probability when it tests, although its full network never drops a block while t
 
 import pickle
 import re
-import tempfile
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from gradaug_hf import models  # noqa: F401  (registers the paper's networks in timm)
+from gradaug_hf.folders import check_new, new_folder
 from gradaug_hf.hub import save_configs
 
 WRAPPED = "module."
@@ -163,20 +163,11 @@ def convert_file(file: Path, arch: str, output: Path) -> nn.Module:
     Raises:
         ValueError: the file cannot be read or does not fit, or the folder is taken or cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output {output} exists already; a new or an empty folder is accepted")
+    check_new(output)
     network, state = convert(read_weights(file), arch)
-    parent = output.resolve().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent) as scratch:
-            folder = Path(scratch, "checkpoint")
-            folder.mkdir()
-            save_configs(network, folder)
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-            folder.replace(output.resolve())
-    except OSError as error:
-        raise ValueError(f"output {output} cannot be written: {error}") from error
+    with new_folder(output) as folder:
+        save_configs(network, folder)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return network
 
 

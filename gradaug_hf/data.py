@@ -39,6 +39,14 @@ SHUFFLE_BUFFER = 2000
 STREAM_BATCH = 16
 
 
+class UnreadableImageError(ValueError):
+    """An image cannot be decoded."""
+
+    def __str__(self) -> str:
+        # A worker process of a data loader raises it with its whole traceback as the message.
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
 def load_image_data(
     name: str,
     *,
@@ -208,7 +216,7 @@ def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Datas
 
     Returns:
         Data whose examples are `pixel_values`, a tensor (3, H, W), and `labels`, an int. Reading an example raises
-        `ValueError` with its row where the image cannot be decoded.
+        `UnreadableImageError` with its row where the image cannot be decoded.
     """
     if isinstance(split, IterableDataset):
         read = partial(_read_batch, transform=transform, split=str(split.split))
@@ -423,19 +431,29 @@ def _hold_out(split: Dataset, seed: int) -> DatasetDict:
 
 def _read_batch(batch: dict[str, list], transform: Transform, split: str) -> dict[str, list]:
     rows = batch.get("row", [None] * len(batch["image"]))
-    images = (_decode(image, row, split) for image, row in zip(batch["image"], rows, strict=True))
+    images = (decode(image, row, split) for image, row in zip(batch["image"], rows, strict=True))
     return {"pixel_values": [transform(image) for image in images], "labels": batch["label"]}
 
 
-def _decode(encoded: dict | None, row: int | None, split: str) -> PIL.Image.Image:
+def decode(encoded: dict | None, row: int | None, split: str) -> PIL.Image.Image:
+    """An image in RGB.
+
+    Args:
+        encoded: its `bytes` and `path`, of which one may be None.
+        row: its position in the split, for the error; None if it is not known.
+        split: name of the split.
+
+    Raises:
+        UnreadableImageError: it cannot be decoded.
+    """
     place = f"split {split}" if row is None else f"row {row} of split {split}"
     if encoded is None:
-        raise ValueError(f"there is no image in {place}")
+        raise UnreadableImageError(f"there is no image in {place}")
     try:
         return _to_rgb(Image().decode_example(encoded))
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         file = f" ({encoded['path']})" if encoded["path"] else ""
-        raise ValueError(f"the image in {place}{file} cannot be decoded: {error}") from error
+        raise UnreadableImageError(f"the image in {place}{file} cannot be decoded: {error}") from error
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

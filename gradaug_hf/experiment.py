@@ -2,16 +2,16 @@
 
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -21,10 +21,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from gradaug_hf.arguments import ExperimentArguments, parse
+from gradaug_hf.bad_images import SkippingDataset, readable_images
+from gradaug_hf.checkpoints import CheckpointError, ResumeError
 from gradaug_hf.config import GradAugConfig
 from gradaug_hf.data import (
     SHUFFLE_BUFFER,
     Transform,
+    UnreadableImageError,
     balanced_subset,
     class_names,
     load_image_data,
@@ -33,6 +36,8 @@ from gradaug_hf.data import (
     take_images,
     with_pixels,
 )
+from gradaug_hf.launch import process_state
+from gradaug_hf.loss_watch import NonFiniteLossError
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.methods import NETWORK_ARGUMENTS, check_method
 from gradaug_hf.metrics import topk_accuracy
@@ -44,7 +49,10 @@ from gradaug_hf.networks import (
     load_network,
     pixel_statistics,
 )
+from gradaug_hf.preprocessing import image_processor_of
+from gradaug_hf.pushing import PushError
 from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
+from gradaug_hf.seeded_data import SeededDataset, SeededStream
 from gradaug_hf.threads import use_all_cores
 from gradaug_hf.trainer import GradAugTrainer
 from gradaug_hf.transforms import RandomQuarterTurn
@@ -67,7 +75,12 @@ SETTINGS = {
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 MOMENTUM = 0.9
+Loaded = TypeVar("Loaded")
 LAST = "last"
+# What can go wrong while training.
+FAULTS = (CheckpointError, NonFiniteLossError, UnreadableImageError)
+# Of ExperimentArguments, what a training that is resumed may change.
+CHANGEABLE = ("batch_size", "eval_split", "max_eval_samples", "skip_bad_images")
 
 
 @dataclass(frozen=True)
@@ -97,11 +110,19 @@ class RecipeTrainer(GradAugTrainer):
     Args:
         trainer_args: positional arguments of GradAugTrainer.
         lr_drops: shares of the training after which the learning rate is a tenth; none: `lr_scheduler_type` holds.
+        experiment: what else has to be the same when the training is resumed, by name.
         kwargs: keyword arguments of GradAugTrainer.
     """
 
-    def __init__(self, *trainer_args: Any, lr_drops: Sequence[float] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *trainer_args: Any,
+        lr_drops: Sequence[float] = (),
+        experiment: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.lr_drops = lr_drops
+        self.experiment = experiment or {}
         self.evaluation_seconds = 0.0
         super().__init__(*trainer_args, **kwargs)
 
@@ -111,6 +132,14 @@ class RecipeTrainer(GradAugTrainer):
         metrics = super().evaluate(*args, **kwargs)
         self.evaluation_seconds += time.perf_counter() - start
         return metrics
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same when a training is resumed."""
+        return super().settings() | dict(self.experiment)
+
+    def training_seconds(self) -> float:
+        """Seconds that the training has taken so far, without those of evaluation."""
+        return super().training_seconds() - self.evaluation_seconds
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """SGD with Nesterov momentum on all parameters, or what another `optim` stands for."""
@@ -141,24 +170,41 @@ class RecipeTrainer(GradAugTrainer):
 
 def run(recipe: Recipe) -> None:
     """Train, or only evaluate, as the command line says; prints accuracies and writes `results.json`."""
-    with errors_as_messages():
+    with errors_as_messages(OSError, ValueError):
         args, config = parse({**SETTINGS, **recipe.settings}, recipe.methods, recipe.description, sys.argv[1:])
+        hide_token(config.hub_token)
         use_all_cores()
         complete(args, config)
         trainer = make_trainer(recipe, args, config)
-    if config.do_train:
-        train(trainer, args)
-    else:
-        evaluate(trainer, args)
+    with errors_as_messages(ResumeError, PushError), errors_as_messages(*FAULTS, of_one_process=True):
+        if config.do_train:
+            train(trainer, args)
+            push(trainer)
+        else:
+            evaluate(trainer, args)
+
+
+def hide_token(token: str | None) -> None:
+    """Take a token out of the command line, which results, model cards and loggers keep."""
+    if token:
+        sys.argv[:] = [word.replace(token, "<HUB_TOKEN>") for word in sys.argv]
 
 
 @contextmanager
-def errors_as_messages() -> Iterator[None]:
-    """End the process with the message of an error about its arguments or data, printed once and without a trace."""
+def errors_as_messages(*kinds: type[Exception], of_one_process: bool = False) -> Iterator[None]:
+    """End the process with the message of an error that the user can do something about, without a trace.
+
+    Args:
+        kinds: of errors that are such; others are raised.
+        of_one_process: whether a process may be the only one with the error, so that each says its own.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}" if PartialState().is_main_process else 1) from error
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except kinds as error:
+        speaks = of_one_process or process_state().is_main_process
+        raise SystemExit(f"error: {error}" if speaks else 1) from error
 
 
 def complete(args: ExperimentArguments, config: GradAugConfig) -> None:
@@ -167,25 +213,39 @@ def complete(args: ExperimentArguments, config: GradAugConfig) -> None:
     Raises:
         ValueError: the arguments do not fit each other or the number of processes.
     """
+    if config.output_dir is None:
+        config.output_dir = str(Path("outputs") / f"{Path(args.model).name}-{args.method}-seed{config.seed}")
+    complete_config(config, args.batch_size, args.warmup_epochs)
+
+
+def complete_config(config: GradAugConfig, batch_size: int, warmup_epochs: float) -> None:
+    """Settle what of the Trainer's settings follows from those of a recipe.
+
+    Args:
+        config: the settings, with an `output_dir`; changed in place.
+        batch_size: images in an optimiser step, over all processes and accumulated batches.
+        warmup_epochs: epochs in which the learning rate rises.
+
+    Raises:
+        ValueError: the settings do not fit each other or the number of processes.
+    """
     if not (config.do_train or config.do_eval):
         raise ValueError("do_train and do_eval are both False, so there is nothing to do")
     if config.load_best_model_at_end:
         raise ValueError("load_best_model_at_end is True, but results are those of the final epoch; leave it out")
-    if config.output_dir is None:
-        config.output_dir = str(Path("outputs") / f"{Path(args.model).name}-{args.method}-seed{config.seed}")
     devices = config.world_size * max(1, config.n_gpu)
     batches = devices * config.gradient_accumulation_steps
-    if args.batch_size % batches:
+    if batch_size % batches:
         raise ValueError(
-            f"batch_size is {args.batch_size}, which {devices} processes with gradient_accumulation_steps "
+            f"batch_size is {batch_size}, which {devices} processes with gradient_accumulation_steps "
             f"{config.gradient_accumulation_steps} cannot share; it must be a multiple of {batches}"
         )
-    config.per_device_train_batch_size = args.batch_size // batches
+    config.per_device_train_batch_size = batch_size // batches
     config.dataloader_persistent_workers &= config.dataloader_num_workers > 0
-    if args.warmup_epochs >= config.num_train_epochs and args.warmup_epochs > 0:
-        raise ValueError(f"warmup_epochs is {args.warmup_epochs}; it must be below num_train_epochs")
-    if args.warmup_epochs > 0:
-        config.warmup_steps = args.warmup_epochs / config.num_train_epochs
+    if warmup_epochs >= config.num_train_epochs and warmup_epochs > 0:
+        raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be below num_train_epochs")
+    if warmup_epochs > 0:
+        config.warmup_steps = warmup_epochs / config.num_train_epochs
     if config.resume_from_checkpoint == LAST:
         config.resume_from_checkpoint = (
             get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
@@ -216,31 +276,51 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
             recipe.initialise(network)
     else:
         network = load_network(args.model, len(class_names(data)))
-    processor = image_processor(args.model)
-    statistics = pixel_statistics(network, processor)
-    return RecipeTrainer(
+    statistics = pixel_statistics(network, image_processor(args.model))
+    evaluation = recipe.transform(False, **statistics)
+    trainer = RecipeTrainer(
         network,
         config,
-        train_dataset=with_pixels(data["train"], recipe.transform(True, **statistics)),
-        eval_dataset=with_pixels(data["eval"], recipe.transform(False, **statistics)),
+        train_dataset=training_images(data["train"], recipe.transform(True, **statistics), args, config.seed),
+        eval_dataset=with_pixels(data["eval"], evaluation),
         compute_metrics=topk_accuracy,
-        processing_class=processor,
+        processing_class=image_processor_of(evaluation, network),
         subnet_transform=RandomQuarterTurn() if args.subnet_rotation else None,
         lr_drops=args.lr_drops,
+        experiment={name: value for name, value in asdict(args).items() if name not in CHANGEABLE},
     )
+    trainer.card_metadata = {"dataset": args.dataset_name, "dataset_args": args.dataset_config_name}
+    if is_checkpoint(args.model):
+        trainer.card_metadata["finetuned_from"] = args.model
+    return trainer
+
+
+def training_images(
+    split: Dataset | IterableDataset, transform: Transform, args: ExperimentArguments, seed: int
+) -> SeededDataset | SeededStream:
+    """Images to train on, whose augmentation is a function of the seed, so that a training can be resumed exactly."""
+    images = with_pixels(split, transform)
+    if args.streaming:
+        return SeededStream(images, seed)
+    return SeededDataset(SkippingDataset(images) if args.skip_bad_images else images, seed)
 
 
 def load_data_once(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """`load_data` on the main process, and then on the others from its cache."""
+    return first_on_main_process(lambda: load_data(args, seed))
+
+
+def first_on_main_process(load: Callable[[], Loaded]) -> Loaded:
+    """What a function loads, on the main process first; each process fails for a reason of its own."""
     failure = None
-    with PartialState().main_process_first():
+    with process_state().main_process_first():
         try:
-            data = load_data(args, seed)
+            loaded = load()
         except (OSError, ValueError) as error:  # raised once nobody waits, so that each process fails for this reason
             failure = error
     if failure is not None:
         raise failure
-    return data
+    return loaded
 
 
 def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
@@ -263,6 +343,8 @@ def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDat
     for split, number in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
         if number is not None:
             data[split] = take_images(data[split], number, seed)
+    if args.skip_bad_images:
+        data["eval"] = readable_images(data["eval"])
     if args.streaming:
         data["train"] = data["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return data
@@ -289,12 +371,13 @@ def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
     """Train, evaluate after the final epoch, and save the network and `results.json`."""
     config = trainer.args
     with PeakMemory(config.device) as peak:
-        seconds = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint).metrics["train_runtime"]
-    seconds -= trainer.evaluation_seconds
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    seconds = trainer.training_seconds()
+    skipped = images_skipped(trainer) if args.skip_bad_images else 0
     state = trainer.state
     if not any("eval_top1" in entry and entry["step"] == state.global_step for entry in state.log_history):
         trainer.evaluate()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushed once the results are there too
     final = {k: v for entry in state.log_history if entry["step"] == state.global_step for k, v in entry.items()}
     result = Result(
         method=args.method,
@@ -312,7 +395,23 @@ def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
         print(f"\n{args.model} on {args.dataset_name}, seed {config.seed}\n\n{results_table([result])}\n")
         if config.eval_widths:
             print(f"{widths_table(result.widths)}\n")
+        if args.skip_bad_images:
+            print(f"skipped {skipped} training images that cannot be decoded")
         print(f"wrote the network and {RESULTS} to {config.output_dir}")
+
+
+def images_skipped(trainer: RecipeTrainer) -> int:
+    """Number of training images that some process could not decode."""
+    skipped = trainer.train_dataset.dataset.skipped.to(trainer.args.device)
+    return int((trainer.accelerator.reduce(skipped, "sum") > 0).sum())
+
+
+def push(trainer: RecipeTrainer) -> None:
+    """Push the network and its results, if they are to be."""
+    if trainer.args.push_to_hub:
+        commit = trainer.push_to_hub()
+        if trainer.args.should_save:
+            print(f"pushed them to {commit.repo_url}")
 
 
 def evaluate(trainer: RecipeTrainer, args: ExperimentArguments) -> None:

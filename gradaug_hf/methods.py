@@ -61,11 +61,21 @@ def check_method(
     """
     missing = _missing(network_arguments, accepted)
     if missing:
-        possible = [name for name, settings in methods.items() if not _missing(settings, accepted)]
+        possible = methods_for(methods, accepted)
         raise ValueError(
             f"{model} cannot be trained with method {method!r}: it has no {', '.join(missing)}. "
             f"Methods for it: {', '.join(possible)}"
         )
+
+
+def methods_for(methods: Mapping[str, Mapping[str, Any]], accepted: set[str]) -> list[str]:
+    """Names of the methods that a network can be trained by.
+
+    Args:
+        methods: what each method sets.
+        accepted: parameters of the network's constructor.
+    """
+    return [name for name, settings in methods.items() if not _missing(settings, accepted)]
 
 
 def _missing(settings: Mapping[str, Any], accepted: set[str]) -> list[str]:

@@ -1,6 +1,9 @@
 """Accuracy for evaluation, and running means for the log."""
 
+from typing import Any
+
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import EvalPrediction
 
@@ -45,3 +48,26 @@ class RunningMeans:
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
+
+    def state(self) -> dict[str, list[Any]]:
+        """What `load` needs to go on counting, for JSON: the sum, its dtype if it is a tensor, and the count."""
+        return {
+            name: [
+                float(total),
+                str(total.dtype).removeprefix("torch.") if isinstance(total, Tensor) else None,
+                self._counts[name],
+            ]
+            for name, total in self._sums.items()
+        }
+
+    def load(self, state: dict[str, list[Any]], device: torch.device) -> None:
+        """Go on counting from a `state`.
+
+        Args:
+            state: what another object's `state` returned.
+            device: where tensors lie.
+        """
+        for name, (total, dtype, count) in state.items():
+            tensor = None if dtype is None else torch.tensor(total, dtype=getattr(torch, dtype), device=device)
+            self._sums[name] = total if tensor is None else tensor
+            self._counts[name] = count

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import Subnet, SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.transforms import ImageTransform, check_images, transform_for_subnet
 
+SUBNET_TARGETS = ("soft", "label")
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -23,13 +25,13 @@ class Pass:
 
     Args:
         loss: its part of the objective, a scalar with its graph.
-        logits: (N, classes), detached.
+        logits: (N, classes), detached; None where an objective has none.
         subnet: the sub-network; None for the full network.
         dropped: indices of the residual blocks that it left out, among those that can be.
     """
 
     loss: Tensor
-    logits: Tensor
+    logits: Tensor | None = None
     subnet: Subnet | None = None
     dropped: frozenset[int] = frozenset()
 
@@ -55,13 +57,16 @@ class GradAug:
         resolutions: sides in pixels, one of which is drawn for each sub-network; None: 1, 6/7, 5/7 and 4/7 of the side
             of the first batch.
         width_levels: None draws widths uniformly from [min_width, max_width]; k draws from k evenly spaced ones.
-        kl_weight: weight of the sub-networks' divergences, at least 0.
+        kl_weight: weight of the sub-networks' losses, at least 0.
+        subnet_target: what sub-networks learn; "soft": the full network's prediction (in-place distillation), by KL
+            divergence, "label": the labels, by cross-entropy.
         label_smoothing: of the full network's cross-entropy, in [0, 1].
         seed: of the sub-networks that are drawn.
         subnet_mode: what a sub-network leaves out; "width": its last channels, "depth": residual blocks at random,
             "width+depth": both.
         min_survival: with "depth", probability in (0, 1] with which the last residual block is kept; it falls linearly
             from 1 at the first.
+        subnet_interval: k runs the sub-networks in steps 0, k, 2k and so on, and the full network alone in the others.
         sampler: draws the sub-networks; the settings above that are about them then have no effect.
         transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized.
 
@@ -79,22 +84,36 @@ class GradAug:
         resolutions: Sequence[int] | None = None,
         width_levels: int | None = None,
         kl_weight: float = 1.0,
+        subnet_target: str = "soft",
         label_smoothing: float = 0.0,
         seed: int = 0,
         subnet_mode: str = "width",
         min_survival: float = 0.8,
+        subnet_interval: int = 1,
         sampler: SubnetSampler | None = None,
         transform: ImageTransform | None = None,
     ) -> None:
         if not kl_weight >= 0:
             raise ValueError(f"kl_weight is {kl_weight!r}; it must be at least 0")
+        if subnet_target not in SUBNET_TARGETS:
+            choices = ", ".join(map(repr, SUBNET_TARGETS))
+            raise ValueError(f"subnet_target is {subnet_target!r}; it must be one of {choices}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 1]")
         self.sampler = sampler or SubnetSampler(
-            num_subnets, min_width, max_width, resolutions, width_levels, seed, subnet_mode, min_survival
+            num_subnets,
+            min_width,
+            max_width,
+            resolutions,
+            width_levels,
+            seed,
+            subnet_mode,
+            min_survival,
+            subnet_interval,
         )
         self._use_default_resolutions = sampler is None and resolutions is None
         self.kl_weight = kl_weight
+        self.subnet_target = subnet_target
         self.label_smoothing = label_smoothing
         self.transform = transform
         self.step = 0
@@ -163,18 +182,35 @@ class GradAug:
             subnets: the sub-networks.
             inputs: further keyword arguments of the network.
         """
-        check_images(images)
-        logits = logits_of(self.model(images, **inputs), len(labels))
-        target = logits.detach()
-        yield Pass(cross_entropy(logits, labels, self.label_smoothing), target)
-        del logits
+        full = self._full_pass(images, labels, inputs)
+        target = full.logits
+        yield full
+        del full
         for subnet in subnets:
-            transformed = transform_for_subnet(images, subnet, self.transform)
             dropped = self._dropped_blocks(subnet)
             with subnet_pass(self.model, subnet.width, dropped):
-                logits = logits_of(self.model(transformed, **inputs), len(labels))
-                yield Pass(self.kl_weight * soft_target_divergence(logits, target), logits.detach(), subnet, dropped)
-                del logits
+                current = self._subnet_pass(images, labels, target, subnet, inputs)
+                yield replace(current, subnet=subnet, dropped=dropped)
+                del current
+
+    def _full_pass(self, images: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Pass:
+        """The full network's pass; its logits are the target of the sub-networks."""
+        check_images(images)
+        logits = logits_of(self.model(images, **inputs), len(labels))
+        return Pass(cross_entropy(logits, labels, self.label_smoothing), logits.detach())
+
+    def _subnet_pass(
+        self, images: Tensor, labels: Tensor, target: Tensor, subnet: Subnet, inputs: dict[str, Any]
+    ) -> Pass:
+        """A sub-network's pass, with the model at its width."""
+        transformed = transform_for_subnet(images, subnet, self.transform)
+        logits = logits_of(self.model(transformed, **inputs), len(labels))
+        return Pass(self.kl_weight * self._subnet_loss(logits, target, labels), logits.detach())
+
+    def _subnet_loss(self, logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+        if self.subnet_target == "label":
+            return cross_entropy(logits, labels, self.label_smoothing)
+        return soft_target_divergence(logits, target)
 
     def _dropped_blocks(self, subnet: Subnet) -> frozenset[int]:
         num_blocks = num_droppable_blocks(self.model)

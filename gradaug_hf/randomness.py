@@ -32,9 +32,18 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
         device: of what is drawn inside.
     """
     with random_states_kept(device):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
+        seed_everything(seed)
         if device.type != "cpu":
             torch.get_device_module(device.type).manual_seed(seed)
         yield
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global random numbers of Python, NumPy and torch on the CPU.
+
+    Args:
+        seed: at least 0.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)

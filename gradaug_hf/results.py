@@ -1,22 +1,20 @@
-"""Results of training runs: table, JSON and plot; `python -m gradaug_hf.results DIR...` compares finished ones."""
+"""Results of training runs: table and JSON; `python -m gradaug_hf.results DIR...` compares finished ones."""
 
 import json
-import platform
 import statistics
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-VERSIONS_OF = ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets")
+from gradaug_hf.environment import device_name, public_command, versions
+from gradaug_hf.plots import NEEDS_MATPLOTLIB, plot_comparison
+
 RESULTS = "results.json"
-MARKERS = "osD^v"
-LINE_STYLES = ("--", "-", ":", "-.")
 
 
 @dataclass(frozen=True)
@@ -109,15 +107,24 @@ def save_results(results: Sequence[Result], file: Path, settings: dict[str, Any]
         settings: Settings that the runs shared, the seed among them.
         device: Device on which they ran.
     """
-    content = {
-        "command": " ".join(sys.argv),
-        "settings": settings,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS_OF}},
-        "runs": [asdict(result) for result in results],
-    }
+    content = {**run_context(settings, device), "runs": [asdict(result) for result in results]}
     file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def run_context(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What is needed to get results again: command, settings, device, threads and versions.
+
+    Args:
+        settings: of the run, the seed among them.
+        device: on which it runs.
+    """
+    return {
+        "command": public_command(sys.argv),
+        "settings": settings,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
 
 
 def load_runs(folder: Path) -> list[Run]:
@@ -169,9 +176,9 @@ def comparison_table(groups: Sequence[Sequence[Run]]) -> str:
             runs[0].data,
             str(runs[0].result.steps),
             str(len(runs)),
-            _spread([100 * run.result.top1 for run in runs], 2),
-            _spread([100 * run.result.top5 for run in runs], 2),
-            _spread([run.result.seconds for run in runs], 1),
+            spread([100 * run.result.top1 for run in runs], 2),
+            spread([100 * run.result.top5 for run in runs], 2),
+            spread([run.result.seconds for run in runs], 1),
             f"{max(run.result.peak_memory for run in runs):.0f}",
         )
         for runs in groups
@@ -179,61 +186,10 @@ def comparison_table(groups: Sequence[Sequence[Run]]) -> str:
     return markdown_table(header, rows, text_columns=3)
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and sample deviation of some values as text."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
-
-
-def plot_comparison(groups: Sequence[Sequence[Run]], file: Path) -> None:
-    """Draw top-1 accuracy of each seed of each group, with mean and sample deviation.
-
-    Args:
-        groups: Runs that differ in their seed.
-        file: PNG file to write.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1 + 0.5 * len(groups)), layout="constrained")
-    axes = figure.add_subplot(xlabel="top-1 accuracy (%)")
-    for row, runs in enumerate(groups):
-        top1 = [100 * run.result.top1 for run in runs]
-        deviation = statistics.stdev(top1) if len(top1) > 1 else 0
-        axes.errorbar(statistics.mean(top1), row, xerr=deviation, fmt="D", color="black", capsize=4)
-        axes.plot(top1, [row] * len(top1), "|", color="0.4", markersize=14)
-    labels = [f"{runs[0].result.method}, {runs[0].model}, {runs[0].result.steps} steps" for runs in groups]
-    axes.set_yticks(range(len(groups)), labels)
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
-
-
-def plot_curves(results: Sequence[Result], file: Path, title: str) -> None:
-    """Draw top-1 accuracy against the share of the training, a curve for each run.
-
-    Curves differ in line style, marker and lightness, so that colour need not be seen.
-
-    Args:
-        results: Results of at most five runs.
-        file: PNG file to write.
-        title: Title of the plot.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="share of the training steps (%)", ylabel="top-1 accuracy (%)")
-    for index, result in enumerate(results):
-        steps, accuracies = zip(*result.curve, strict=True)
-        axes.plot(
-            [100 * step / result.steps for step in steps],
-            [100 * accuracy for accuracy in accuracies],
-            color=str(0.6 * index / max(1, len(results) - 1)),
-            linestyle=LINE_STYLES[index % len(LINE_STYLES)],
-            marker=MARKERS[index % len(MARKERS)],
-            label=f"{result.method}: {result.top1:.2%} after {result.steps} steps",
-        )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -250,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         plot_comparison(groups, args.plot)
     except ModuleNotFoundError:
-        parser.error("the plot needs matplotlib: pip install matplotlib")
+        parser.error(NEEDS_MATPLOTLIB)
     except (OSError, ValueError) as error:
         parser.error(f"plot {args.plot} cannot be written: {error}")
     print(f"\nwrote {args.plot}")

@@ -55,6 +55,7 @@ class SubnetSampler:
         subnet_mode: what a sub-network leaves out; "width": its last channels, "depth": residual blocks at random,
             "width+depth": both. Without "width" all have the width 1.
         min_survival: with "depth", probability in (0, 1] with which the last residual block is kept.
+        subnet_interval: k draws sub-networks for steps 0, k, 2k and so on, and none for the others.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -70,6 +71,7 @@ class SubnetSampler:
         seed: int = 0,
         subnet_mode: str = "width",
         min_survival: float = 0.8,
+        subnet_interval: int = 1,
     ) -> None:
         if not _is_integer(num_subnets) or num_subnets < 0:
             raise ValueError(f"num_subnets is {num_subnets!r}; it must be an integer of at least 0")
@@ -86,6 +88,8 @@ class SubnetSampler:
         if subnet_mode not in SUBNET_MODES:
             raise ValueError(f"subnet_mode is {subnet_mode!r}; it must be one of {', '.join(map(repr, SUBNET_MODES))}")
         check_survival("min_survival", min_survival)
+        if not _is_positive(subnet_interval):
+            raise ValueError(f"subnet_interval is {subnet_interval!r}; it must be an integer of at least 1")
         self.num_subnets = num_subnets
         self.min_width = min_width
         self.max_width = max_width
@@ -94,14 +98,15 @@ class SubnetSampler:
         self.seed = seed
         self.subnet_mode = subnet_mode
         self.min_survival = min_survival
+        self.subnet_interval = subnet_interval
 
     def sample(self, step: int) -> list[Subnet]:
-        """The sub-networks of a step, the widest first.
+        """The sub-networks of a step, the widest first; none between those of `subnet_interval`.
 
         Args:
             step: number of the optimiser step; all batches accumulated into one step share its sub-networks.
         """
-        if self.num_subnets == 0:
+        if self.num_subnets == 0 or step % self.subnet_interval != 0:
             return []
         rng = random.Random(f"{self.seed} {step}")  # a string is hashed the same in every process
         widths = self._draw_widths(rng) if drops_channels(self.subnet_mode) else [1.0] * self.num_subnets
@@ -141,5 +146,5 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_positive(side: object) -> bool:
-    return _is_integer(side) and side > 0
+def _is_positive(value: object) -> bool:
+    return _is_integer(value) and value > 0

@@ -12,42 +12,64 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
-from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
+from gradaug_hf.checks import (
+    LabelCheckingCollator,
+    check_checkpointing,
+    check_launch,
+    check_output_dir,
+    check_sharding,
+)
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
-from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network
+from gradaug_hf.hub import (
+    label_names,
+    plain_state,
+    save_configs,
+    timm_network,
+    why_not_rebuilt,
+)
 from gradaug_hf.losses import cross_entropy
-from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.mixing import BatchMixer
+from gradaug_hf.networks import image_processor, load_checkpoint
 from gradaug_hf.objective import GradAug, Pass, logits_of
+from gradaug_hf.plots import IMAGES_SHOWN, SeenBatch
+from gradaug_hf.pushing import PushingTrainer
 from gradaug_hf.randomness import random_states_kept
+from gradaug_hf.reporting import ReportingTrainer
 from gradaug_hf.resolutions import ResolutionTrial
+from gradaug_hf.resuming import ResumableTrainer
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
-from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.subnets import Subnet, SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.sync_batchnorm import synchronise_batchnorm
 from gradaug_hf.transforms import ImageTransform
+
+logger = logging.get_logger(__name__)
 
 IMAGES, LABELS = "pixel_values", "labels"
 # Training images of which batch norm is recalibrated before a sub-network is evaluated.
 CALIBRATION_IMAGES = 1024
 
 
-class GradAugTrainer(Trainer):
+class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
     Sub-networks run only while training: `evaluate` and `predict` are those of the plain full network, and with
     `num_subnets=0` so is training. Beside `loss`, training logs `loss_full`, `loss_subnets`, `subnet_width`,
-    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log.
+    `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log,
+    of `loss_full` over all batches, of the others over those with sub-networks.
 
     Args:
         model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
-            slimmable and droppable in place, as `args.subnet_mode` needs it.
+            slimmable and droppable in place, as `args.subnet_mode` needs it. Or the Hub id, as `user/name` or
+            `user/name@revision`, or the folder of one, which is loaded with its image processor.
         args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
         trainer_args: further positional arguments of `transformers.Trainer`.
         subnet_sampler: draws the sub-networks; what `args` says about them then has no effect.
@@ -57,13 +79,16 @@ class GradAugTrainer(Trainer):
         kwargs: further keyword arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: the settings do not fit each other, the network, or how the processes were launched, or
-            `args.output_dir` cannot be written.
+        ValueError: the settings do not fit each other, the network, or how the processes were launched,
+            `args.output_dir` cannot be written, or `model` cannot be loaded.
+        PushError: `args.push_to_hub` is True, and the Hub refuses or cannot be reached.
     """
+
+    _objective_class: type[GradAug] = GradAug
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | None = None,
+        model: PreTrainedModel | nn.Module | str | None = None,
         args: TrainingArguments | None = None,
         *trainer_args: Any,
         subnet_sampler: SubnetSampler | None = None,
@@ -72,17 +97,22 @@ class GradAugTrainer(Trainer):
     ) -> None:
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
         check_output_dir(args)
+        if args.num_subnets > 0:
+            check_sharding(args)  # which the Trainer's constructor may not stand
+        checkpoint = model if isinstance(model, str) else None
+        model = load_checkpoint(checkpoint) if checkpoint else model
         self._subnet_sampler = subnet_sampler
-        self._subnet_transform = subnet_transform
+        self.subnet_transform = subnet_transform
         self._resolution_trial: ResolutionTrial | None = None
         self._resolutions: list[int] | None = None
         self._objective: GradAug | None = None
         self._step_stack: ExitStack | None = None
-        self._means = RunningMeans()
         self._mixer: BatchMixer | None = None
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
             super().__init__(model, args, *trainer_args, **kwargs)
+        if checkpoint and self.processing_class is None:
+            self.processing_class = image_processor(checkpoint)
         if args.label_smoothing_factor > 0 and model is None and isinstance(self.model, PreTrainedModel):
             self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
         self._network_has_loss = bool(find_labels(type(self.model)))
@@ -92,8 +122,15 @@ class GradAugTrainer(Trainer):
             self._mixer = self._make_mixer()
         if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
+        network = timm_network(self.model)
+        if network is not None and (reason := why_not_rebuilt(network)):
+            name = type(network).__name__
+            warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
+        if args.sync_batchnorm and args.world_size > 1 and self.model_init is None:
+            synchronise_batchnorm(self.model, args.device)
         if args.num_subnets > 0:
-            check_launch(args, self.is_deepspeed_enabled, self.is_fsdp_enabled)
+            check_launch(args, self.is_deepspeed_enabled)
+            check_sharding(args, getattr(self.accelerator.state, "deepspeed_plugin", None))
             if self.model_init is None and self.train_dataset is not None:
                 self._prepare_network(self.model)
 
@@ -128,6 +165,7 @@ class GradAugTrainer(Trainer):
         """`Trainer.train`, which makes the network slimmable first where that was not done yet."""
         self._mixed_batches = (-1, 0)
         self._objective = None  # network and settings may be others than in an earlier training
+        self._seen_batch = None
         if self.args.num_subnets > 0 and self.model_init is None and self._resolution_trial is None:
             self._prepare_network(self.model)
         return super().train(*args, **kwargs)
@@ -135,7 +173,11 @@ class GradAugTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer.call_model_init`; a network that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
-        if self.args.num_subnets > 0 and getattr(self, "is_in_train", False):
+        if not getattr(self, "is_in_train", False):
+            return network
+        if self.args.sync_batchnorm and self.args.world_size > 1:
+            synchronise_batchnorm(network, self.args.device)
+        if self.args.num_subnets > 0:
             self._prepare_network(network)
         return network
 
@@ -159,7 +201,7 @@ class GradAugTrainer(Trainer):
         if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):
             with random_states_kept():
                 batch = self.data_collator([self.train_dataset[0]])
-            self._settle_resolutions(network, min(_split(batch)[0].shape[2:]))
+            self._settle_resolutions(network, self._side(_split(batch)[0]))
 
     def _settle_resolutions(self, network: nn.Module, side: int) -> None:
         """Choose the resolutions of a network's sub-networks, for images of a side in pixels."""
@@ -167,11 +209,15 @@ class GradAugTrainer(Trainer):
             self._resolutions = []
             return
         self._resolutions = self.args.resolutions or self._resolution_trial.default(side)
-        if set(self._resolutions) == {side} and not self._subnets_differ(network) and self._subnet_transform is None:
+        if set(self._resolutions) == {side} and not self._subnets_differ(network) and self.subnet_transform is None:
             raise ValueError(
                 f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions "
                 f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
             )
+
+    def _side(self, images: Any) -> int:
+        """Shorter side in pixels of a batch of images."""
+        return min(images.shape[2:])
 
     @property
     def _subnet_mode(self) -> str:
@@ -185,9 +231,9 @@ class GradAugTrainer(Trainer):
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
-            self._settle_resolutions(self.model, min(images.shape[2:]))
+            self._settle_resolutions(self.model, self._side(images))
         args = self.args
-        return GradAug(
+        return self._objective_class(
             model,
             num_subnets=args.num_subnets,
             min_width=args.min_width,
@@ -195,12 +241,14 @@ class GradAugTrainer(Trainer):
             resolutions=self._resolutions,
             width_levels=args.width_levels,
             kl_weight=args.kl_weight,
+            subnet_target=args.subnet_target,
             label_smoothing=args.label_smoothing_factor,
             seed=args.seed,
             subnet_mode=args.subnet_mode,
             min_survival=args.min_survival,
+            subnet_interval=args.subnet_interval,
             sampler=self._subnet_sampler,
-            transform=self._subnet_transform,
+            transform=self.subnet_transform,
         )
 
     # ---- the loss ----
@@ -227,7 +275,10 @@ class GradAugTrainer(Trainer):
         if model.training and self._mixer is not None:
             inputs = self._mix(inputs)
         if self.args.num_subnets == 0 or not model.training:
-            return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+            found = self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+            if model.training:
+                self._loss_watch.add(self.state.global_step + 1, [found[0] if return_outputs else found])
+            return found
         images, labels, others = _split(inputs)
         if self._objective is None:
             self._objective = self._make_objective(model, images)
@@ -299,7 +350,9 @@ class GradAugTrainer(Trainer):
         Raises:
             ValueError: there are widths but no `train_dataset`, of which batch norm is recalibrated.
         """
+        logged_before = len(self.state.log_history)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        is_own = eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str)
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):  # each was evaluated by a call of its own
             return metrics
@@ -307,6 +360,8 @@ class GradAugTrainer(Trainer):
             found = self._evaluate_at_width(width, eval_dataset, ignore_keys, f"{metric_key_prefix}_width{width:g}")
             self.log(found)
             metrics.update(found)
+        if not is_own:
+            self._measured_elsewhere += self.state.log_history[logged_before:]
         return metrics
 
     def _evaluate_at_width(
@@ -339,15 +394,48 @@ class GradAugTrainer(Trainer):
 
     # ---- log and checkpoint ----
 
+    @property
+    def subnet_sampler(self) -> SubnetSampler:
+        """What draws the sub-networks."""
+        if self._objective is not None:
+            return self._objective.sampler
+        args = self.args
+        return self._subnet_sampler or SubnetSampler(
+            args.num_subnets,
+            args.min_width,
+            args.max_width,
+            self._resolutions or args.resolutions,
+            args.width_levels,
+            args.seed,
+            args.subnet_mode,
+            args.min_survival,
+            args.subnet_interval,
+        )
+
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
-        self._means.add(loss_full=full.loss.detach(), loss_subnets=sum(p.loss.detach() for p in others))
+        self._loss_watch.add(self.state.global_step + 1, [p.loss for p in passes], [p.subnet for p in others])
+        self._means.add(loss_full=full.loss.detach())
+        if others:
+            self._means.add(loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
+        if self._seen_batch is None and others:
+            self._seen_batch = self._see(images, [p.subnet for p in others])
         for p in others:
-            side = p.subnet.resolution or min(images.shape[2:])
+            side = p.subnet.resolution or self._side(images)
             self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
             if num_blocks:
                 self._means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
+
+    def _see(self, images: Tensor, subnets: list[Subnet]) -> SeenBatch | None:
+        """What is drawn of a batch; None draws nothing."""
+        num_blocks = num_droppable_blocks(self.model)
+        return SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self.subnet_transform, num_blocks)
+
+    def settings(self) -> dict[str, Any]:
+        """What has to be the same when a training is resumed."""
+        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self.subnet_transform}
+        return super().settings() | {name: None if x is None else type(x).__name__ for name, x in own.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training."""
@@ -359,7 +447,14 @@ class GradAugTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         network = timm_network(model)
-        if network is None:
+        if network is None or why_not_rebuilt(network):
+            if isinstance(model, PreTrainedModel) and self.processing_class is None:
+                logger.warning_once(
+                    "no preprocessor_config.json is written, which a pipeline needs: give GradAugTrainer the image "
+                    "processor as processing_class"
+                )
+            if not isinstance(model, PreTrainedModel):  # which unties its tensors itself
+                state_dict = plain_state(model.state_dict() if state_dict is None else state_dict)
             return super()._save(output_dir, state_dict)
         state_dict = model.state_dict() if state_dict is None else state_dict
         prefix = "" if network is model else f"{model.base_model_prefix}."
@@ -367,17 +462,18 @@ class GradAugTrainer(Trainer):
             super()._save(output_dir, plain_state({k.removeprefix(prefix): v for k, v in state_dict.items()}))
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
-            save_configs(network, folder, label_names(model, self.train_dataset, self.eval_dataset))
+            names = label_names(model, self.train_dataset, self.eval_dataset)
+            save_configs(model, folder, names, self.processing_class)
 
     @contextmanager
     def _saving(self, network: nn.Module) -> Iterator[None]:
         """Have `Trainer` save a network, of which it keeps the weights alone, rather than what wraps it."""
-        model = self.model
-        self.model = network
+        kept = self.model, self.processing_class
+        self.model, self.processing_class = network, None
         try:
             yield
         finally:
-            self.model = model
+            self.model, self.processing_class = kept
 
 
 def _images(batch: Any) -> Tensor:

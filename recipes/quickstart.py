@@ -34,7 +34,9 @@ from gradaug_hf.data import (
 )
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.metrics import topk_accuracy
-from gradaug_hf.results import Result, plot_curves, results_table, save_results
+from gradaug_hf.plots import plot_curves
+from gradaug_hf.preprocessing import image_processor_of
+from gradaug_hf.results import Result, results_table, save_results
 from gradaug_hf.threads import use_all_cores
 
 COST = 2.7  # computation of a GradAug step over that of a plain one
@@ -145,9 +147,11 @@ def train(
             data["train"], transform_for(network, train=True, flip=args.dataset_name is not None)
         ),
         eval_dataset=with_pixels(data["eval"], transform_for(network, train=False)),
+        processing_class=image_processor_of(transform_for(network, train=False), network),
         compute_metrics=topk_accuracy,
         optimizers=(optimizer, None),
     )
+    trainer.card_metadata = {"dataset": args.dataset_name or "handwritten digits of scikit-learn"}
     with PeakMemory(config.device) as peak:
         seconds = trainer.train().metrics["train_runtime"]
     evaluations = [entry for entry in trainer.state.log_history if "eval_top1" in entry]
@@ -177,7 +181,7 @@ def report(args: QuickstartArguments, results: list[Result]) -> None:
 def check_checkpoint(args: QuickstartArguments, expected_top1: float) -> None:
     """Evaluate the GradAug checkpoint in a new process, where it must be as accurate as in this one."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        top1 = pool.submit(evaluate_checkpoint, args).result()
+        top1 = pool.submit(evaluate_checkpoint, args, PartialState().device).result()
     folder = Path(args.output_dir) / "gradaug"
     print(f'timm.create_model("local-dir:{folder}", pretrained=True) in a new process: top-1 {top1:.2%}')
     if top1 != expected_top1:
@@ -185,9 +189,8 @@ def check_checkpoint(args: QuickstartArguments, expected_top1: float) -> None:
 
 
 @torch.inference_mode()
-def evaluate_checkpoint(args: QuickstartArguments) -> float:
-    """Top-1 accuracy, in 0..1, of the GradAug checkpoint as timm loads it."""
-    device = PartialState().device
+def evaluate_checkpoint(args: QuickstartArguments, device: torch.device) -> float:
+    """Top-1 accuracy, in 0..1, of the GradAug checkpoint as timm loads it, in a process of its own."""
     network = timm.create_model(f"local-dir:{Path(args.output_dir) / 'gradaug'}", pretrained=True).to(device).eval()
     images = with_pixels(load_data(args)["eval"], transform_for(network, train=False))
     batches = DataLoader(images, batch_size=EVAL_BATCH_SIZE)

@@ -1,9 +1,13 @@
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from tests.hub_server import HubServer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
@@ -17,6 +21,26 @@ def threads_kept() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path_factory) -> Iterator[HubServer]:
+    """A Hub on loopback, to which the clients of this process talk as the user `me`, without waits between retries."""
+    with HubServer({"hf_mine": "me", "hf_other": "other"}) as server:
+        monkeypatch.setenv("HF_TOKEN", "hf_mine")
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(tmp_path_factory.mktemp("hub")),
+        }.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.url)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        impatient = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
+        monkeypatch.setattr("huggingface_hub.utils._http.time", impatient)
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,16 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from transformers import default_data_collator
 
-from gradaug_hf.checks import LabelCheckingCollator, check_checkpointing, check_launch, check_output_dir
+from gradaug_hf.checks import (
+    LabelCheckingCollator,
+    check_checkpointing,
+    check_launch,
+    check_output_dir,
+    check_sharding,
+)
 from gradaug_hf.config import GradAugConfig
 
 
@@ -30,33 +37,41 @@ def test_an_output_folder_that_cannot_be_written_is_named(args, tmp_path):
 
 
 def test_one_process_on_the_cpu_is_fine(args):
-    check_launch(args, deepspeed=False, fsdp=False)
+    check_launch(args, deepspeed=False)
 
 
 def test_several_gpus_in_one_process_are_refused_with_the_launch_line(args):
     assert args.n_gpu == 0
     args._n_gpu = 2
     with pytest.raises(ValueError, match="accelerate launch --num_processes 2"):
-        check_launch(args, deepspeed=False, fsdp=False)
+        check_launch(args, deepspeed=False)
 
 
 def test_what_does_not_bear_several_backwards_is_refused_unless_joint(args):
     with pytest.raises(ValueError, match='DeepSpeed .* set subnet_backward="joint"'):
-        check_launch(args, deepspeed=True, fsdp=False)
+        check_launch(args, deepspeed=True)
     args.optim = SimpleNamespace(value="adalomo")
     with pytest.raises(ValueError, match="optim is 'adalomo'.*joint"):
-        check_launch(args, deepspeed=False, fsdp=False)
+        check_launch(args, deepspeed=False)
     args.subnet_backward = "joint"
-    check_launch(args, deepspeed=True, fsdp=False)
+    check_launch(args, deepspeed=True)
 
 
-def test_a_static_graph_and_sharded_parameters_are_refused_also_when_joint(args):
+def test_a_static_graph_is_refused_also_when_joint(args):
     args.subnet_backward = "joint"
-    with pytest.raises(ValueError, match="FSDP"):
-        check_launch(args, deepspeed=False, fsdp=True)
     args.ddp_static_graph = True
     with pytest.raises(ValueError, match="ddp_static_graph is True"):
-        check_launch(args, deepspeed=False, fsdp=False)
+        check_launch(args, deepspeed=False)
+
+
+def test_split_parameters_are_refused(args):
+    check_sharding(args)
+    check_sharding(args, SimpleNamespace(zero_stage=2))
+    with pytest.raises(ValueError, match="ZeRO-3 .* use DDP"):
+        check_sharding(args, SimpleNamespace(zero_stage=3))
+    args.parallelism_config = ParallelismConfig(tp_size=2)
+    with pytest.raises(ValueError, match="tensor parallelism .* use DDP"):
+        check_sharding(args)
 
 
 def test_activation_checkpointing_is_refused_with_a_joint_backward(args):

@@ -16,14 +16,18 @@ OWN_FIELDS = {
     "resolutions": None,
     "subnet_mode": "width",
     "min_survival": 0.8,
+    "subnet_interval": 1,
     "width_divisor": 1,
     "width_levels": None,
     "kl_weight": 1.0,
+    "subnet_target": "soft",
     "subnet_backward": "sequential",
+    "sync_batchnorm": False,
     "mixup_alpha": 0.0,
     "cutmix_alpha": 0.0,
     "mix_prob": 1.0,
     "eval_widths": [],
+    "ignore_config_change": False,
 }
 
 
@@ -42,6 +46,7 @@ def test_defaults_that_image_training_needs(tmp_path):
     assert args.remove_unused_columns is False
     assert args.ddp_find_unused_parameters is False
     assert args.ddp_broadcast_buffers is False
+    assert args.logging_nan_inf_filter is False
 
 
 def test_the_docstring_has_the_words_of_the_help():
@@ -56,7 +61,9 @@ def test_every_own_field_is_a_flag(tmp_path):
     line = (
         f"--output_dir {tmp_path} --num_subnets 2 --min_width 0.8 --max_width 0.95 --resolutions 32 28 "
         "--width_divisor 8 --width_levels 4 --kl_weight 0.5 --subnet_backward joint --mixup_alpha 0.2 "
-        "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width+depth --min_survival 0.7"
+        "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width+depth --min_survival 0.7 "
+        "--subnet_interval 2 --ignore_config_change --sync_batchnorm "
+        "--subnet_target label"
     )
     (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(line.split())
     parsed = {name: getattr(args, name) for name in OWN_FIELDS}
@@ -67,14 +74,18 @@ def test_every_own_field_is_a_flag(tmp_path):
         "resolutions": [32, 28],
         "subnet_mode": "width+depth",
         "min_survival": 0.7,
+        "subnet_interval": 2,
         "width_divisor": 8,
         "width_levels": 4,
         "kl_weight": 0.5,
+        "subnet_target": "label",
         "subnet_backward": "joint",
+        "sync_batchnorm": True,
         "mixup_alpha": 0.2,
         "cutmix_alpha": 1.0,
         "mix_prob": 0.5,
         "eval_widths": [0.9, 0.8],
+        "ignore_config_change": True,
     }
 
 
@@ -99,7 +110,9 @@ def test_settings_survive_json_and_pickle(tmp_path):
         ({"resolutions": [32, -4]}, r"resolutions is \[32, -4\]"),
         ({"subnet_mode": "height"}, "subnet_mode is 'height'; it must be one of 'width', 'depth', 'width\\+depth'"),
         ({"subnet_backward": "both"}, "subnet_backward is 'both'; it must be one of 'sequential', 'joint'"),
+        ({"subnet_target": "hard"}, "subnet_target is 'hard'; it must be one of 'soft', 'label'"),
         ({"min_survival": 0}, r"min_survival is 0; it must lie in \(0, 1\]"),
+        ({"subnet_interval": 0}, "subnet_interval is 0; it must be an integer of at least 1"),
         ({"width_divisor": 0}, "width_divisor is 0; it must be at least 1"),
         ({"width_levels": 1}, "width_levels is 1"),
         ({"kl_weight": -0.1}, "kl_weight is -0.1; it must be at least 0"),

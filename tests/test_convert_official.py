@@ -241,7 +241,7 @@ def test_the_folder_is_an_ordinary_checkpoint_with_the_classes_of_the_classifier
     ("arch", "mean", "interpolation", "crop_pct", "input_size"),
     [
         ("resnet50", (0.485, 0.456, 0.406), "bilinear", 0.875, (3, 224, 224)),
-        ("resnet110_cifar", (125.3 / 255, 123.0 / 255, 113.9 / 255), "bicubic", 1.0, (3, 32, 32)),
+        ("resnet110_cifar", (125.3 / 255, 123.0 / 255, 113.9 / 255), "bilinear", 1.0, (3, 32, 32)),
     ],
 )
 def test_images_are_prepared_as_the_paper_s_code_prepares_them_for_its_test(

@@ -1,75 +1,188 @@
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.train_in_processes import train
+from gradaug_hf.subnets import SubnetSampler
+from tests.residual_network import gradients_by_hand
+from tests.train_in_processes import train, with_batchnorm
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "tests/train_in_processes.py")
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu_2.yaml"]
 STEPS = 10
+LEARNING_RATE = 0.2
 SETTINGS = (
-    f"--max_steps {STEPS} --min_width 0.5 --resolutions 16 12 --optim sgd --learning_rate 0.2 --report_to none "
-    "--use_cpu --save_strategy no --logging_steps 5 --disable_tqdm true"
+    f"--max_steps {STEPS} --min_width 0.5 --resolutions 16 12 --optim sgd --learning_rate {LEARNING_RATE} --seed 3 "
+    "--report_to none --save_strategy no --logging_steps 5 --disable_tqdm true --min_survival 0.4"
 )
+WHOLE, HALF, QUARTER = (f"--per_device_train_batch_size {size}" for size in (8, 4, 2))
+ACCUMULATED = f"{QUARTER} --gradient_accumulation_steps 2"
+BY_HAND = f"{SETTINGS} --lr_scheduler_type constant --max_grad_norm 0 --subnet_mode width"
+
+EQUAL_TO_ONE_PROCESS = {
+    "both_accumulated": ("plain", f"{SETTINGS} --subnet_mode width+depth", ACCUMULATED),
+    "timm_synchronised": ("timm", f"{SETTINGS} --max_steps 3 --logging_steps 3 --sync_batchnorm", HALF),
+}
+MORE_EQUAL_TO_ONE_PROCESS = {
+    "width": ("plain", f"{SETTINGS} --subnet_mode width", HALF),
+    "width_accumulated": ("plain", f"{SETTINGS} --subnet_mode width", ACCUMULATED),
+    "depth": ("plain", f"{SETTINGS} --subnet_mode depth", HALF),
+    "depth_joint": ("plain", f"{SETTINGS} --subnet_mode depth --subnet_backward joint", HALF),
+    "depth_unused": ("plain", f"{SETTINGS} --subnet_mode depth --ddp_find_unused_parameters true", HALF),
+    "synchronised_depth": ("batchnorm", f"{SETTINGS} --subnet_mode width+depth --sync_batchnorm", HALF),
+}
+BY_HAND_RUNS = {
+    "halves": ("batchnorm", BY_HAND, HALF),
+    "synchronised": ("batchnorm", f"{BY_HAND} --sync_batchnorm", HALF),
+}
+MIXED_RUN = {"mixed": ("plain", f"{SETTINGS} --subnet_mode depth --mixup_alpha 1", HALF)}
 
 
-def train_in_two_processes(folder: Path, flags: list[str]) -> list[dict]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*launcher, str(ROOT / "tests/train_in_processes.py"), "--output_dir", str(folder), *flags],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        timeout=300,
-    )
-    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert [rank["processes"] for rank in ranks] == [2, 2]
-    return ranks
+def environment(**more: str) -> dict[str, str]:
+    names = ("PATH", "HOME", "TMPDIR", "HF_HUB_OFFLINE")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
 
-def slow(*values: object) -> object:
-    return pytest.param(*values, marks=pytest.mark.slow)
+def launch(*arguments: str, **more: str) -> subprocess.CompletedProcess:
+    """The script in two processes on the CPU, started as the README says."""
+    command = [*LAUNCH, "--main_process_port", "0", SCRIPT, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.parametrize(
-    "mode, accumulation, flags",
-    [
-        slow("width", 1, ""),
-        slow("width", 2, ""),
-        slow("depth", 1, ""),
-        slow("depth", 1, "--subnet_backward joint"),
-        slow("depth", 1, "--ddp_find_unused_parameters true"),
-        ("width+depth", 2, ""),
-    ],
-)
-def test_two_processes_train_like_one_with_the_whole_batch(tmp_path, mode, accumulation, flags):
-    settings = [*SETTINGS.split(), "--subnet_mode", mode, "--min_survival", "0.4", *flags.split()]
-    alone = train(["--output_dir", str(tmp_path), *settings, "--per_device_train_batch_size", "8"])
-    halves = f"--per_device_train_batch_size {4 // accumulation} --gradient_accumulation_steps {accumulation}"
-    ranks = train_in_two_processes(tmp_path, [*settings, *halves.split()])
+def train_in_two_processes(folder: Path, runs: dict[str, tuple[str, str, str]]) -> dict[str, list[dict]]:
+    """What each rank recorded of each run, all of them in one launch."""
+    listed = {name: (network, f"{flags} {batch}") for name, (network, flags, batch) in runs.items()}
+    (folder / "runs.json").write_text(json.dumps(listed))
+    launched = launch(str(folder))
+    assert launched.returncode == 0, launched.stderr
+    found = {}
+    for name in runs:
+        found[name] = [torch.load(folder / f"{name}-rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+        assert [rank["processes"] for rank in found[name]] == [2, 2]
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> dict[str, list[dict]]:
+    folder = tmp_path_factory.mktemp("two")
+    return train_in_two_processes(folder, {**EQUAL_TO_ONE_PROCESS, **BY_HAND_RUNS, **MIXED_RUN})
+
+
+@pytest.fixture(scope="module")
+def more_in_two_processes(tmp_path_factory) -> dict[str, list[dict]]:
+    return train_in_two_processes(tmp_path_factory.mktemp("more"), MORE_EQUAL_TO_ONE_PROCESS)
+
+
+@pytest.mark.parametrize("name", EQUAL_TO_ONE_PROCESS)
+def test_two_processes_train_like_one_with_the_whole_batch(tmp_path, name, two_processes):
+    network, flags, _ = EQUAL_TO_ONE_PROCESS[name]
+    assert_equal_to_one_process(tmp_path, network, flags, two_processes[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_EQUAL_TO_ONE_PROCESS)
+def test_two_processes_train_like_one_by_every_setting(tmp_path, name, more_in_two_processes):
+    network, flags, _ = MORE_EQUAL_TO_ONE_PROCESS[name]
+    assert_equal_to_one_process(tmp_path, network, flags, more_in_two_processes[name])
+
+
+def assert_equal_to_one_process(tmp_path: Path, network: str, flags: str, ranks: list[dict]) -> None:
+    alone = train(network, f"--output_dir {tmp_path} --use_cpu {flags} {WHOLE}")
+    assert alone["processes"] == 1
     for rank in ranks:
-        assert rank["reductions"] == STEPS  # the network's gradients fit one bucket, reduced once in a step
-        for name, tensor in alone["weights"].items():
-            torch.testing.assert_close(rank["weights"][name], tensor, rtol=0, atol=1e-10)
-    assert_same_draws(ranks)
+        assert len(rank["gradients"]) == len(alone["gradients"]) > 2
+        for found, expected in zip(rank["gradients"], alone["gradients"], strict=True):
+            assert_close(found, expected)
+        assert_close(rank["weights"], alone["weights"])
     keys = ["loss", "loss_full", "loss_subnets", "subnet_width", "subnet_resolution"]
+    if "depth" in flags:
+        keys.append("subnet_depth")
     for log, expected in zip(ranks[0]["log"], alone["log"], strict=True):
-        for key in [*keys, "subnet_depth"] if "depth" in mode else keys:
+        for key in keys:
             assert log[key] == pytest.approx(expected[key], abs=1e-5)
 
 
-def assert_same_draws(ranks: list[dict]) -> None:
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", [*EQUAL_TO_ONE_PROCESS, *BY_HAND_RUNS])
+def test_gradients_cross_the_processes_once_in_a_step(name, two_processes):
+    for rank in two_processes[name]:
+        assert rank["reductions"] == len(rank["gradients"])  # they fit one bucket
+
+
+def test_with_batch_norm_each_process_normalises_its_half_and_gradients_are_averaged(two_processes):
+    ranks = two_processes["halves"]
+    parts = [list(zip(rank["batches"], rank["labels"], strict=True)) for rank in ranks]
+    expected = train_by_hand(parts)
+    for rank, statistics in zip(ranks, expected["statistics"], strict=True):
+        for found, gradients in zip(rank["gradients"], expected["gradients"], strict=True):
+            assert_close(found, gradients)
+        assert_close(rank["weights"], expected["weights"] | statistics)
+    assert not torch.equal(ranks[0]["weights"]["bn.running_mean"], ranks[1]["weights"]["bn.running_mean"])
+
+
+def test_synchronised_batch_norm_has_the_statistics_of_the_whole_batch_in_subnetworks_too(two_processes):
+    ranks = two_processes["synchronised"]
+    batches = [torch.cat(images) for images in zip(*(rank["batches"] for rank in ranks), strict=True)]
+    labels = [torch.cat(labels) for labels in zip(*(rank["labels"] for rank in ranks), strict=True)]
+    expected = train_by_hand([list(zip(batches, labels, strict=True))])
+    for rank in ranks:
+        for found, gradients in zip(rank["gradients"], expected["gradients"], strict=True):
+            assert_close(found, gradients)
+        assert_close(rank["weights"], expected["weights"] | expected["statistics"][0])
+
+
+def train_by_hand(parts: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict:
+    """SGD with the average of the gradients of each part of the batch, by the formulas.
+
+    Args:
+        parts: the batches of each part, images (N, C, H, W) and labels (N,).
+    """
+    network = with_batchnorm()
+    readers = [with_batchnorm() for _ in parts]  # whose full passes measure the statistics of each part
+    sampler = SubnetSampler(3, 0.5, 1.0, [16, 12], seed=3)
+    steps = []
+    for step, batches in enumerate(list(zip(*parts, strict=True))[:STEPS]):
+        drawn = [(subnet.width, subnet.resolution) for subnet in sampler.sample(step)]
+        found = [gradients_by_hand(network, images, labels, drawn)[1] for images, labels in batches]
+        for reader, (images, _) in zip(readers, batches, strict=True):
+            reader.load_state_dict(dict(network.named_parameters()), strict=False)
+            reader(images)
+        steps.append({name: sum(g[name] for g in found) / len(parts) for name in found[0]})
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter -= LEARNING_RATE * steps[-1][name]
+    return {
+        "gradients": steps,
+        "weights": {name: parameter.detach() for name, parameter in network.named_parameters()},
+        "statistics": [dict(reader.named_buffers()) for reader in readers],
+    }
+
+
+@pytest.mark.parametrize("name", ["both_accumulated", "mixed"])
+def test_ranks_draw_the_same_subnetworks_and_transforms(name, two_processes):
+    first, second = two_processes[name]
     for what in ("drawn", "turns", "computed"):
-        assert ranks[0][what] == ranks[1][what]
-    assert len(set(ranks[0]["turns"])) > 1
+        assert first[what] == second[what]
+    assert len(set(first["turns"])) > 1
 
 
-def test_ranks_share_subnetworks_transforms_and_dropped_blocks_but_neither_images_nor_mixes(tmp_path):
-    flags = "--subnet_mode depth --min_survival 0.4 --mixup_alpha 1 --per_device_train_batch_size 4"
-    ranks = train_in_two_processes(tmp_path, [*SETTINGS.split(), *flags.split()])
-    assert_same_draws(ranks)
+def test_ranks_share_dropped_blocks_but_neither_images_nor_mixes(two_processes):
+    ranks = two_processes["mixed"]
     computed = ranks[0]["computed"]
     passes = STEPS * 4
     assert computed.count("0") == passes
@@ -82,10 +195,81 @@ def test_ranks_share_subnetworks_transforms_and_dropped_blocks_but_neither_image
     assert len({round(share, 6) for share in (*shares[0], *shares[1])}) == 2 * STEPS
 
 
-def mixed_share(batch: torch.Tensor, mixed: torch.Tensor) -> float:
+def mixed_share(batch: Tensor, mixed: Tensor) -> float:
     """How much of each image is left when every one is mixed with its neighbour."""
     neighbours = batch.roll(1, 0)
     difference = batch - neighbours
     share = ((mixed - neighbours) * difference).sum() / difference.square().sum()
     torch.testing.assert_close(mixed, share * batch + (1 - share) * neighbours, rtol=0, atol=1e-6)
     return share.item()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def write_run(folder: Path) -> None:
+    network, flags, batch = EQUAL_TO_ONE_PROCESS["both_accumulated"]
+    (folder / "runs.json").write_text(json.dumps({"run": (network, f"{flags} {batch}")}))
+
+
+def test_a_process_that_dies_ends_the_other_with_an_error_within_a_minute(tmp_path):
+    """Without a launcher that watches both, as on two machines."""
+    write_run(tmp_path)
+    port = str(free_port())
+    ranks = []
+    for rank in ("0", "1"):
+        meeting = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        command = [sys.executable, SCRIPT, str(tmp_path)]
+        environ = environment(**meeting, DYING_RANK="1")
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True))
+    try:
+        assert ranks[1].wait(timeout=400) == -9
+        _, printed = ranks[0].communicate(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    assert ranks[0].returncode == 1
+    assert "RuntimeError" in printed
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_launch_with_an_error(tmp_path):
+    write_run(tmp_path)
+    launched = launch(str(tmp_path), DYING_RANK="1")
+    assert launched.returncode == 1
+    assert "exitcode  : -9" in launched.stderr
+    assert time.time() - (tmp_path / "dying").stat().st_mtime < 60
+
+
+@pytest.mark.slow
+def test_two_machines_train_like_two_processes_of_one(tmp_path, two_processes):
+    write_run(tmp_path)
+    port = str(free_port())
+    command = [*LAUNCH[:-1], "recipes/accelerate/gpu_2x8.yaml", "--num_processes", "2", "--main_process_port", port]
+    machines = [
+        subprocess.Popen(
+            [*command, "--main_process_ip", "127.0.0.1", "--machine_rank", rank, SCRIPT, str(tmp_path)],
+            cwd=ROOT,
+            env=environment(),
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [machine.wait(timeout=500) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+            machine.wait()
+    for rank, expected in enumerate(two_processes["both_accumulated"]):
+        assert_close(torch.load(tmp_path / f"run-rank{rank}.pt", weights_only=True)["weights"], expected["weights"])

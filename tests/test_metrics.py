@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -37,3 +39,18 @@ def test_running_means_start_again_when_taken():
     assert means.take() == {}
     means.add(loss=torch.tensor(5.0))
     assert means.take()["loss"].item() == 5.0
+
+
+def test_running_means_go_on_from_their_state_exactly():
+    whole, first = RunningMeans(), RunningMeans()
+    values = [0.1, 0.7, 1e-9]
+    for means in (whole, first):
+        for value in values:
+            means.add(loss=torch.tensor(value), precise=torch.tensor(value, dtype=torch.float64), width=value)
+    rest = RunningMeans()
+    rest.load(json.loads(json.dumps(first.state())), torch.device("cpu"))
+    for means in (whole, rest):
+        means.add(loss=torch.tensor(0.3), precise=torch.tensor(0.3, dtype=torch.float64), width=0.3)
+    found, expected = rest.take(), whole.take()
+    assert found == expected
+    assert [found[name].dtype for name in ("loss", "precise")] == [torch.float32, torch.float64]

@@ -6,7 +6,14 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from gradaug_hf.objective import GradAug, logits_of
 from gradaug_hf.slimming import make_slimmable
 from gradaug_hf.subnets import Subnet
-from tests.residual_network import CLASSES, gradients_by_hand, make_network, narrow_forward
+from tests.residual_network import (
+    CLASSES,
+    gradients_by_hand,
+    make_network,
+    narrow_forward,
+    objective_by_hand,
+    resize_by_hand,
+)
 
 SETTINGS = {"num_subnets": 3, "min_width": 0.5, "resolutions": [16, 12, 9], "seed": 3}
 STEP = 4
@@ -54,6 +61,20 @@ def test_gradients_and_loss_of_a_step_are_those_of_the_formula(images, labels, s
     assert loss.item() == pytest.approx(expected_loss, abs=1e-10)
     assert not loss.requires_grad
     assert_close(gradients(network), expected)
+
+
+def test_subnetworks_may_learn_the_labels_instead(images, labels):
+    network = make_network()
+    p = {name: parameter.detach().clone().requires_grad_() for name, parameter in network.named_parameters()}
+    gradaug = GradAug(network, subnet_target="label", kl_weight=0.7, **SETTINGS)
+    expected = objective_by_hand(p, images, labels, [])[0]
+    for width, side in drawn(gradaug):
+        logits = narrow_forward(p, resize_by_hand(images, side), width)
+        chosen = logits[range(len(labels)), labels]
+        expected = expected + 0.7 * (logits.exp().sum(dim=1).log() - chosen).mean()
+    expected.backward()
+    assert gradaug.backward(images, labels, step=STEP).item() == pytest.approx(expected.item(), abs=1e-10)
+    assert_close(gradients(network), {name: parameter.grad for name, parameter in p.items()})
 
 
 def test_one_joint_backward_gives_the_gradients_of_pass_by_pass(images, labels):
@@ -189,6 +210,18 @@ def test_no_subnetworks_leave_the_plain_cross_entropy(images, labels):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
+def test_between_the_steps_of_the_interval_the_full_network_learns_alone(images, labels):
+    network = make_network()
+    gradaug = GradAug(network, subnet_interval=2, **SETTINGS)
+    always = GradAug(make_network(), **SETTINGS)
+    for step in range(4):
+        network.zero_grad()
+        subnets = [] if step % 2 else drawn(always, step)
+        expected_loss, expected = gradients_by_hand(network, images, labels, subnets)
+        assert gradaug.backward(images, labels).item() == pytest.approx(expected_loss, abs=1e-10)
+        assert_close(gradients(network), expected)
+
+
 def test_a_transform_is_seen_by_the_subnetworks_only(images, labels):
     network = make_network()
     gradaug = GradAug(network, transform=torch.zeros_like, **SETTINGS)
@@ -227,5 +260,7 @@ def test_bad_input_is_named(images, labels):
         gradaug.backward(images, labels[:5])
     with pytest.raises(ValueError, match="kl_weight is -1"):
         GradAug(make_network(), kl_weight=-1)
+    with pytest.raises(ValueError, match="subnet_target is 'hard'; it must be one of 'soft', 'label'"):
+        GradAug(make_network(), subnet_target="hard")
     with pytest.raises(ValueError, match="label_smoothing is 2"):
         GradAug(make_network(), label_smoothing=2)

@@ -18,4 +18,5 @@ def test_wheel_holds_the_package_alone_and_all_of_it(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert held == {str(file.relative_to(source)) for file in (source / "gradaug_hf").rglob("*.py")}
+    files = [file for ending in ("py", "md") for file in (source / "gradaug_hf").rglob(f"*.{ending}")]
+    assert held == {str(file.relative_to(source)) for file in files}

@@ -98,3 +98,8 @@ def test_a_wrapped_network_is_told_how_transformers_builds_it():
 
 def test_no_hint_is_given_where_timm_has_no_such_call():
     assert dynamic_size_hint(MultiplesOf8(), [192]) == ""
+
+
+def test_a_network_of_grey_images_is_tried_with_such():
+    network = timm.create_model("test_efficientnet", in_chans=1)
+    assert ResolutionTrial(network).default(56) == [56, 48, 40, 32]

@@ -3,12 +3,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from gradaug_hf.results import Result, load_runs, main, plot_curves, results_table, save_results
+from gradaug_hf.results import Result, load_runs, main, results_table, save_results
 
 PLAIN = Result("plain", 0.87654, 0.99, 160, 12.34, 800.4, [(80, 0.5), (160, 0.87654)])
 GRADAUG = Result("gradaug", 0.9, 1.0, 160, 34.0, 812.6, [(80, 0.4), (160, 0.9)])
@@ -34,19 +33,6 @@ def test_json_holds_results_settings_command_and_versions(tmp_path, monkeypatch)
     assert content["settings"] == {"seed": 3}
     assert content["command"] == "recipe.py --seed 3"
     assert content["versions"]["torch"] == torch.__version__.split("+")[0]
-
-
-def test_plot_draws_each_curve_in_a_lightness_of_its_own(tmp_path):
-    file = tmp_path / "curves.png"
-    plot_curves([PLAIN, GRADAUG], file, "two runs")
-    with PIL.Image.open(file) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    assert pixels.shape[0] >= 480
-    assert np.array_equal(pixels[..., 0], pixels[..., 1])
-    shades, counts = np.unique(pixels[..., 0], return_counts=True)
-    strokes = dict(zip(shades.tolist(), counts.tolist(), strict=True))
-    assert strokes[0] > 1000
-    assert strokes[153] > 1000
 
 
 def finished(folder: Path, result: Result, seed: int, model: str = "net") -> str:

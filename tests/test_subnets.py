@@ -123,6 +123,12 @@ def test_one_subnetwork_is_the_narrowest_and_none_is_none():
     assert SubnetSampler(0).sample(3) == []
 
 
+def test_with_an_interval_every_kth_step_has_the_subnetworks_it_has_without():
+    always, every_third = SubnetSampler(**SETTINGS), SubnetSampler(**SETTINGS, subnet_interval=3)
+    for step in range(12):
+        assert every_third.sample(step) == (always.sample(step) if step in (0, 3, 6, 9) else [])
+
+
 def test_without_resolutions_images_are_left_as_they_are():
     assert all(subnet.resolution is None for subnet in SubnetSampler(3).sample(0))
 
@@ -149,6 +155,8 @@ def test_a_subnet_cannot_be_changed():
         ({"max_width": 1.1}, "max_width is 1.1"),
         ({"width_levels": 1}, "width_levels is 1"),
         ({"subnet_mode": "height"}, r"subnet_mode is 'height'; .* one of 'width', 'depth', 'width\+depth'"),
+        ({"subnet_interval": 0}, "subnet_interval is 0; it must be an integer of at least 1"),
+        ({"subnet_interval": 1.5}, "subnet_interval is 1.5"),
         ({"min_survival": 0}, r"min_survival is 0; it must lie in \(0, 1\]"),
         ({"resolutions": []}, r"resolutions is \[\]"),
         ({"resolutions": [32, 0]}, r"resolutions is \[32, 0\]"),

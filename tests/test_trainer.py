@@ -414,6 +414,31 @@ def test_subnetworks_follow_the_optimiser_step_whatever_is_accumulated(tmp_path)
     assert sampler.steps == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("backward", ["sequential", "joint"])
+def test_with_an_interval_the_log_has_the_means_of_the_steps_with_subnetworks(tmp_path, backward):
+    network = plain_timm()
+    passes = []
+    network.register_forward_pre_hook(lambda module, inputs: passes.append(trainer.state.global_step))
+    args = config(tmp_path, max_steps=5, logging_steps=1, subnet_interval=3, subnet_backward=backward)
+    trainer = GradAugTrainer(network, args, train_dataset=rows(20))
+    trainer.train()
+    assert passes == [0, 0, 0, 0, 1, 2, 3, 3, 3, 3, 4]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["step"] for log in logs if "loss_subnets" in log] == [1, 4]
+    assert [log["step"] for log in logs if "subnet_width" in log] == [1, 4]
+    assert all(log["loss"] == pytest.approx(log["loss_full"], abs=1e-5) for log in logs if "loss_subnets" not in log)
+
+    together = plain_timm()
+    args = config(tmp_path, max_steps=5, logging_steps=5, subnet_interval=3, subnet_backward=backward)
+    trainer = GradAugTrainer(together, args, train_dataset=rows(20))
+    trainer.train()
+    assert_equal(weights(together), weights(network))
+    mean = trainer.state.log_history[0]
+    assert mean["loss_full"] == pytest.approx(sum(log["loss_full"] for log in logs) / 5, abs=1e-6)
+    for name in ("loss_subnets", "subnet_width", "subnet_resolution"):
+        assert mean[name] == pytest.approx((logs[0][name] + logs[3][name]) / 2, abs=1e-6)
+
+
 def test_a_network_from_model_init_is_trained_with_subnetworks(tmp_path):
     trainer = GradAugTrainer(
         args=config(tmp_path, max_steps=2, logging_steps=1, label_smoothing_factor=0.1),
@@ -723,3 +748,19 @@ def test_plain_training_arguments_train_with_the_defaults(tmp_path):
     trainer.train()
     assert trainer.args.num_subnets == 3
     assert 0.9 <= trainer.state.log_history[0]["subnet_width"] <= 1.0
+
+
+def test_tensorboard_shows_the_parts_of_the_loss_the_sub_networks_and_the_widths(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {"logging_steps": 1, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "eval_widths": [0.5]}
+    arguments = config(tmp_path, report_to="tensorboard", resolutions=[32, 24], **settings)
+    trainer = GradAugTrainer(plain_timm(), arguments, train_dataset=rows(8), eval_dataset=rows(4))
+    trainer.train()
+    (run,) = (tmp_path / "runs").iterdir()
+    shown = EventAccumulator(str(run)).Reload()
+    parts = ("loss", "loss_full", "loss_subnets", "subnet_width", "subnet_resolution")
+    for name, tag in [*((part, f"train/{part}") for part in parts), ("eval_width0.5_loss", "eval/width0.5_loss")]:
+        logged = {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+        assert {event.step: event.value for event in shown.Scalars(tag)} == pytest.approx(logged)
+        assert logged

@@ -1,11 +1,17 @@
-"""Trains a small residual network without batch norm for a few steps; every process writes its weights and draws.
+"""Trains small networks for a few steps; every process writes its gradients, weights and draws.
 
-accelerate launch --cpu --num_processes 2 tests/train_in_processes.py --output_dir DIR ...
+accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/train_in_processes.py FOLDER
+
+FOLDER/runs.json holds, by the name of a run, its network and its flags.
 """
 
+import json
 import os
+import signal
+import sys
 from pathlib import Path
 
+import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +21,7 @@ from transformers import HfArgumentParser, TrainerCallback, default_data_collato
 from gradaug_hf import GradAugConfig, GradAugTrainer
 from gradaug_hf.subnets import SubnetSampler
 from gradaug_hf.transforms import RandomQuarterTurn
+from tests import residual_network
 
 
 class CountReductions(TrainerCallback):
@@ -31,6 +38,25 @@ class CountReductions(TrainerCallback):
     def reduce(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self.count += 1
         return allreduce_hook(None, bucket)
+
+
+class KeepGradients(TrainerCallback):
+    """Keeps the gradients that each step of the optimiser is made with."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs) -> None:
+        self.steps.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+
+
+class Die(TrainerCallback):
+    """Kills the process of a rank in its third step."""
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if os.environ.get("RANK", "") == os.environ.get("DYING_RANK") and state.global_step == 2:
+            Path(args.output_dir).with_name("dying").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class RecordingSampler(SubnetSampler):
@@ -66,7 +92,19 @@ class Block(nn.Module):
         return self.act(self.drop_path(self.conv2(self.conv1(x).relu())) + self.shortcut(x))
 
 
-def make_network() -> nn.Sequential:
+def with_batchnorm() -> nn.Module:
+    network = residual_network.make_network()
+    network.num_classes = 5
+    return network
+
+
+def of_timm() -> nn.Module:
+    """A network whose batch norms have activations."""
+    torch.manual_seed(0)
+    return timm.create_model("test_efficientnet", num_classes=5, drop_rate=0.0, drop_path_rate=0.0).double()
+
+
+def without_batchnorm() -> nn.Sequential:
     torch.manual_seed(0)
     blocks = [Block(8, 8, 1), Block(8, 12, 2), Block(12, 12, 1), Block(12, 12, 1)]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)]
@@ -75,10 +113,13 @@ def make_network() -> nn.Sequential:
     return network
 
 
-def train(flags: list[str] | None = None) -> dict:
-    (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(flags)
-    network = make_network()
-    computed, batches, mixed = [], [], []
+NETWORKS = {"plain": without_batchnorm, "batchnorm": with_batchnorm, "timm": of_timm}
+
+
+def train(network_name: str, flags: str) -> dict:
+    (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(flags.split())
+    network = NETWORKS[network_name]()
+    computed, batches, labels, mixed = [], [], [], []
     for name, module in network.named_children():
         if isinstance(module, Block):
             module.conv1.register_forward_hook(lambda *_, name=name: computed.append(name))
@@ -88,12 +129,13 @@ def train(flags: list[str] | None = None) -> dict:
     def collate(rows: list[dict]) -> dict:
         batch = default_data_collator(rows)
         batches.append(batch["pixel_values"])
+        labels.append(batch["labels"])
         return batch
 
     network.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0]))
-    images = torch.randn(32, 3, 16, 16, dtype=torch.float64)
+    images = torch.randn(32, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows = [{"pixel_values": image, "labels": i % 5} for i, image in enumerate(images)]
-    counter, turn = CountReductions(), RecordingTurn()
+    counter, keeper, turn = CountReductions(), KeepGradients(), RecordingTurn()
     sampler = RecordingSampler(
         3,
         args.min_width,
@@ -108,27 +150,35 @@ def train(flags: list[str] | None = None) -> dict:
         args,
         train_dataset=rows,
         data_collator=collate,
-        callbacks=[counter],
+        callbacks=[counter, keeper, Die()],
         subnet_sampler=sampler,
-        subnet_transform=turn,
+        subnet_transform=turn if network_name == "plain" else None,
     )
     batches.clear()  # the first image was looked at
+    labels.clear()
     counter.trainer = trainer
     trainer.train()
     return {
-        "weights": network.state_dict(),
+        "weights": {name: tensor.clone() for name, tensor in network.state_dict().items()},
+        "gradients": keeper.steps,
         "reductions": counter.count,
         "drawn": repr(sampler.drawn),
         "turns": turn.turns,
         "computed": computed,
         "batches": batches,
+        "labels": labels,
         "mixed": mixed[:: 1 + args.num_subnets],
         "processes": args.world_size,
         "log": [log for log in trainer.state.log_history if "loss" in log],
-        "output_dir": args.output_dir,
     }
 
 
+def main(folder: Path) -> None:
+    runs = json.loads((folder / "runs.json").read_text())
+    for name, (network_name, flags) in runs.items():
+        found = train(network_name, f"--output_dir {folder / name} {flags}")
+        torch.save(found, folder / f"{name}-rank{os.environ['RANK']}.pt")
+
+
 if __name__ == "__main__":
-    found = train()
-    torch.save(found, Path(found["output_dir"]) / f"rank{os.environ['RANK']}.pt")
+    main(Path(sys.argv[1]))

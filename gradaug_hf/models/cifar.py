@@ -22,7 +22,7 @@ def cifar_cfg(**changes) -> dict:
         "input_size": (3, 32, 32),
         "min_input_size": (3, 8, 8),
         "pool_size": (8, 8),
-        "interpolation": "bicubic",
+        "interpolation": "bilinear",
         "crop_pct": 1.0,
         "mean": CIFAR_MEAN,
         "std": CIFAR_STD,

@@ -38,25 +38,54 @@ class ShakeDrop(nn.Module):
 
     Args:
         rate: Probability of scaling.
+        scale_by_keep: Whether to divide by what is expected while training, and leave the residual as it is in eval
+            mode, as timm's DropPath does: the trained weights then are those of the network without ShakeDrop.
 
     Raises:
         ValueError: The rate is not in [0, 1).
     """
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float, scale_by_keep: bool = False):
         super().__init__()
         check_rate("rate", rate)
         self.rate = rate
+        self.scale_by_keep = scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
         """Residual (N, ...) to scaled residual."""
+        expected = 1 - self.rate
         if not self.training:
-            return x * (1 - self.rate)
+            return x if self.scale_by_keep else x * expected
         each = (len(x), *[1] * (x.ndim - 1))
         scaled = x.new_empty([1] * x.ndim).bernoulli_(self.rate)
         alpha = 1 + scaled * x.new_empty(each).uniform_(-2, 0)
         beta = 1 + scaled * x.new_empty(each).uniform_(-1, 0)
+        if self.scale_by_keep:
+            alpha, beta = alpha / expected, beta / expected
         return _Scale.apply(x, alpha, beta)
 
     def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
+        return f"rate={self.rate:.3f}, scale_by_keep={self.scale_by_keep}"
+
+
+def residual_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a timm network that have a `drop_path` for their residual, whatever it is now."""
+    return [module for module in network.modules() if hasattr(module, "drop_path")]
+
+
+def add_shake_drop(network: nn.Module, rate: float) -> None:
+    """Have the residuals of a timm network scaled by ShakeDrop in place; its state dict does not change.
+
+    Args:
+        network: One whose residual blocks have a `drop_path`, such as timm's ResNet.
+        rate: Probability of scaling the last block's residual; it rises linearly from block to block.
+
+    Raises:
+        ValueError: There is no such block, or the rate is not in [0, 1).
+    """
+    check_rate("shake_drop_rate", rate)
+    blocks = residual_blocks(network)
+    if not blocks:
+        raise ValueError(f"{type(network).__name__} has no residual block with a drop_path, which ShakeDrop replaces")
+    for number, block in enumerate(blocks, start=1):
+        block.drop_path = ShakeDrop(rate * number / len(blocks), scale_by_keep=True).train(block.training)

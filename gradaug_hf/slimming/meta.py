@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gradaug_hf.slimming.patching import unpatch
+from gradaug_hf.sync_batchnorm import run_without_gpu
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -32,6 +33,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     # The memo also keeps the originals' ids valid while they are copied.
     copied = copy.deepcopy(model, memo)
     unpatch(copied)
+    run_without_gpu(copied)
     return copied
 
 
@@ -56,7 +58,9 @@ def example_sizes(model: nn.Module, input_size: int | Sequence[int] | None) -> I
     network = getattr(model, "timm_model", model)
     config = getattr(model, "config", None)
     cfg = getattr(network, "pretrained_cfg", None) or {}
-    channels = list(dict.fromkeys([(cfg.get("input_size") or (3,))[0], _input_channels(model)]))
+    # The configuration of a network of timm is that of its checkpoint, which may have had other channels.
+    stated = getattr(network, "in_chans", None) or (cfg.get("input_size") or (3,))[0]
+    channels = list(dict.fromkeys([stated, _input_channels(model)]))
     if input_size is not None:
         yield from (_full_size(input_size, count) for count in channels)
         return

@@ -1,8 +1,9 @@
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
-from gradaug_hf.models.shake_drop import ShakeDrop
+from gradaug_hf.models.shake_drop import ShakeDrop, add_shake_drop
 
 
 def factors(layer: nn.Module, count: int, images: int = 4) -> list[tuple[Tensor, Tensor]]:
@@ -54,6 +55,37 @@ def test_evaluation_multiplies_by_what_is_expected_while_training():
     assert torch.allclose(forward, torch.tensor(0.6, dtype=torch.float64))
     assert torch.allclose(backward, torch.tensor(0.6, dtype=torch.float64))
     assert trained == pytest.approx(0.6, abs=0.05)
+
+
+def test_scaled_by_keep_training_is_divided_by_what_is_expected_and_evaluation_changes_nothing():
+    torch.manual_seed(0)
+    plain = factors(ShakeDrop(0.4), 20)
+    torch.manual_seed(0)
+    kept = factors(ShakeDrop(0.4, scale_by_keep=True), 20)
+    for (forward, backward), (expected_forward, expected_backward) in zip(kept, plain, strict=True):
+        assert torch.allclose(forward, expected_forward / 0.6)
+        assert torch.allclose(backward, expected_backward / 0.6)
+    ((forward, backward),) = factors(ShakeDrop(0.4, scale_by_keep=True).eval(), 1)
+    assert (forward == 1).all() and (backward == 1).all()
+
+
+def test_shaken_network_of_timm_is_the_network_itself_when_it_is_evaluated():
+    torch.manual_seed(0)
+    network = timm.create_model("resnet18", num_classes=3, zero_init_last=False).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected, keys = network(images), list(network.state_dict())
+    add_shake_drop(network, 0.5)
+    assert torch.equal(network(images), expected)
+    assert list(network.state_dict()) == keys
+    rates = [module.rate for module in network.modules() if isinstance(module, ShakeDrop)]
+    assert rates == [0.5 * number / 8 for number in range(1, 9)]
+    network.train()
+    assert not torch.equal(network(images), network(images))
+
+
+def test_network_without_residual_blocks_cannot_be_shaken():
+    with pytest.raises(ValueError, match="VGG has no residual block with a drop_path"):
+        add_shake_drop(timm.create_model("vgg11", num_classes=2), 0.5)
 
 
 def test_a_rate_of_zero_changes_nothing():

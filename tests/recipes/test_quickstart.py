@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from transformers import set_seed
 
 from recipes.quickstart import QuickstartArguments, check_checkpoint, load_data, main, train
@@ -130,3 +131,13 @@ def test_few_labels_of_cifar10_are_learnt_well_over_chance(real_data: Path, tmp_
     result = train(args, "gradaug", timm.create_model("wrn16_2", num_classes=10), data)
     assert result.steps == 40
     assert result.top1 > 0.2
+
+
+def test_each_checkpoint_has_a_model_card_and_pictures(launched):
+    _, folder = launched
+    for method, pictures in (("plain", ["curves.png"]), ("gradaug", ["curves.png", "subnets.png"])):
+        assert sorted(file.name for file in (folder / method / "plots").iterdir()) == pictures
+        card = ModelCard.load(folder / method / "README.md")
+        top1 = {run["method"]: run["top1"] for run in json.loads((folder / "results.json").read_text())["runs"]}
+        assert card.data.eval_results[0].metric_value == top1[method]
+        assert card.data.eval_results[0].dataset_name == "handwritten digits of scikit-learn"

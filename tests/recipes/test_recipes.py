@@ -4,14 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import timm
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification
+from datasets import Dataset, Image
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, pipeline
 
 from gradaug_hf.arguments import parse
 from gradaug_hf.data import cifar_transform, load_image_data, with_pixels
 from gradaug_hf.experiment import SETTINGS, Recipe
+from gradaug_hf.hub import save_configs
 from gradaug_hf.methods import METHODS
 from recipes import cifar_pyramidnet, cifar_resnet110_depth, cifar_wideresnet, imagenet_resnet50
 from tests.recipes.conftest import QUICK, TRAINING_IMAGES
@@ -31,7 +36,7 @@ SMALL = {
     "cifar_resnet110_depth": "resnet20_cifar",
 }
 NOT_FOR = {
-    "imagenet_resnet50": {"shakedrop"},
+    "imagenet_resnet50": set(),
     "cifar_wideresnet": {"bag_of_tricks"},
     "cifar_pyramidnet": {"bag_of_tricks"},
     "cifar_resnet110_depth": {"bag_of_tricks"},
@@ -48,6 +53,7 @@ QUICK_RUNS = {
     ("cifar_resnet110_depth", "stochdepth"),
     ("cifar_resnet110_depth", "gradaug"),
     ("imagenet_resnet50", "bag_of_tricks"),
+    ("imagenet_resnet50", "shakedrop"),
 }
 # From the paper and its configuration files, by hand.
 PAPER = {
@@ -74,7 +80,8 @@ PAPER = {
 }  # fmt: skip
 PAPER_EVERYWHERE = {
     "method": "gradaug", "num_subnets": 3, "max_width": 1.0, "width_divisor": 1, "width_levels": None,
-    "kl_weight": 1.0, "optim": "sgd", "max_grad_norm": 0.0, "warmup_epochs": 0, "warmup_steps": 0,
+    "kl_weight": 1.0, "subnet_target": "soft", "optim": "sgd", "max_grad_norm": 0.0, "warmup_epochs": 0,
+    "warmup_steps": 0,
     "label_smoothing_factor": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "bf16": False, "fp16": False,
     "gradient_accumulation_steps": 1, "drop_path_rate": None, "drop_block_rate": None, "shake_drop_rate": None,
     "labels_per_class": None, "max_train_samples": None, "max_eval_samples": None, "max_steps": -1,
@@ -143,13 +150,19 @@ def test_every_method_is_trained_by_a_quick_run():
 def test_method_that_a_network_cannot_take_is_refused_before_the_data_is_loaded(
     name, method, run_recipe, small_pyramid
 ):
-    missing = {"shakedrop": "shake_drop_rate", "bag_of_tricks": "zero_init_last"}[method]
-    possible = ", ".join(m for m in METHODS if m not in NOT_FOR[name])
-    message = (
-        f"{SMALL[name]} cannot be trained with method '{method}': it has no {missing}. Methods for it: {possible}"
-    )
+    refuse(run_recipe, name, SMALL[name], method, "zero_init_last", NOT_FOR[name])
+
+
+def test_method_that_needs_residual_blocks_is_refused_without_them(run_recipe):
+    residual = {"dropblock", "stochdepth", "shakedrop", "bag_of_tricks"}
+    refuse(run_recipe, "imagenet_resnet50", "vgg11", "shakedrop", "shake_drop_rate", residual)
+
+
+def refuse(run_recipe, recipe: str, model: str, method: str, missing: str, not_for: set[str]) -> None:
+    possible = ", ".join(m for m in METHODS if m not in not_for)
+    message = f"{model} cannot be trained with method '{method}': it has no {missing}. Methods for it: {possible}"
     with pytest.raises(SystemExit, match=f"^error: {message}$"):
-        run_recipe(RECIPES[name], f"--model {SMALL[name]} --method {method} --dataset_name /nowhere")
+        run_recipe(RECIPES[recipe], f"--model {model} --method {method} --dataset_name /nowhere")
 
 
 @pytest.mark.parametrize(
@@ -170,6 +183,7 @@ def test_method_that_a_network_cannot_take_is_refused_before_the_data_is_loaded(
         ("--model nobody/nothing", "model 'nobody/nothing' is no folder, and the Hub cannot be reached"),
         ("--dataset_name nobody/nothing", "data set 'nobody/nothing' is neither a file nor a folder here"),
         ("--eval_split dev", "no split 'dev'; splits found: train, test"),
+        ("--streaming --skip_bad_images", "skip_bad_images is True; it must be False with streaming"),
         ("--streaming --labels_per_class 2", "labels_per_class needs to see all labels first"),
     ],
 )
@@ -178,13 +192,23 @@ def test_wrong_arguments_end_in_one_message(flags: str, message: str, run_recipe
         run_recipe(cifar_wideresnet.RECIPE, f"--model wrn16_2 {flags}")
 
 
-def test_full_run_evaluates_each_epoch_and_goes_on_from_a_checkpoint_as_if_never_stopped(run_recipe):
+@pytest.mark.parametrize(
+    ("saving", "checkpoint"),
+    [
+        ("--save_strategy epoch", "checkpoint-2"),
+        ("--save_strategy steps --save_steps 1 --dataloader_num_workers 2", "checkpoint-3"),
+        ("--save_strategy steps --save_steps 1 --streaming --num_train_epochs 1 --batch_size 10", "checkpoint-2"),
+    ],
+)
+def test_full_run_evaluates_each_epoch_and_goes_on_from_a_checkpoint_as_if_never_stopped(
+    saving: str, checkpoint: str, run_recipe
+):
     flags = "--model resnet20_cifar --max_steps -1 --num_train_epochs 2 --batch_size 20 --eval_strategy epoch "
-    flags += "--max_train_samples 40 --save_strategy epoch --save_total_limit 2"
+    flags += f"--max_train_samples 40 --save_total_limit 3 {saving}"
     whole = run_recipe(cifar_wideresnet.RECIPE, flags)
-    assert [step for step, _ in whole.result["curve"]] == [2, 4]
+    assert [step for step, _ in whole.result["curve"]] == ([4] if "streaming" in saving else [2, 4])
     assert whole.result["curve"][-1][1] == whole.result["top1"]
-    resumed = run_recipe(cifar_wideresnet.RECIPE, f"{flags} --resume_from_checkpoint {whole.folder / 'checkpoint-2'}")
+    resumed = run_recipe(cifar_wideresnet.RECIPE, f"{flags} --resume_from_checkpoint {whole.folder / checkpoint}")
     for key in ("steps", "top1", "top5", "curve"):
         assert resumed.result[key] == whole.result[key]
     first, second = (timm.create_model(f"local-dir:{run.folder}", pretrained=True) for run in (whole, resumed))
@@ -197,10 +221,53 @@ def test_last_checkpoint_of_the_folder_is_found(run_recipe):
     started = run_recipe(cifar_wideresnet.RECIPE, f"{flags} --save_total_limit 2")
     (started.folder / "results.json").unlink()
     resumed = run_recipe(
-        cifar_wideresnet.RECIPE, f"{flags} --max_steps 3 --resume_from_checkpoint last --output_dir {started.folder}"
+        cifar_wideresnet.RECIPE,
+        f"{flags} --max_steps 3 --resume_from_checkpoint last --ignore_config_change --output_dir {started.folder}",
     )
     assert resumed.printed.count("'grad_norm'") == 1  # only the third step was left
     assert (started.folder / "results.json").exists()
+
+
+def test_changed_settings_of_an_interrupted_run_are_refused(run_recipe):
+    flags = "--model resnet20_cifar --save_strategy steps --save_steps 1"
+    folder = run_recipe(cifar_wideresnet.RECIPE, flags).folder
+    flags += f" --output_dir {folder} --resume_from_checkpoint last --min_width 0.7 --labels_per_class 2"
+    message = (
+        "^error: .*checkpoint-2 was trained with other settings: labels_per_class was None and is 2; min_width was"
+    )
+    with pytest.raises(SystemExit, match=message):
+        run_recipe(cifar_wideresnet.RECIPE, flags)
+    run_recipe(cifar_wideresnet.RECIPE, f"{flags} --ignore_config_change")
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_message(run_recipe):
+    flags = "--model resnet20_cifar --learning_rate 1e38 --max_steps 4 --min_width 0.8"
+    with pytest.raises(SystemExit, match=r"^error: the loss of step \d is not finite: .* of width 0.8 at \d\d pixels"):
+        run_recipe(cifar_wideresnet.RECIPE, flags)
+
+
+@pytest.fixture
+def images_with_bad_ones(few_images: str, tmp_path: Path) -> str:
+    """The few images, of which the fifth to train on and the third to evaluate on are cut off."""
+    for split, bad in (("train", 4), ("test", 2)):
+        images = Dataset.from_parquet(f"{few_images}/{split}.parquet", cache_dir=str(tmp_path / "cache"))
+        images = images.cast_column("img", Image(decode=False))
+        encoded = images["img"][:]
+        encoded[bad] = {**encoded[bad], "bytes": encoded[bad]["bytes"][:100]}
+        images = images.remove_columns("img").add_column("img", encoded, feature=Image(decode=False))
+        (tmp_path / "data").mkdir(exist_ok=True)
+        images.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    return str(tmp_path / "data")
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_bad_images_end_a_run_or_are_skipped_and_counted(images_with_bad_ones: str, run_recipe):
+    flags = f"--model resnet20_cifar --method baseline --max_steps 13 --dataset_name {images_with_bad_ones}"
+    flags += " --dataloader_num_workers 2"
+    with pytest.raises(SystemExit, match="^error: the image in row 4 of split train cannot be decoded"):
+        run_recipe(cifar_wideresnet.RECIPE, flags)
+    run = run_recipe(cifar_wideresnet.RECIPE, f"{flags} --skip_bad_images")
+    assert "skipped 1 training images that cannot be decoded" in run.printed
 
 
 def test_settings_may_come_from_a_file_and_flags_win(tmp_path):
@@ -250,6 +317,7 @@ def test_what_is_given_wins_over_method_and_recipe_even_by_another_name():
 
 # ---- test only ----
 
+CIFAR10_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10_MEAN, CIFAR10_STD = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
@@ -302,18 +370,78 @@ def test_only_a_checkpoint_of_transformers_is_evaluated_and_trained_further(tmp_
     expected = top1_by_hand(network, few_images, CIFAR10_MEAN, CIFAR10_STD)
     assert row_of("1", tested.printed)[1] == pytest.approx(100 * expected, abs=1e-4)
     trained = run_recipe(cifar_wideresnet.RECIPE, f"{flags} --learning_rate 1e-9 --weight_decay 0")
-    again = ResNetForImageClassification.from_pretrained(trained.folder)
-    assert again.config.id2label[3] == "cat"
+    again = ResNetForImageClassification.from_pretrained(trained.folder).eval()
+    photo = PIL.Image.effect_noise((40, 50), 90).convert("RGB")
+    with torch.no_grad():
+        score, label = again(cifar_transform(False)(photo)[None]).logits.softmax(1).max(1)
+    best = pipeline("image-classification", model=str(trained.folder), device="cpu")(photo)[0]
+    assert best["label"] == CIFAR10_NAMES[label]
+    assert best["score"] == pytest.approx(score.item(), abs=1e-3)  # torchvision and Pillow round pixels differently
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(again.get_parameter(name), parameter, rtol=0, atol=1e-6)
     with pytest.raises(SystemExit, match="cannot be trained with method 'stochdepth': it has no drop_path_rate"):
         run_recipe(cifar_wideresnet.RECIPE, f"{flags} --method stochdepth")
 
 
+@pytest.mark.parametrize("flags", ["--do_train false --do_eval", ""], ids=["evaluate", "train"])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_weights_that_are_cut_off_or_of_another_network_are_refused(library, flags, tmp_path, run_recipe):
+    if library == "timm":
+        network = timm.create_model("resnet20_cifar", num_classes=10)
+        save_file(network.state_dict(), tmp_path / "model.safetensors")
+        save_configs(network, tmp_path)
+        missing = "layer1.0.conv1.weight"
+    else:
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+        ResNetForImageClassification(ResNetConfig(**sizes, num_labels=10)).save_pretrained(tmp_path)
+        missing = "resnet.embedder.embedder.convolution.weight"
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    flags += f" --model {tmp_path}"
+    file.write_bytes(whole[:-10])
+    with pytest.raises(SystemExit, match="^error: .*model.safetensors is damaged or cut off"):
+        run_recipe(cifar_wideresnet.RECIPE, flags)
+    file.write_bytes(whole)
+    state = load_file(file)
+    del state[missing]
+    save_file(state, file, metadata={"format": "pt"})
+    if library == "timm" or "do_eval" in flags:
+        with pytest.raises(SystemExit, match=f"^error: the weights of .*{missing}"):
+            run_recipe(cifar_wideresnet.RECIPE, flags)
+
+
 def test_only_a_checkpoint_with_other_classes_is_refused(tmp_path, run_recipe):
     timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=7), tmp_path, safe_serialization=True)
     with pytest.raises(SystemExit, match="has 7 classes, the data set 10"):
         run_recipe(cifar_wideresnet.RECIPE, f"--do_train false --do_eval --model {tmp_path}")
+
+
+@pytest.mark.parametrize("recipe", [cifar_wideresnet.RECIPE, imagenet_resnet50.RECIPE], ids=["cifar", "imagenet"])
+def test_a_pipeline_prepares_a_photo_as_the_recipe_s_evaluation_did(recipe, tmp_path, run_recipe, real_data):
+    folder = run_recipe(recipe, "--model test_resnet --method baseline").folder
+    photos = Dataset.from_parquet(str(real_data / "hymenoptera" / "validation.parquet"), cache_dir=str(tmp_path))
+    photo = photos[0]["image"].convert("RGB").resize((450, 300))
+    network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    pixels = recipe.transform(False, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))(photo)  # timm's of test_resnet
+    with torch.no_grad():
+        score, label = network(pixels[None]).softmax(1).max(1)
+    best = pipeline("image-classification", model=str(folder), device="cpu")(photo)[0]
+    assert best["label"] == CIFAR10_NAMES[label]
+    assert best["score"] == pytest.approx(score.item(), abs=1e-5)
+
+
+def test_a_checkpoint_is_trained_further_on_other_classes(tmp_path, run_recipe):
+    torch.manual_seed(0)
+    network = timm.create_model("test_resnet", num_classes=7)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    save_configs(network, tmp_path, label_names=list("abcdefg"))
+    flags = f"--model {tmp_path} --method baseline --learning_rate 1e-9 --weight_decay 0"
+    folder = run_recipe(cifar_wideresnet.RECIPE, flags).folder
+    again = AutoModelForImageClassification.from_pretrained(folder)
+    assert list(again.config.id2label.values()) == CIFAR10_NAMES
+    for name, parameter in network.named_parameters():
+        if not name.startswith("fc."):
+            torch.testing.assert_close(again.timm_model.get_parameter(name), parameter, rtol=0, atol=1e-6)
 
 
 # ---- data and processes ----
@@ -334,6 +462,16 @@ def test_stream_of_unknown_length_asks_for_the_steps(run_recipe):
     assert run_recipe(cifar_wideresnet.RECIPE, STREAM).result["steps"] == 2
 
 
+def test_card_and_pictures_of_a_run_lie_next_to_its_results(run_recipe, few_images):
+    finished = run_recipe(cifar_wideresnet.RECIPE, "--model wrn16_2 --max_steps 1")
+    card = ModelCard.load(finished.folder / "README.md")
+    top1 = card.data.eval_results[0]
+    assert (top1.metric_value, top1.dataset_name) == (finished.result["top1"], Path(few_images).name)
+    assert f"--dataset_name {Path(few_images).name} --output_dir {finished.folder.name}" in card.text
+    assert str(finished.folder.parent) not in card.content
+    assert sorted(file.name for file in (finished.folder / "plots").iterdir()) == ["curves.png", "subnets.png"]
+
+
 def test_sub_networks_may_see_turned_images(run_recipe):
     flags = "--model resnet20_cifar --resolutions 32 --max_steps 1"
     plain, turned = (run_recipe(cifar_wideresnet.RECIPE, f"{flags} {extra}") for extra in ("", "--subnet_rotation"))
@@ -352,7 +490,7 @@ def test_resnet50_trains_on_photos_at_224(run_recipe, real_data):
 
 
 def launch_twice(flags: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu_2.yaml"]
     return subprocess.run(
         [*launcher, "recipes/cifar_wideresnet.py", *f"{QUICK} --model resnet20_cifar {flags}".split()],
         cwd=ROOT,

@@ -1,0 +1,247 @@
+"""Checkpoints: written whole or not at all, with the settings of the training, and checked before they are read."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from gradaug_hf.config import GradAugConfig
+
+STATE = "gradaug_state.json"
+# Starts the name of a folder in which a checkpoint is being written; nothing takes it for a checkpoint.
+PARTIAL = "tmp-"
+# What of `TrainingArguments` changes the weights that a training ends with.
+SETTINGS_OF_TRAINING = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "data_seed",
+    "dataloader_drop_last",
+    "fp16",
+    "gradient_accumulation_steps",
+    "label_smoothing_factor",
+    "learning_rate",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "max_steps",
+    "num_train_epochs",
+    "optim",
+    "optim_args",
+    "optim_target_modules",
+    "per_device_train_batch_size",
+    "seed",
+    "train_sampling_strategy",
+    "warmup_steps",
+    "weight_decay",
+    "world_size",
+)
+# Own fields that do not.
+OTHER_SETTINGS = ("eval_widths", "ignore_config_change")
+DIFFERENCES_SHOWN = 5
+
+
+class CheckpointError(OSError):
+    """A checkpoint cannot be written; those before it are as they were."""
+
+
+class ResumeError(ValueError):
+    """A checkpoint cannot be read, or is not one of the training that is to go on from it."""
+
+
+@contextmanager
+def written_whole(run_dir: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint in, which is gone afterwards, whatever happens.
+
+    It lies in `run_dir`, so that a checkpoint can be renamed from it into its place: a process that is killed leaves
+    either no checkpoint of that name or a whole one.
+
+    Raises:
+        CheckpointError: something in it could not be written.
+    """
+    folder = run_dir / f"{PARTIAL}{PREFIX_CHECKPOINT_DIR}"
+    try:
+        yield folder
+    except (OSError, RuntimeError, SafetensorError) as error:  # the last two are of torch.save and safetensors
+        free = shutil.disk_usage(run_dir).free / 2**20
+        raise CheckpointError(
+            f"the checkpoint cannot be written to {run_dir}, which has {free:.0f} MiB free: {error}; "
+            f"{describe_last(run_dir)}"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def put_in_place(checkpoint: Path, place: Path) -> None:
+    """Rename a checkpoint that is whole, over one of the same step if there is one."""
+    if place.exists():
+        place.rename(checkpoint.parent / f"replaced-{place.name}")
+    checkpoint.rename(place)
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Remove what a process that was killed had begun to write."""
+    shutil.rmtree(run_dir / f"{PARTIAL}{PREFIX_CHECKPOINT_DIR}", ignore_errors=True)
+
+
+def describe_last(run_dir: Path) -> str:
+    """Says which checkpoint a training can be resumed from."""
+    last = get_last_checkpoint(run_dir) if run_dir.is_dir() else None
+    return "there is no checkpoint before it" if last is None else f"the last checkpoint is {last}"
+
+
+# ---- what a checkpoint says of the training ----
+
+
+def settings_of_training(args: TrainingArguments) -> dict[str, Any]:
+    """What of the arguments changes the weights that a training ends with, as JSON has it."""
+    inherited = {f.name for f in fields(TrainingArguments)}
+    own = [f.name for f in fields(GradAugConfig) if f.name not in inherited and f.name not in OTHER_SETTINGS]
+    values = {name: getattr(args, name) for name in (*own, *SETTINGS_OF_TRAINING)}
+    return json.loads(json.dumps(values, default=lambda value: value.value if isinstance(value, Enum) else str(value)))
+
+
+def write_state(folder: Path, settings: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+    """Write settings and progress of a training into its checkpoint."""
+    (folder / STATE).write_text(json.dumps({"settings": settings, "progress": progress}, indent=2) + "\n")
+
+
+def read_state(folder: Path) -> dict[str, dict[str, Any]]:
+    """The `settings` and the `progress` of a checkpoint; both are empty where another trainer wrote it.
+
+    Raises:
+        ResumeError: the file cannot be read.
+    """
+    file = folder / STATE
+    if not file.is_file():
+        return {"settings": {}, "progress": {}}
+    return {name: _read_json(file).get(name, {}) for name in ("settings", "progress")}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResumeError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ResumeError(f"{file} holds a {type(content).__name__}; expected values by name")
+    return content
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make sure that a training goes on with the settings that it was begun with.
+
+    Args:
+        folder: the checkpoint.
+        settings: of now; those that the checkpoint does not know are passed over.
+
+    Raises:
+        ResumeError: they differ; lists how.
+    """
+    saved = read_state(folder)["settings"]
+    differences = [
+        f"{name} was {saved[name]!r} and is {settings[name]!r}"
+        for name in sorted(saved.keys() & settings.keys())
+        if saved[name] != settings[name]
+    ]
+    if differences:
+        raise ResumeError(
+            f"{folder} was trained with other settings: {'; '.join(differences)}. Set them as they were, or set "
+            "ignore_config_change to go on with those of now"
+        )
+
+
+# ---- whether it can be read ----
+
+
+def check_whole(folder: Path) -> None:
+    """Make sure that a training can be resumed from a folder.
+
+    Raises:
+        ResumeError: it is no checkpoint, or one of its files is missing or damaged; names the file.
+    """
+    if not folder.is_dir():
+        raise ResumeError(f"resume_from_checkpoint is {str(folder)!r}, which is no folder")
+    for name in (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME):
+        if not (folder / name).is_file():
+            raise ResumeError(f"{folder} has no {name}, so that training cannot be resumed from it")
+    _read_json(folder / TRAINER_STATE_NAME)
+    for pattern in ("*.pt", "*.pth"):
+        for file in sorted(folder.glob(pattern)):
+            if not zipfile.is_zipfile(file):
+                raise ResumeError(f"{file} is damaged or cut off; resume from another checkpoint")
+    weight_shapes(folder)
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in the safetensors files of a folder.
+
+    Raises:
+        ResumeError: a file is damaged or cut off, or lies elsewhere.
+    """
+    files = [folder / SAFE_WEIGHTS_NAME]
+    if not files[0].is_file() and (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        files = [folder / name for name in _named_in_index(folder / SAFE_WEIGHTS_INDEX_NAME)]
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise ResumeError(f"{file} is missing") from error
+        except (OSError, SafetensorError) as error:
+            raise ResumeError(f"{file} is damaged or cut off: {error}") from error
+    return shapes
+
+
+def _named_in_index(index: Path) -> list[str]:
+    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    if elsewhere := [name for name in names if Path(name).name != name]:
+        raise ResumeError(f"{index} names {elsewhere[0]!r}; a file in its own folder is accepted")
+    return names
+
+
+def check_weights(folder: Path, network: nn.Module, prefix: str = "") -> None:
+    """Make sure that the weights of a folder are of a network.
+
+    Args:
+        folder: with `model.safetensors`, in one file or several.
+        network: the network that is to have them. One of tensors that share memory is enough.
+        prefix: of the network's names, which the names in the folder may lack.
+
+    Raises:
+        ResumeError: a file is damaged, or tensors are missing, left over or of another shape; names the first.
+    """
+    found = {name.removeprefix(prefix): shape for name, shape in weight_shapes(folder).items()}
+    expected = {name.removeprefix(prefix): tensor for name, tensor in network.state_dict().items()}
+    stored = {tensor.data_ptr() for name, tensor in expected.items() if name in found}
+    differences = [f"{name} is missing" for name, t in expected.items() if name not in found and _needed(t, stored)]
+    differences += [f"{name} is left over" for name in found if name not in expected]
+    differences += [
+        f"{name} is {found[name]} and not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name] != tuple(tensor.shape)
+    ]
+    if differences:
+        more = len(differences) - DIFFERENCES_SHOWN
+        raise ResumeError(
+            f"{folder} is of another network than {type(network).__name__}: "
+            f"{'; '.join(differences[:DIFFERENCES_SHOWN])}{f'; and {more} more' if more > 0 else ''}"
+        )
+
+
+def _needed(tensor: Any, stored: set[int]) -> bool:
+    return tensor.numel() > 0 and tensor.data_ptr() not in stored

@@ -1,0 +1,39 @@
+"""Folders that appear whole, or not at all."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_new(output: Path) -> None:
+    """Make sure that a folder is still to be written.
+
+    Raises:
+        ValueError: it exists already and is not empty, or is a file.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output {output} exists already; a new or an empty folder is accepted")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `output` at the end; nothing is left of it after an error.
+
+    Args:
+        output: must not exist, or be an empty folder.
+
+    Raises:
+        ValueError: it is taken, or cannot be written.
+    """
+    check_new(output)
+    parent = output.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent) as scratch:
+            folder = Path(scratch, "folder")  # with the usual permissions, which a temporary folder does not have
+            folder.mkdir()
+            yield folder
+            folder.replace(output.resolve())
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be written: {error}") from error

@@ -1,0 +1,158 @@
+"""SIGTERM and Ctrl-C: training ends after the step with a checkpoint, on all processes after the same one."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# A launcher passes on the Ctrl-C that its processes have from the terminal as well; a later one is meant.
+REPEAT_SECONDS = 2.0
+
+
+def ends_epoch(state: TrainerState) -> bool:
+    """Whether the step that is over was the last of an epoch or of the training."""
+    return state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+
+
+class Interruption(TrainerCallback):
+    """Ends a training that is to stop, with a checkpoint.
+
+    Several processes agree on the step without waiting for their devices: each learns after a step what the others
+    knew after the step before.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._lost_workers = False
+        self._received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+        self._pid = os.getpid()
+        self._group: dist.ProcessGroup | None = None
+        self._work: dist.Work | None = None
+        self._highest = torch.zeros((), dtype=torch.int64)
+
+    @contextmanager
+    def listening(self, args: TrainingArguments) -> Iterator[None]:
+        """Receive the signals while the block runs; only the main thread can."""
+        self.signal = self._received = None
+        self._lost_workers = False
+        self._pid = os.getpid()
+        self._is_first = args.process_index == 0
+        child_handler = signal.getsignal(signal.SIGCHLD)
+        signals = [signal.SIGINT] if args.enable_jit_checkpoint else [signal.SIGINT, signal.SIGTERM]
+        if threading.current_thread() is threading.main_thread():
+            signals = [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self._previous = {number: signal.signal(number, self._receive) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+            if self._received is not None:
+                signal.signal(signal.SIGCHLD, child_handler)
+            self._previous = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            self._receive_in_child(number)
+            return
+        now = time.monotonic()
+        if self._received is None:
+            self._received, self._received_at = signal.Signals(number), now
+            # The data loader's handler would raise an error amid a step, if its workers die of the same signal.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if self._is_first:
+                again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+                os.write(2, f"\n{self._received.name}: training ends after this step{again}\n".encode())
+        elif number == signal.SIGINT and now - self._received_at > REPEAT_SECONDS:
+            signal.default_int_handler(number, frame)
+
+    def _receive_in_child(self, number: int) -> None:
+        """A forked process, of a data loader for example, is left to the one that forked it."""
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def take_lost_workers(self) -> bool:
+        """Whether a data loader that failed has lost its workers to the signal, which went to all of a group.
+
+        Training then ends as after a step. One of several processes cannot do that alone.
+        """
+        self._lost_workers = self._received is not None and self._group is None
+        return self._lost_workers
+
+    # ---- during the training ----
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set up what the processes agree over."""
+        self._work = None
+        if args.world_size > 1 and dist.is_initialized() and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop with a checkpoint, if a signal has come."""
+        number = self._agreed() if self._group is not None else self._received
+        if number:
+            self.signal = signal.Signals(number)
+            control.should_training_stop = True
+            control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """An epoch that is broken off is neither logged nor evaluated as one that is over."""
+        if self._lost_workers:
+            self.signal = self._received
+            control.should_training_stop = True
+        if self._lost_workers or (self.signal is not None and not ends_epoch(state)):
+            control.should_log = control.should_evaluate = False
+            control.should_save = self._lost_workers and state.global_step > 0
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Finish what is under way between the processes."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+    def _agreed(self) -> int:
+        """The signal that any process had after the step before; 0 if none."""
+        number = 0
+        if self._work is not None:
+            self._work.wait()
+            number = int(self._highest)
+        self._highest = torch.tensor(int(self._received or 0))
+        self._work = dist.all_reduce(self._highest, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return number
+
+    # ---- after it ----
+
+    def end_process(self, message: str) -> None:
+        """Do what the signal would have done, if one has ended the training.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            SystemExit: after SIGTERM, with the status that shells give.
+        """
+        if self.signal is None:
+            return
+        if self._is_first:
+            print(f"\n{self.signal.name}: {message}", file=sys.stderr, flush=True)
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self.signal)

@@ -1,0 +1,37 @@
+"""How the processes that a launcher started find each other."""
+
+import os
+
+import torch
+from accelerate import PartialState
+
+# Set by launchers for each of several processes.
+RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+CPU_LAUNCH = "accelerate launch --config_file recipes/accelerate/cpu_2.yaml SCRIPT"
+
+
+def process_state() -> PartialState:
+    """accelerate's state of this process, made if there is none; without an accelerator processes meet over gloo."""
+    return PartialState(cpu=meets_on_cpu())
+
+
+def meets_on_cpu() -> bool:
+    """Whether this is one of several processes on a machine without an accelerator.
+
+    Where it is not told that it runs on the CPU, accelerate takes each of them for a run of its own.
+    """
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+
+
+def check_processes() -> None:
+    """Make sure that this process is not alone where several were asked for.
+
+    Raises:
+        ValueError: `accelerate launch --cpu --num_processes 2` or the like started one; says what starts several.
+    """
+    asked_for_several = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if asked_for_several and not any(name in os.environ for name in RANKS):
+        raise ValueError(
+            "accelerate launch --cpu was asked for several processes, but starts one unless MPI does; "
+            f"for several on the CPU: {CPU_LAUNCH}"
+        )

@@ -1,0 +1,92 @@
+"""Measurements of networks, kept in a JSON file as they are made, so that an interrupted run goes on."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradaug_hf.results import run_context
+
+
+class Measurements:
+    """What was measured of each model, by name of the measurement.
+
+    Args:
+        file: JSON file; what it holds of the same settings and weights is taken over.
+        settings: on which the measurements depend, by name.
+        weights: model -> digest of its weights.
+        device: on which is measured.
+        writes: whether this process writes the file.
+
+    Raises:
+        ValueError: the file cannot be read, or holds measurements with other settings.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        settings: Mapping[str, Any],
+        weights: Mapping[str, str],
+        device: torch.device,
+        writes: bool = True,
+    ):
+        self.file = file
+        self.device = device
+        self.settings = dict(settings)
+        self.weights = dict(weights)
+        self._writes = writes
+        self._models = _read(file, self.settings) if file.exists() else {}
+        for model, digest in weights.items():
+            if self._models.get(model, {}).get("weights") != digest:
+                self._models[model] = {"weights": digest, "measured": {}}
+
+    def of(self, model: str) -> dict[str, Any]:
+        """What was measured of a model."""
+        return self._models[model]["measured"]
+
+    def without(self, name: str) -> list[str]:
+        """The models of which a measurement is missing."""
+        return [model for model in self.weights if name not in self.of(model)]
+
+    def add(self, name: str, values: Mapping[str, Any]) -> None:
+        """Keep a measurement of some models.
+
+        Args:
+            name: of the measurement.
+            values: model -> what JSON can hold.
+        """
+        for model, value in values.items():
+            self.of(model)[name] = value
+        self.write()
+
+    def write(self, **summary: Any) -> None:
+        """Write the file anew, in one piece.
+
+        Args:
+            summary: what else to write to it, by name.
+        """
+        if not self._writes:
+            return
+        content = {**run_context(self.settings, self.device), "models": self._models, **summary}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        part = self.file.with_name(f"{self.file.name}.part")
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, self.file)
+
+
+def _read(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found, models = content["settings"], content["models"]
+        known = {model: (entry["weights"], entry["measured"].items()) for model, entry in models.items()}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not hold measurements to go on with: {error!r}; remove it") from error
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{file} holds measurements with {name} {found.get(name)!r}, not {value!r}; give another output_dir"
+            )
+    return {model: models[model] for model in known}

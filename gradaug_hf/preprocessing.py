@@ -1,0 +1,108 @@
+"""What evaluation does to an image, in timm's terms, so that a network's folder can say it."""
+
+import math
+from typing import Any
+
+from torch import nn
+from torchvision.transforms import v2
+from transformers import BitImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+PIL_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+# From this side on, ConvNextImageProcessor brings an image to a square without cropping it.
+CONVNEXT_UNCROPPED = 384
+
+
+def transform_data_config(transform: v2.Compose) -> dict[str, Any]:
+    """What an evaluation transform does, as the arguments of `timm.data.create_transform`.
+
+    Args:
+        transform: steps among which are `Resize` of the short side, a square `CenterCrop` and `Normalize`.
+
+    Returns:
+        `input_size` (C, H, W) in pixels, `interpolation`, `crop_pct`, `crop_mode`, and `mean` and `std` in 0..1.
+
+    Raises:
+        ValueError: one of the three steps is missing.
+    """
+    steps = {type(step): step for step in transform.transforms}
+    if missing := [kind.__name__ for kind in (v2.Resize, v2.CenterCrop, v2.Normalize) if kind not in steps]:
+        found = ", ".join(kind.__name__ for kind in steps)
+        raise ValueError(f"the evaluation transform has no {missing[0]}, only {found}; timm could not repeat it")
+    normalize = steps[v2.Normalize]
+    return {
+        "input_size": (len(normalize.mean), *steps[v2.CenterCrop].size),
+        "interpolation": v2.InterpolationMode(steps[v2.Resize].interpolation).value,
+        "crop_pct": _crop_share(steps[v2.CenterCrop].size[0], steps[v2.Resize].size[0]),
+        "crop_mode": "center",
+        "mean": tuple(normalize.mean),
+        "std": tuple(normalize.std),
+    }
+
+
+def processor_data_config(processor: BaseImageProcessor) -> dict[str, Any]:
+    """What an image processor of transformers does, as far as `timm.data.create_transform` can do it.
+
+    Args:
+        processor: one that normalises, and resizes to a rectangle or to a short side with a centre crop.
+
+    Returns:
+        as of `transform_data_config`, without what the processor does not say.
+    """
+    if isinstance(processor, TimmWrapperImageProcessor):
+        return dict(processor.data_config)
+    config = {}
+    if getattr(processor, "do_normalize", False):
+        config |= {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
+    if getattr(processor, "do_resize", False):
+        config |= {"interpolation": PIL_INTERPOLATIONS[int(processor.resample)], **_sizes(processor)}
+    return config
+
+
+def image_processor_of(transform: v2.Compose, network: nn.Module) -> BaseImageProcessor:
+    """An image processor of transformers that does what an evaluation transform does.
+
+    Args:
+        transform: as for `transform_data_config`.
+        network: the one that it is for; a network of timm, plain or wrapped, takes timm's processor.
+    """
+    config = transform_data_config(transform)
+    timm_network = getattr(network, "timm_model", network)
+    if hasattr(timm_network, "pretrained_cfg"):
+        return TimmWrapperImageProcessor(config, architecture=timm_network.pretrained_cfg.get("architecture"))
+    _, height, width = config["input_size"]
+    interpolations = {name: code for code, name in PIL_INTERPOLATIONS.items()}
+    return BitImageProcessor(
+        size={"shortest_edge": math.floor(height / config["crop_pct"])},
+        crop_size={"height": height, "width": width},
+        resample=interpolations[config["interpolation"]],
+        image_mean=list(config["mean"]),
+        image_std=list(config["std"]),
+    )
+
+
+def _sizes(processor: BaseImageProcessor) -> dict[str, Any]:
+    size = processor.size
+    crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
+    crop_pct = getattr(processor, "crop_pct", None)  # of ConvNextImageProcessor and PoolFormerImageProcessor
+    side = size.get("shortest_edge")
+    if side is None:
+        is_rectangle = crop is None and size.get("height")
+        return _to_size(size["height"], size["width"], 1.0, "squash") if is_rectangle else {}
+    if crop is None and crop_pct is None:
+        return {}
+    if crop is None and side >= CONVNEXT_UNCROPPED:
+        return _to_size(side, side, 1.0, "squash")
+    height, width = (side, side) if crop is None else (crop["height"], crop["width"])
+    return _to_size(height, width, _crop_share(height, int(side / crop_pct) if crop_pct else side), "center")
+
+
+def _to_size(height: int, width: int, crop_pct: float, crop_mode: str) -> dict[str, Any]:
+    return {"input_size": (3, height, width), "crop_pct": crop_pct, "crop_mode": crop_mode}
+
+
+def _crop_share(crop: int, side: int) -> float:
+    """Share of the short side that is kept; timm resizes to `floor(crop / share)`, which is exactly `side`."""
+    share = crop / side
+    return share if math.floor(crop / share) == side else math.nextafter(share, 0)

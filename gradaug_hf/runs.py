@@ -1,0 +1,339 @@
+"""Many training runs, one process each: `python -m gradaug_hf.runs PLAN.yaml` trains and compares what a plan lists.
+
+Every run has a folder of its own. Started again, finished runs are skipped, and one that was interrupted goes on from
+its last checkpoint.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from gradaug_hf.arguments import as_flags
+from gradaug_hf.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
+from gradaug_hf.results import RESULTS, Result, load_runs, markdown_table, spread
+
+SETTINGS, LOG = "settings.json", "log.txt"
+SUMMARY, TABLE, PLOT = "summary.json", "table.md", "summary.png"
+KEYS = ("recipe", "settings", "seeds", "columns", "rows")
+LAUNCH = "accelerate launch"
+# Lines of its log that are shown of a run that failed.
+SHOWN_LINES = 5
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training run of a plan.
+
+    Args:
+        row: What is compared, for example a method.
+        column: What it is compared on, for example a number of labels; empty where there is one thing only.
+        seed: Seed of the run.
+        settings: Of the recipe, by name, `seed` among them.
+    """
+
+    row: str
+    column: str
+    seed: int
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        words = f"{self.column} {self.row} seed{self.seed}".split()
+        return "-".join("".join(c if c.isalnum() or c in "._+" else "_" for c in word) for word in words)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe and the runs of it that are compared, every row with every column and seed.
+
+    Args:
+        recipe: Script that trains, by flags.
+        rows: Name of a row -> its settings.
+        seeds: A run of each row and column is trained with each.
+        settings: What all runs share.
+        columns: Name of a column -> its settings.
+
+    Raises:
+        ValueError: There are no rows or seeds, two runs would have the same folder, or a token would be written there.
+    """
+
+    recipe: Path
+    rows: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int]
+    settings: Mapping[str, Any]
+    columns: Mapping[str, Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        if not (self.rows and self.seeds and self.columns):
+            raise ValueError("a plan needs at least one row and one seed")
+        names = [run.name for run in self.runs()]
+        if doubled := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"several runs of the plan are called {', '.join(sorted(doubled))}; name rows apart")
+        if any("hub_token" in run.settings for run in self.runs()):
+            raise ValueError("hub_token would be written with the settings of each run; use `hf auth login`")
+
+    def runs(self) -> list[PlannedRun]:
+        """All runs, seed by seed, so that every row has a first result early."""
+        return [
+            PlannedRun(row, column, seed, {**self.settings, **shared, **own, "seed": seed})
+            for seed in self.seeds
+            for column, shared in self.columns.items()
+            for row, own in self.rows.items()
+        ]
+
+
+def read_plan(file: Path) -> Plan:
+    """Read a plan: YAML or JSON with `recipe`, `rows` and `seeds`, and `settings` and `columns` if there are any.
+
+    Args:
+        file: `recipe` is a path from its folder; rows and columns map names to settings.
+
+    Raises:
+        ValueError: the file cannot be read, or is not a plan.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as YAML or JSON: {error}") from error
+    if not isinstance(content, dict) or not {"recipe", "rows", "seeds"} <= content.keys() <= set(KEYS):
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{file} holds {found}; a plan has recipe, rows and seeds, and may have settings and columns")
+    for key in ("settings", "rows", "columns"):
+        if not isinstance(content.get(key, {}), dict):
+            raise ValueError(f"{key} of {file} is a {type(content[key]).__name__}; it must map names to settings")
+    recipe = file.parent / content["recipe"]
+    if not recipe.is_file():
+        raise ValueError(f"recipe of {file} is {content['recipe']!r}, and there is no file {recipe}")
+    rows = {str(name): own or {} for name, own in content["rows"].items()}
+    columns = {str(name): own or {} for name, own in content.get("columns", {"": {}}).items()}
+    return Plan(recipe, rows, content["seeds"], content.get("settings", {}), columns)
+
+
+def train_all(plan: Plan, folder: Path, launch: str = LAUNCH, seeds: Sequence[int] | None = None) -> list[PlannedRun]:
+    """Train what is not trained yet, one run after the other.
+
+    Args:
+        plan: The runs.
+        folder: Where each has a folder of its own.
+        launch: Command that starts a recipe.
+        seeds: Seeds of the runs to train; None: all.
+
+    Returns:
+        The runs that failed; the others of the plan are trained nevertheless.
+
+    Raises:
+        ValueError: the folder holds a run of the same name with other settings.
+    """
+    runs = [run for run in plan.runs() if seeds is None or run.seed in seeds]
+    for run in runs:
+        _check_settings(run, folder / run.name)
+    waiting = [run for run in runs if not (folder / run.name / RESULTS).exists()]
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
+    failed, start = [], time.monotonic()
+    for number, run in enumerate(waiting, start=1):
+        print(f"[{number}/{len(waiting)}] {run.name}: ", end="", flush=True)
+        if (error := _train(run, plan.recipe, folder / run.name, launch)) is not None:
+            failed.append(run)
+            print(f"failed\n{error}", flush=True)
+            continue
+        left = (time.monotonic() - start) / number * (len(waiting) - number) / 60
+        print(f"top-1 {_result(run, folder).top1:.2%}, about {left:.0f} min to go", flush=True)
+    return failed
+
+
+def _check_settings(run: PlannedRun, folder: Path) -> None:
+    file = folder / SETTINGS
+    if not file.exists():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    changed = [name for name in {**before, **run.settings} if before.get(name) != run.settings.get(name)]
+    if changed:
+        listed = "; ".join(f"{name} was {before.get(name)!r}, is {run.settings.get(name)!r}" for name in changed)
+        raise ValueError(f"{folder} holds a run with other settings ({listed}); remove it, or name another folder")
+
+
+def _train(run: PlannedRun, recipe: Path, folder: Path, launch: str) -> str | None:
+    """Train a run in a process of its own; the end of its log if that failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_text(json.dumps(dict(run.settings), indent=2) + "\n")
+    flags = as_flags({**run.settings, "output_dir": str(folder)})
+    if get_last_checkpoint(folder) is not None:
+        flags += ["--resume_from_checkpoint", "last"]
+    with open(folder / LOG, "a", encoding="utf-8") as log:
+        code = subprocess.run(
+            [*shlex.split(launch), str(recipe), *flags], stdout=log, stderr=subprocess.STDOUT
+        ).returncode
+    if code == 0 and (folder / RESULTS).exists():
+        return None
+    lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return "\n".join(
+        [f"    {line[-300:]}" for line in lines[-SHOWN_LINES:]] + [f"    exit code {code}; see {folder / LOG}"]
+    )
+
+
+def _result(run: PlannedRun, folder: Path) -> Result:
+    return load_runs(folder / run.name)[0].result
+
+
+def summarise(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    """What the finished runs of a plan came to, a record for each."""
+    finished = [run for run in plan.runs() if (folder / run.name / RESULTS).exists()]
+    records = []
+    for run in finished:
+        result = _result(run, folder)
+        records.append(
+            {
+                "row": run.row,
+                "column": run.column,
+                "seed": run.seed,
+                "top1": result.top1,
+                "top5": result.top5,
+                "steps": result.steps,
+                "seconds": round(result.seconds, 1),
+                "peak_memory": round(result.peak_memory),
+                "settings": dict(run.settings),
+            }
+        )
+    return records
+
+
+def summary_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Top-1 accuracy in percent, mean and sample deviation over the seeds, as a Markdown table.
+
+    With a single column the other measures are beside it, and the gain over the first row in runs of the same seed.
+
+    Args:
+        records: of `summarise`.
+    """
+    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        cells.setdefault((record["row"], record["column"]), []).append(record)
+    rows, columns = (list(dict.fromkeys(r[key] for r in records)) for key in ("row", "column"))
+    if len(columns) > 1:
+        body = [[row, *(_accuracy(cells.get((row, column), [])) for column in columns)] for row in rows]
+        return markdown_table(["top-1 %", *columns], body)
+    first = {record["seed"]: record for record in cells[rows[0], columns[0]]}
+    body = []
+    for row in rows:
+        own = cells[row, columns[0]]
+        paired = [record for record in own if record["seed"] in first]
+        gains = [100 * (record["top1"] - first[record["seed"]]["top1"]) for record in paired]
+        times = [record["seconds"] / first[record["seed"]]["seconds"] for record in paired]
+        body.append(
+            [
+                row,
+                str(len(own)),
+                _accuracy(own),
+                spread(gains, 2) if gains and row != rows[0] else "",
+                str(own[0]["steps"]),
+                f"{sum(times) / len(times):.2f}" if times else "",
+            ]
+        )
+    return markdown_table(["", "seeds", "top-1 %", "gain", "steps", "time"], body)
+
+
+def _accuracy(records: Sequence[Mapping[str, Any]]) -> str:
+    return spread([100 * record["top1"] for record in records], 2) if records else ""
+
+
+def train_and_report(plan: Plan, folder: Path, launch: str, seeds: Sequence[int] | None = None) -> None:
+    """Train a plan, and write and print what is known of it, also after an interruption.
+
+    Args:
+        plan: as for `train_all`.
+        folder: as for `train_all`.
+        launch: as for `train_all`.
+        seeds: as for `train_all`.
+
+    Raises:
+        SystemExit: runs failed.
+        ValueError: the folder holds a run of the same name with other settings.
+    """
+    try:
+        failed = train_all(plan, folder, launch, seeds)
+    finally:
+        report(plan, folder)
+    if failed:
+        raise SystemExit(f"error: {len(failed)} runs failed: {', '.join(run.name for run in failed)}")
+
+
+def report(plan: Plan, folder: Path) -> None:
+    """Print the table of the finished runs, and write it, its data and a plot."""
+    records = summarise(plan, folder)
+    if not records:
+        return
+    table = summary_table(records)
+    (folder / SUMMARY).write_text(json.dumps(records, indent=1) + "\n")
+    (folder / TABLE).write_text(table + "\n")
+    written = [TABLE, SUMMARY]
+    if can_plot():
+        plot_summary(records, folder / PLOT)
+        written.append(PLOT)
+    else:
+        print(f"\n{PLOT} is not written: {NEEDS_MATPLOTLIB}")
+    print(f"\n{table}\n\nwrote {', '.join(written)} to {folder}")
+
+
+def plot_summary(records: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw top-1 accuracy of each row, a panel for each column: every seed, their mean and sample deviation.
+
+    Args:
+        records: of `summarise`.
+        file: PNG file to write.
+    """
+    rows, columns = (list(dict.fromkeys(r[key] for r in records)) for key in ("row", "column"))
+    found: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        found.setdefault((record["row"], record["column"]), []).append(record["top1"])
+    plot_spreads(rows, {column: [found.get((row, column), []) for row in rows] for column in columns}, file)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train and compare what a plan lists, as the command line says."""
+    parser = ArgumentParser(prog="python -m gradaug_hf.runs", description=__doc__.splitlines()[0])
+    parser.add_argument("plan", type=Path, help="YAML or JSON file with recipe, rows, seeds, settings and columns")
+    parser.add_argument("--output_dir", type=Path, help="folder of all runs; default: outputs/ and the plan's name")
+    parser.add_argument("--launch", default=LAUNCH, help=f"command that starts the recipe; default: {LAUNCH}")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to train now; default: all that the plan lists")
+    args, flags = parser.parse_known_args(argv)
+    try:
+        plan = read_plan(args.plan)
+        plan = Plan(plan.recipe, plan.rows, plan.seeds, {**plan.settings, **flag_settings(flags)}, plan.columns)
+        train_and_report(plan, args.output_dir or Path("outputs") / args.plan.stem, args.launch, args.seeds)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def flag_settings(flags: Sequence[str]) -> dict[str, Any]:
+    """Further flags of the recipe as settings, such as `--dataset_name DIR --use_cpu`.
+
+    Raises:
+        ValueError: a word does not follow a flag.
+    """
+    settings: dict[str, Any] = {}
+    name = None
+    for word in flags:
+        if word.startswith("--"):
+            name = word.removeprefix("--")
+            settings[name] = []
+        elif name is None:
+            raise ValueError(f"{word!r} follows no flag")
+        else:
+            settings[name].append(word)
+    single = {name: words[0] if len(words) == 1 else words for name, words in settings.items()}
+    return {name: "true" if value == [] else value for name, value in single.items()}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

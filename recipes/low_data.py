@@ -1,0 +1,112 @@
+"""Does GradAug help with few labels? Every method of the recipes, with several numbers of labels and seeds.
+
+    python recipes/low_data.py
+    python recipes/low_data.py --labels 1000 --methods baseline gradaug --seeds 0 1 2 3 4
+    python recipes/low_data.py --dataset_name DIR --recipe recipes/imagenet_resnet50.py --model resnet18 --labels 0
+
+The labels are balanced and drawn from the seed; accuracy is that on all test images after the final epoch. A baseline
+with as many multiply-adds as GradAug is always among the rows. Each run is a process of its own; started again,
+finished runs are skipped. Further flags are those of the recipe that trains. Tested on 2 CPU cores, at reduced size.
+"""
+
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from gradaug_hf.arguments import ExperimentArguments, as_flags, parse
+from gradaug_hf.config import GradAugConfig
+from gradaug_hf.cost import relative_cost
+from gradaug_hf.data import class_names
+from gradaug_hf.experiment import SETTINGS, Recipe, errors_as_messages, load_data
+from gradaug_hf.methods import METHODS, check_method, methods_for
+from gradaug_hf.networks import accepted_arguments
+from gradaug_hf.runs import LAUNCH, Plan, flag_settings, train_and_report
+
+RECIPES = Path(__file__).parent
+
+
+@dataclass
+class LowDataArguments:
+    dataset_name: str = field(
+        default="uoft-cs/cifar10",
+        metadata={"help": "Hub id, parquet file, folder of parquet files, or folder of images sorted by class."},
+    )
+    labels: list[int] = field(
+        default_factory=lambda: [250, 1000, 4000],
+        metadata={"help": "Numbers of training labels, multiples of the number of classes; 0 stands for all."},
+    )
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "Methods to compare; default: all that the network can take."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each run."})
+    recipe: str = field(
+        default=str(RECIPES / "cifar_wideresnet.py"),
+        metadata={"help": "Recipe whose transforms and settings are used."},
+    )
+    model: str = field(default="wrn28_2", metadata={"help": "Name of a timm network, trained from scratch."})
+    output_dir: str = field(default="outputs/low_data", metadata={"help": "Folder for everything that is written."})
+    launch: str = field(default=LAUNCH, metadata={"help": "Command that starts the recipe."})
+
+
+def main() -> None:
+    parser = HfArgumentParser(LowDataArguments, description=__doc__)
+    args, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    with errors_as_messages(OSError, ValueError):
+        train_and_report(make_plan(args, flag_settings(flags)), Path(args.output_dir), args.launch)
+
+
+def make_plan(args: LowDataArguments, settings: dict[str, Any]) -> Plan:
+    """Every method with every number of labels and seed, checked before the first of them is trained.
+
+    Raises:
+        OSError: the data set cannot be found, reached or read.
+        ValueError: the arguments do not fit the network or the data.
+    """
+    if not Path(args.recipe).is_file():
+        raise ValueError(f"recipe is {args.recipe!r}, and there is no such file")
+    recipe = runpy.run_path(args.recipe)["RECIPE"]
+    settings = {"model": args.model, "dataset_name": args.dataset_name, "eval_strategy": "no", **settings}
+    accepted = accepted_arguments(args.model)
+    rows: dict[str, dict[str, Any]] = {}
+    for method in args.methods or methods_for(recipe.methods, accepted):
+        if method not in METHODS:
+            raise ValueError(f"methods holds {method!r}; it must be of {', '.join(METHODS)}")
+        check_method(method, recipe.methods, recipe.methods[method], args.model, accepted)
+        rows[method] = {"method": method}
+    rows = {"baseline": {"method": "baseline"}, **equal_compute(recipe, settings), **rows}
+    return Plan(Path(args.recipe), rows, args.seeds, settings, label_columns(args, recipe, settings))
+
+
+def resolved(recipe: Recipe, settings: dict[str, Any]) -> tuple[ExperimentArguments, GradAugConfig]:
+    """What a run of a recipe comes to with some settings."""
+    return parse({**SETTINGS, **recipe.settings}, recipe.methods, None, as_flags({"output_dir": ".", **settings}))
+
+
+def equal_compute(recipe: Recipe, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The row of a baseline with as many multiply-adds as GradAug."""
+    _, config = resolved(recipe, settings)
+    sides = config.resolutions or (7, 6, 5, 4)
+    cost = relative_cost(config.num_subnets, config.min_width, config.max_width, sides, max(sides))
+    epochs = round(cost * config.num_train_epochs)
+    return {f"baseline, {epochs} epochs": {"method": "baseline", "num_train_epochs": epochs}}
+
+
+def label_columns(args: LowDataArguments, recipe: Recipe, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The columns of the numbers of labels, for which the data set must have enough images."""
+    columns = {}
+    experiment, _ = resolved(recipe, settings)
+    classes = len(class_names(load_data(experiment, seed=0)))
+    for labels in args.labels:
+        if labels < 0 or labels % classes:
+            raise ValueError(f"labels holds {labels}; it must be a multiple of {classes}, the number of classes, or 0")
+        own = {"labels_per_class": labels // classes} if labels else {}
+        load_data(resolved(recipe, {**settings, **own})[0], seed=0)
+        columns[f"{labels} labels" if labels else "all labels"] = own
+    return columns
+
+
+if __name__ == "__main__":
+    main()

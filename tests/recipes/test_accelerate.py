@@ -1,0 +1,52 @@
+import shlex
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+ROOT = Path(__file__).parents[2]
+LINES = [
+    line.removeprefix("accelerate launch ").replace("HOST", "10.0.0.1")
+    for line in (ROOT / "README.md").read_text().splitlines()
+    if line.startswith("accelerate launch --config_file recipes/accelerate/")
+]
+# Machines, processes on each, and whether they start through the launcher of several GPUs.
+EXPECTED = {
+    "cpu_2.yaml": (1, 2, True),
+    "gpu_1.yaml": (1, 1, False),
+    "gpu_8.yaml": (1, 8, True),
+    "gpu_2x8.yaml": (2, 8, True),
+}
+
+
+def parsed(line: str, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(shlex.split(line)))
+    return args
+
+
+def test_the_readme_launches_with_each_file():
+    files = {path.name for path in (ROOT / "recipes/accelerate").iterdir()}
+    assert files == set(EXPECTED) == {Path(shlex.split(line)[1]).name for line in LINES}
+    assert len(LINES) == len(files) + 1  # one on each of two machines
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_accelerate_understands_the_line(line, monkeypatch):
+    args = parsed(line, monkeypatch)
+    machines, processes, several = EXPECTED[Path(args.config_file).name]
+    assert (args.num_machines, args.num_processes, bool(args.multi_gpu)) == (machines, machines * processes, several)
+    assert not args.cpu
+    assert args.mixed_precision == "no"
+    assert (ROOT / args.training_script).is_file()
+
+
+def test_each_of_two_machines_starts_eight_processes_and_meets_the_other(monkeypatch):
+    lines = [line for line in LINES if "gpu_2x8" in line]
+    found = [parsed(line, monkeypatch) for line in lines]
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+    for rank, args in enumerate(found):
+        prepare_multi_gpu_env(args)
+        assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "8", rank)
+        assert args.rdzv_endpoint == "10.0.0.1:29500"

@@ -1,0 +1,179 @@
+"""A small training with all that is random in one, in processes of its own that can be killed."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from gradaug_hf import GradAugConfig, GradAugTrainer
+from gradaug_hf.data import cifar_transform, with_pixels
+from gradaug_hf.seeded_data import SeededDataset
+
+END = "end.json"
+STEPS = 9
+
+
+def images(count: int, seed: int) -> datasets.Dataset:
+    draw = np.random.default_rng(seed)
+    pixels = draw.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(num_classes=3)})
+    encoded = datasets.Features({"image": datasets.Image(), "label": features["label"]})
+    split = datasets.Dataset.from_dict(
+        {"image": [PIL.Image.fromarray(image) for image in pixels], "label": [i % 3 for i in range(count)]}, encoded
+    )
+    return split.cast(features).add_column("row", list(range(count)))
+
+
+def network(channels: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, 6, 3), nn.Dropout(0.2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3),
+    )  # fmt: skip
+    layers.num_classes = 3
+    return layers
+
+
+def make_trainer(folder: Path, callbacks: list[TrainerCallback] | None = None, **settings: object) -> GradAugTrainer:
+    """Augmentation, dropout, Mixup, batch norm and an adaptive optimiser; logs, checkpoints and epochs out of step."""
+    workers = settings.get("dataloader_num_workers", 0)
+    values = {
+        "max_steps": STEPS,
+        "num_subnets": 2,
+        "min_width": 0.5,
+        "resolutions": [16, 12],
+        "mixup_alpha": 0.4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.02,
+        "save_steps": 2,
+        "logging_steps": 3,
+        "eval_strategy": "epoch",
+        "dataloader_persistent_workers": workers > 0,
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = GradAugConfig(str(folder), **{**values, **settings})
+    train = SeededDataset(with_pixels(images(20, 1), cifar_transform(True, size=16)), args.seed)
+    test = with_pixels(images(4, 2), cifar_transform(False, size=16))
+    return GradAugTrainer(network(), args, train_dataset=train, eval_dataset=test, callbacks=callbacks)
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder."""
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*"))
+
+
+def train(folder: Path, callbacks: list[TrainerCallback] | None = None, **settings: object) -> None:
+    """Train, from the last checkpoint if there is one, and write down how it ended."""
+    trainer = make_trainer(folder, callbacks, **settings)
+    trainer.train(resume_from_checkpoint=bool(checkpoints(folder)))
+    if trainer.is_world_process_zero():
+        (folder / END).write_text(json.dumps(end_of(trainer)))
+
+
+def end_of(trainer: Trainer) -> dict:
+    """Digests of weights and optimiser state, and the log without what is measured in seconds."""
+    timed = ("runtime", "per_second")
+    log = [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in trainer.state.log_history]
+    return {
+        "weights": digest(trainer.model.state_dict()),
+        "optimiser": digest(trainer.optimizer.state_dict()),
+        "log": log,
+    }
+
+
+def digest(value: object) -> str:
+    """A hash of all tensors and numbers in nested dictionaries and lists."""
+    if isinstance(value, torch.Tensor):
+        return hashlib.sha256(value.detach().contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(value, dict):
+        return digest([[str(key), digest(item)] for key, item in value.items()])
+    if isinstance(value, (list, tuple)):
+        return hashlib.sha256("".join(map(digest, value)).encode()).hexdigest()
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+# ---- processes ----
+
+
+def start(function: Callable[[], None]) -> int:
+    """Run a function in a process of its own, and give its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        torch.set_num_threads(1)
+        function()
+        status = 0
+    except SystemExit as error:
+        status = error.code
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def status_of(pid: int) -> int:
+    """Exit status of a process, once it has ended; negative: the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def start_ranks(function: Callable[[], None], port: int, count: int = 2) -> list[int]:
+    """Run a function in several processes that train together."""
+
+    def run(rank: int) -> None:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **where}
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+        function()
+
+    return [start(lambda rank=rank: run(rank)) for rank in range(count)]
+
+
+class KillAtStep(TrainerCallback):
+    """The process kills itself after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Slow(TrainerCallback):
+    """Says in a file how many steps are done, and waits a moment after each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / "steps"
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.file.write_text(str(state.global_step))
+        time.sleep(0.1)
+
+
+def wait_for_step(folder: Path, step: int, seconds: float = 120) -> None:
+    """Wait until a training with `Slow` has done a step."""
+    until = time.monotonic() + seconds
+    while not ((folder / "steps").exists() and int((folder / "steps").read_text() or 0) >= step):
+        if time.monotonic() > until:
+            raise TimeoutError(f"step {step} was not reached")
+        time.sleep(0.01)

@@ -1,0 +1,86 @@
+import os
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+from gradaug_hf import GradAugConfig, GradAugTrainer
+from gradaug_hf.launch import RANKS, meets_on_cpu
+from tests.residual_network import make_network
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in (*RANKS, "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def launched(monkeypatch, flags: str, environment_of) -> None:
+    """Give this process the environment that `accelerate launch` gives to those that it starts."""
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*flags.split(), "script.py"]))
+    for name, value in environment_of(args).items():
+        monkeypatch.setenv(name, value)
+
+
+def on_cpu(args) -> dict[str, str]:
+    return prepare_simple_launcher_cmd_env(args)[1]
+
+
+@pytest.mark.parametrize("flags", ["--cpu --num_processes 2", "--cpu --num_processes 3 --num_machines 1"])
+def test_a_process_that_was_to_be_one_of_several_does_not_train_alone(tmp_path, monkeypatch, flags):
+    launched(monkeypatch, flags, on_cpu)
+    with pytest.raises(ValueError, match="asked for several processes.*--config_file recipes/accelerate/cpu_2.yaml"):
+        GradAugConfig(str(tmp_path), report_to="none")
+
+
+@pytest.mark.parametrize("flags", ["--cpu", "--cpu --num_processes 1"])
+def test_one_process_on_the_cpu_trains_alone(tmp_path, monkeypatch, flags):
+    launched(monkeypatch, flags, on_cpu)
+    assert GradAugConfig(str(tmp_path), report_to="none").world_size == 1
+
+
+def test_a_process_that_mpi_started_is_not_alone(monkeypatch, tmp_path):
+    launched(monkeypatch, "--cpu --num_processes 2", on_cpu)
+    monkeypatch.setenv("PMI_RANK", "0")
+    assert GradAugConfig(str(tmp_path), report_to="none", use_cpu=True).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("world_size", "accelerator", "expected"),
+    [(None, False, False), ("1", False, False), ("2", False, True), ("2", True, False)],
+)
+def test_several_processes_meet_on_the_cpu_where_there_is_no_accelerator(
+    monkeypatch, world_size, accelerator, expected
+):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert meets_on_cpu() == expected
+
+
+SHARDED = {
+    "FSDP": "--use_fsdp --fsdp_version 1 --num_processes 2",
+    "FSDP2": "--use_fsdp --fsdp_version 2 --num_processes 2",
+}
+
+
+@pytest.mark.parametrize("flags", SHARDED.values(), ids=SHARDED.keys())
+def test_fsdp_of_accelerate_is_refused(tmp_path, monkeypatch, flags):
+    launched(monkeypatch, f"{flags} --main_process_port 0", prepare_multi_gpu_env)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("backward", ["sequential", "joint"])
+def test_fsdp_of_the_trainer_is_refused(tmp_path, monkeypatch, version, backward):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # set by TrainingArguments
+    refused(tmp_path, fsdp=True, fsdp_config={"version": version}, subnet_backward=backward)
+
+
+def refused(tmp_path, **settings) -> None:
+    config = GradAugConfig(str(tmp_path), report_to="none", use_cpu=True, resolutions=[16, 12], **settings)
+    rows = [{"pixel_values": torch.zeros(3, 16, 16), "labels": 0}] * 4
+    with pytest.raises(ValueError, match="FSDP, .* split the parameters .* use DDP"):
+        GradAugTrainer(make_network(), config, train_dataset=rows)

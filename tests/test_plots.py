@@ -1,0 +1,138 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from gradaug_hf.history import evaluations
+from gradaug_hf.plots import (
+    NEEDS_MATPLOTLIB,
+    SeenBatch,
+    can_plot,
+    draw_batch,
+    draw_curves,
+    draw_widths,
+    plot_curves,
+    plot_training,
+)
+from gradaug_hf.results import Result
+from gradaug_hf.subnets import Subnet
+from gradaug_hf.transforms import RandomQuarterTurn, transform_for_subnet
+
+HISTORY = [
+    {"loss": 2.5, "loss_full": 2.25, "loss_subnets": 0.25, "epoch": 1.0, "step": 5},
+    {"eval_loss": 2.0, "eval_top1": 0.25, "eval_top5": 0.75, "epoch": 1.0, "step": 5},
+    {"loss": 1.5, "loss_full": 1.375, "loss_subnets": 0.125, "epoch": 2.0, "step": 10},
+    {"eval_loss": 1.75, "eval_top1": 0.5, "eval_top5": 1.0, "epoch": 2.0, "step": 10},
+    {"eval_width0.5_loss": 2.0, "eval_width0.5_top1": 0.375, "eval_width0.5_top5": 0.875, "epoch": 2.0, "step": 10},
+]
+BATCH = SeenBatch(torch.rand(9, 3, 32, 32), [Subnet(0.75, 24), Subnet(0.5, 28)])
+
+
+def lines(axes) -> dict[str, list[tuple[float, float]]]:
+    return {line.get_label(): [tuple(map(float, point)) for point in line.get_xydata()] for line in axes.lines}
+
+
+def test_curves_show_the_parts_of_the_loss_and_the_accuracies_over_the_epochs():
+    losses, accuracies = draw_curves(HISTORY, evaluations(HISTORY)).axes
+    assert lines(losses) == {
+        "whole objective": [(1, 2.5), (2, 1.5)],
+        "full network": [(1, 2.25), (2, 1.375)],
+        "sub-networks": [(1, 0.25), (2, 0.125)],
+        "evaluation": [(1, 2.0), (2, 1.75)],
+    }
+    assert lines(accuracies) == {"top-1 accuracy": [(1, 25), (2, 50)], "top-5 accuracy": [(1, 75), (2, 100)]}
+
+
+def test_curves_of_a_plain_training_without_evaluation_are_its_loss():
+    (losses,) = draw_curves([{"loss": 2.0, "epoch": 0.5, "step": 1}], []).axes
+    assert lines(losses) == {"training": [(0.5, 2.0)]}
+
+
+def test_curves_of_several_evaluation_sets_are_named_after_them():
+    history = [
+        {f"eval_{name}_loss": 1.0, f"eval_{name}_top1": 0.5, "epoch": 1.0, "step": 5} for name in ("day", "night")
+    ]
+    losses, accuracies = draw_curves(history, evaluations(history, ["day", "night"])).axes
+    assert list(lines(losses)) == ["evaluation, day", "evaluation, night"]
+    assert list(lines(accuracies)) == ["top-1 accuracy, day", "top-1 accuracy, night"]
+
+
+def test_accuracy_is_drawn_against_width():
+    measured = [e for e in evaluations(HISTORY) if e.step == 10]
+    (axes,) = draw_widths(measured).axes
+    assert lines(axes) == {"top-1 accuracy": [(0.5, 37.5), (1, 50)], "top-5 accuracy": [(0.5, 87.5), (1, 100)]}
+
+
+def test_lines_are_told_apart_without_colour():
+    for axes in draw_curves(HISTORY, evaluations(HISTORY)).axes:
+        looks = [(line.get_linestyle(), line.get_marker(), line.get_color()) for line in axes.lines]
+        for look in zip(*looks, strict=True):
+            assert len(set(look)) == len(looks)
+        assert all(len(set(to_rgb(colour))) == 1 for _, _, colour in looks)
+
+
+def test_each_row_shows_the_images_of_a_pass_at_their_resolution():
+    full, first, second = draw_batch(BATCH).axes
+    assert [axes.get_title(loc="left") for axes in (full, first, second)] == [
+        "full network: width 1, 32×32 pixels",
+        "sub-network: width 0.75, 24×24 pixels",
+        "sub-network: width 0.5, 28×28 pixels",
+    ]
+    for axes, side in (full, 32), (first, 24), (second, 28):
+        assert len(axes.images) == 8
+        assert all(image.get_array().shape == (side, side, 3) for image in axes.images)
+        left, right, bottom, top = axes.images[0].get_extent()
+        assert (right - left, bottom - top) == (side, side)
+    low, high = BATCH.images[:8].min(), BATCH.images[:8].max()
+    seen = (transform_for_subnet(BATCH.images[:8], BATCH.subnets[0]) - low) / (high - low)
+    shown = torch.tensor(np.asarray(first.images[3].get_array()))
+    torch.testing.assert_close(shown, seen[3].permute(1, 2, 0))
+
+
+def test_rows_show_what_a_transform_did_and_how_many_blocks_were_dropped():
+    subnet = Subnet(resolution=32, seed=2, survival=0.5)
+    batch = SeenBatch(torch.rand(2, 1, 32, 32), [subnet], RandomQuarterTurn(), num_blocks=6)
+    _, row = draw_batch(batch).axes
+    dropped = len(subnet.dropped_blocks(6))
+    assert row.get_title(loc="left") == f"sub-network: width 1, 32×32 pixels, {dropped} of 6 blocks dropped"
+    turned = transform_for_subnet(batch.images, subnet, RandomQuarterTurn())[0, 0]
+    shown = torch.tensor(np.asarray(row.images[0].get_array()))
+    torch.testing.assert_close(shown, (turned - batch.images.min()) / (batch.images.max() - batch.images.min()))
+
+
+def test_only_what_was_measured_is_drawn(tmp_path):
+    def names(files: list[Path]) -> list[str]:
+        assert all(PIL.Image.open(file).format == "PNG" for file in files)
+        return [file.name for file in files]
+
+    full = HISTORY[:4]
+    assert names(plot_training([], [], None, tmp_path)) == []
+    assert names(plot_training(full, evaluations(full), None, tmp_path)) == ["curves.png"]
+    everything = plot_training(HISTORY, evaluations(HISTORY), BATCH, tmp_path / "new")
+    assert names(everything) == ["curves.png", "widths.png", "subnets.png"]
+
+
+def test_runs_are_compared_over_the_share_of_their_steps(tmp_path, monkeypatch):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+    plain = Result("plain", 0.875, 0.99, 160, 12.34, 800.4, [(80, 0.5), (160, 0.875)])
+    longer = Result("longer", 0.9, 1.0, 320, 34.0, 812.6, [(80, 0.25), (320, 0.9)])
+    plot_curves([plain, longer], tmp_path / "curves.png", "two runs")
+    (axes,) = drawn[0].axes
+    assert lines(axes) == {
+        "plain: 87.50% after 160 steps": [(50, 50), (100, 87.5)],
+        "longer: 90.00% after 320 steps": [(25, 25), (100, 90)],
+    }
+
+
+def test_without_matplotlib_one_message_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not can_plot()
+    with pytest.raises(ModuleNotFoundError, match=NEEDS_MATPLOTLIB):
+        plot_training(HISTORY, evaluations(HISTORY), BATCH, tmp_path)
+    assert list(tmp_path.iterdir()) == []
