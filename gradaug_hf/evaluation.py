@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from datasets import DatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +18,8 @@ from gradaug_hf.data import class_names, load_image_data, take_images, with_pixe
 from gradaug_hf.experiment import first_on_main_process
 from gradaug_hf.measurements import Measurements
 from gradaug_hf.pixels import PixelNetwork, load_pixel_network, native_side, pixel_transform, to_unit, weights_digest
+from gradaug_hf.plots import NEEDS_MATPLOTLIB, can_plot
+from gradaug_hf.threads import use_all_cores
 
 # Settings on which what is measured does not depend.
 WITHOUT_EFFECT = ("model", "output_dir", "batch_size", "num_workers")
@@ -94,6 +95,12 @@ def parse_evaluation(kind: type[Arguments], description: str | None, argv: Seque
     return args
 
 
+def join_processes() -> None:
+    """Let the processes of a launcher know each other, also without an accelerator, and share the cores."""
+    PartialState(cpu=not torch.accelerator.is_available())
+    use_all_cores()
+
+
 class Evaluation:
     """Networks and the images to evaluate them on.
 
@@ -110,7 +117,7 @@ class Evaluation:
         check_plots()
         check_writable(args.output_dir)
         self.args = args
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.data = first_on_main_process(lambda: _load_data(args))
         classes = len(class_names(self.data))
         self.networks = {model: load_pixel_network(model, classes) for model in models}
@@ -193,8 +200,8 @@ def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 def check_plots() -> None:
     """Raise a ValueError where matplotlib is not installed, with which the results are drawn."""
-    if find_spec("matplotlib") is None:
-        raise ValueError("the plot needs matplotlib: pip install matplotlib")
+    if not can_plot():
+        raise ValueError(NEEDS_MATPLOTLIB)
 
 
 def _load_data(args: EvaluationArguments) -> DatasetDict:

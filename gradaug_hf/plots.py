@@ -179,17 +179,31 @@ def plot_comparison(groups: Sequence[Sequence[Run]], file: Path) -> None:
         groups: Runs that differ in their seed.
         file: PNG file to write.
     """
-    figure = _figure(figsize=(7, 1 + 0.5 * len(groups)))
-    axes = figure.add_subplot(xlabel="top-1 accuracy (%)")
-    for row, runs in enumerate(groups):
-        top1 = [100 * run.result.top1 for run in runs]
-        deviation = statistics.stdev(top1) if len(top1) > 1 else 0
-        axes.errorbar(statistics.mean(top1), row, xerr=deviation, fmt="D", color="black", capsize=4)
-        axes.plot(top1, [row] * len(top1), "|", color="0.4", markersize=14)
     labels = [f"{runs[0].result.method}, {runs[0].model}, {runs[0].result.steps} steps" for runs in groups]
-    axes.set_yticks(range(len(groups)), labels)
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    axes.grid(alpha=0.3)
+    plot_spreads(labels, {"": [[run.result.top1 for run in runs] for runs in groups]}, file)
+
+
+def plot_spreads(labels: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]], file: Path) -> None:
+    """Draw top-1 accuracies of several seeds, a row for each label, with mean and sample deviation.
+
+    Args:
+        labels: Of the rows.
+        panels: Title of a panel -> the accuracies of each row, in 0..1; none where a row has no result.
+        file: PNG file to write.
+    """
+    figure = _figure(figsize=(3.5 + 3.5 * len(panels), 1 + 0.4 * len(labels)))
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, rows) in zip(grid, panels.items(), strict=True):
+        for place, accuracies in enumerate(rows):
+            top1 = [100 * accuracy for accuracy in accuracies]
+            axes.plot(top1, [place] * len(top1), "|", color="0.4", markersize=14)
+            if top1:
+                deviation = statistics.stdev(top1) if len(top1) > 1 else 0
+                axes.errorbar(statistics.mean(top1), place, xerr=deviation, fmt="D", color="black", capsize=4)
+        axes.set(title=name, xlabel="top-1 accuracy (%)")
+        axes.grid(alpha=0.3)
+    grid[0].set_yticks(range(len(labels)), labels)
+    grid[0].set_ylim(len(labels) - 0.5, -0.5)
     figure.savefig(file, dpi=DPI)
 
 
@@ -223,6 +237,20 @@ def _figure(**settings: Any) -> Figure:
     return Figure(layout="constrained", **settings)
 
 
+def line_style(index: int, total: int) -> dict[str, str]:
+    """Lightness, line and marker that tell a curve from others without colour.
+
+    Args:
+        index: of the curve.
+        total: number of curves.
+    """
+    return {
+        "color": str(0.6 * index / max(1, total - 1)),
+        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
+
+
 def _draw_lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     """Curves by their label, told apart without colour."""
     curves = {label: points for label, points in curves.items() if points}
@@ -231,9 +259,7 @@ def _draw_lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]])
         axes.plot(
             x,
             y,
-            color=str(0.6 * index / max(1, len(curves) - 1)),
-            linestyle=LINE_STYLES[index % len(LINE_STYLES)],
-            marker=MARKERS[index % len(MARKERS)],
+            **line_style(index, len(curves)),
             markersize=5,
             markevery=math.ceil(len(points) / MOST_MARKERS),
             label=label,

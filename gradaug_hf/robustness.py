@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gradaug_hf.corruptions import CORRUPTIONS, SEVERITIES
-from gradaug_hf.results import LINE_STYLES, MARKERS, markdown_table
+from gradaug_hf.plots import line_style
+from gradaug_hf.results import markdown_table
 
 CLEAN = "clean"
 Errors = Mapping[str, float]
@@ -136,7 +137,7 @@ def plot_robustness(
     steps = sorted(epsilons)
     for index, (model, own) in enumerate(errors.items()):
         values = [own[CLEAN], *(own[fgsm_condition(epsilon)] for epsilon in steps)]
-        attacks.plot([0, *steps], _percent(values), label=model, **_style(index, len(errors)))
+        attacks.plot([0, *steps], _percent(values), label=model, **line_style(index, len(errors)))
     attacks.legend()
     if corruptions:
         severities = figure.add_subplot(
@@ -144,10 +145,12 @@ def plot_robustness(
         )
         each = figure.add_subplot(grid[:, 1], xlabel="top-1 error (%), mean of the severities")
         for index, own in enumerate(errors.values()):
-            style = _style(index, len(errors))
+            style = line_style(index, len(errors))
             severities.plot((0, *SEVERITIES), _percent([own[CLEAN], *_by_severity(own)]), **style)
             each.plot(
-                _percent(list(corruption_errors(own).values())), range(len(CORRUPTIONS)), **style | {"linestyle": ""}
+                _percent(list(corruption_errors(own).values())),
+                range(len(CORRUPTIONS)),
+                **style | {"linestyle": "", "fillstyle": "none"},
             )
         each.set_yticks(range(len(CORRUPTIONS)), [name.replace("_", " ") for name in CORRUPTIONS])
         each.invert_yaxis()
@@ -165,11 +168,3 @@ def _by_severity(errors: Errors) -> list[float]:
 
 def _percent(values: Sequence[float]) -> list[float]:
     return [100 * value for value in values]
-
-
-def _style(index: int, total: int) -> dict[str, str]:
-    return {
-        "color": str(0.6 * index / max(1, total - 1)),
-        "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
-        "marker": MARKERS[index % len(MARKERS)],
-    }

@@ -6,7 +6,6 @@ its last checkpoint.
 
 import json
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from gradaug_hf.arguments import as_flags
+from gradaug_hf.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
 from gradaug_hf.results import RESULTS, Result, load_runs, markdown_table, spread
 
 SETTINGS, LOG = "settings.json", "log.txt"
@@ -120,13 +120,14 @@ def read_plan(file: Path) -> Plan:
     return Plan(recipe, rows, content["seeds"], content.get("settings", {}), columns)
 
 
-def train_all(plan: Plan, folder: Path, launch: str = LAUNCH) -> list[PlannedRun]:
+def train_all(plan: Plan, folder: Path, launch: str = LAUNCH, seeds: Sequence[int] | None = None) -> list[PlannedRun]:
     """Train what is not trained yet, one run after the other.
 
     Args:
         plan: The runs.
         folder: Where each has a folder of its own.
         launch: Command that starts a recipe.
+        seeds: Seeds of the runs to train; None: all.
 
     Returns:
         The runs that failed; the others of the plan are trained nevertheless.
@@ -134,7 +135,7 @@ def train_all(plan: Plan, folder: Path, launch: str = LAUNCH) -> list[PlannedRun
     Raises:
         ValueError: the folder holds a run of the same name with other settings.
     """
-    runs = plan.runs()
+    runs = [run for run in plan.runs() if seeds is None or run.seed in seeds]
     for run in runs:
         _check_settings(run, folder / run.name)
     waiting = [run for run in runs if not (folder / run.name / RESULTS).exists()]
@@ -246,15 +247,21 @@ def _accuracy(records: Sequence[Mapping[str, Any]]) -> str:
     return spread([100 * record["top1"] for record in records], 2) if records else ""
 
 
-def train_and_report(plan: Plan, folder: Path, launch: str) -> None:
+def train_and_report(plan: Plan, folder: Path, launch: str, seeds: Sequence[int] | None = None) -> None:
     """Train a plan, and write and print what is known of it, also after an interruption.
+
+    Args:
+        plan: as for `train_all`.
+        folder: as for `train_all`.
+        launch: as for `train_all`.
+        seeds: as for `train_all`.
 
     Raises:
         SystemExit: runs failed.
         ValueError: the folder holds a run of the same name with other settings.
     """
     try:
-        failed = train_all(plan, folder, launch)
+        failed = train_all(plan, folder, launch, seeds)
     finally:
         report(plan, folder)
     if failed:
@@ -270,11 +277,11 @@ def report(plan: Plan, folder: Path) -> None:
     (folder / SUMMARY).write_text(json.dumps(records, indent=1) + "\n")
     (folder / TABLE).write_text(table + "\n")
     written = [TABLE, SUMMARY]
-    try:
+    if can_plot():
         plot_summary(records, folder / PLOT)
         written.append(PLOT)
-    except ModuleNotFoundError:
-        print("\nno plot: it needs matplotlib, pip install matplotlib")
+    else:
+        print(f"\n{PLOT} is not written: {NEEDS_MATPLOTLIB}")
     print(f"\n{table}\n\nwrote {', '.join(written)} to {folder}")
 
 
@@ -285,23 +292,11 @@ def plot_summary(records: Sequence[Mapping[str, Any]], file: Path) -> None:
         records: of `summarise`.
         file: PNG file to write.
     """
-    from matplotlib.figure import Figure
-
     rows, columns = (list(dict.fromkeys(r[key] for r in records)) for key in ("row", "column"))
-    figure = Figure(figsize=(3.5 + 3 * len(columns), 1 + 0.35 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for axes, column in zip(panels, columns, strict=True):
-        for place, row in enumerate(rows):
-            top1 = [100 * r["top1"] for r in records if (r["row"], r["column"]) == (row, column)]
-            axes.plot(top1, [place] * len(top1), "|", color="0.5", markersize=12)
-            if top1:
-                deviation = statistics.stdev(top1) if len(top1) > 1 else 0
-                axes.errorbar(statistics.mean(top1), place, xerr=deviation, fmt="D", color="black", capsize=3)
-        axes.set(title=column, xlabel="top-1 accuracy (%)")
-        axes.grid(alpha=0.3)
-    panels[0].set_yticks(range(len(rows)), rows)
-    panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    figure.savefig(file, dpi=150)
+    found: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        found.setdefault((record["row"], record["column"]), []).append(record["top1"])
+    plot_spreads(rows, {column: [found.get((row, column), []) for row in rows] for column in columns}, file)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -310,11 +305,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("plan", type=Path, help="YAML or JSON file with recipe, rows, seeds, settings and columns")
     parser.add_argument("--output_dir", type=Path, help="folder of all runs; default: outputs/ and the plan's name")
     parser.add_argument("--launch", default=LAUNCH, help=f"command that starts the recipe; default: {LAUNCH}")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to train now; default: all that the plan lists")
     args, flags = parser.parse_known_args(argv)
     try:
         plan = read_plan(args.plan)
         plan = Plan(plan.recipe, plan.rows, plan.seeds, {**plan.settings, **flag_settings(flags)}, plan.columns)
-        train_and_report(plan, args.output_dir or Path("outputs") / args.plan.stem, args.launch)
+        train_and_report(plan, args.output_dir or Path("outputs") / args.plan.stem, args.launch, args.seeds)
     except ValueError as error:
         parser.error(str(error))
 

@@ -420,15 +420,16 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
             self._means.add(loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
         if self._seen_batch is None and others:
-            self._seen_batch = self._see(images, [p.subnet for p in others], num_blocks)
+            self._seen_batch = self._see(images, [p.subnet for p in others])
         for p in others:
             side = p.subnet.resolution or self._side(images)
             self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
             if num_blocks:
                 self._means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
 
-    def _see(self, images: Any, subnets: list[Subnet], num_blocks: int) -> SeenBatch | None:
-        """What is kept of a batch to be drawn."""
+    def _see(self, images: Tensor, subnets: list[Subnet]) -> SeenBatch | None:
+        """What is drawn of a batch; None draws nothing."""
+        num_blocks = num_droppable_blocks(self.model)
         return SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self.subnet_transform, num_blocks)
 
     def settings(self) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import thread_time
 
 import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from gradaug_hf.results import LINE_STYLES, MARKERS, markdown_table
+from gradaug_hf.plots import line_style
+from gradaug_hf.results import markdown_table
 
 # Seconds for which a network is run to time it.
 TIMED = 1.0
@@ -23,7 +25,7 @@ class WidthResult:
         top5: Top-5 accuracy in 0..1.
         macs: Multiply-adds for one image.
         params: Number of parameters.
-        latency: Median time of one image on one CPU thread, in milliseconds.
+        latency: Median computing time of one image on one CPU thread, in milliseconds.
         latency_spread: Interquartile range of these times, in milliseconds.
     """
 
@@ -39,12 +41,14 @@ class WidthResult:
 def cpu_latency(network: nn.Module, side: int) -> tuple[float, float]:
     """Median and interquartile range of the time of one image on one CPU thread, in milliseconds.
 
+    It is the time that the thread computes, which on an idle machine is the latency; other work does not add to it.
+
     Args:
         network: on the CPU, in eval mode.
         side: of the image (1, 3, side, side) in pixels.
     """
     images = torch.rand(1, 3, side, side)
-    timer = Timer("network(images)", globals={"network": network, "images": images}, num_threads=1)
+    timer = Timer("network(images)", timer=thread_time, globals={"network": network, "images": images})
     times = timer.blocked_autorange(min_run_time=TIMED)
     return 1000 * times.median, 1000 * times.iqr
 
@@ -89,16 +93,12 @@ def plot_widths(results: Mapping[str, Mapping[float, WidthResult]], file: Path, 
     panels = figure.subplots(2, 2, sharey=True)
     costs = ("width", "multiply-adds (M)", "parameters (k)", "ms per image on one CPU thread")
     for axes, label in zip(panels.flat, costs, strict=True):
-        axes.set(xlabel=label, ylabel="top-1 accuracy (%)")
-        axes.label_outer(remove_inner_ticks=False)
-        axes.xaxis.label.set_visible(True)
+        axes.set(xlabel=label)
         axes.grid(alpha=0.3)
+    for axes in panels[:, 0]:
+        axes.set(ylabel="top-1 accuracy (%)")
     for index, (model, own) in enumerate(results.items()):
-        style = {
-            "color": str(0.6 * index / max(1, len(results) - 1)),
-            "linestyle": LINE_STYLES[index % len(LINE_STYLES)],
-            "marker": MARKERS[index % len(MARKERS)],
-        }
+        style = line_style(index, len(results))
         for axes, values in zip(panels.flat, _costs(own), strict=True):
             axes.plot(values, [100 * result.top1 for result in own.values()], label=model, **style)
     panels[0, 0].legend()

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from gradaug_hf.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, check_corruptions
 from gradaug_hf.data import UnreadableImageError
-from gradaug_hf.evaluation import Evaluation, EvaluationArguments, parse_evaluation, topk_hits
+from gradaug_hf.evaluation import Evaluation, EvaluationArguments, join_processes, parse_evaluation, topk_hits
 from gradaug_hf.experiment import errors_as_messages
 from gradaug_hf.measurements import Measurements
 from gradaug_hf.robustness import (
@@ -33,7 +33,6 @@ from gradaug_hf.robustness import (
     plot_robustness,
     robustness_table,
 )
-from gradaug_hf.threads import use_all_cores
 
 JSON, PLOT = "robustness.json", "robustness.png"
 
@@ -60,8 +59,8 @@ class RobustnessArguments(EvaluationArguments):
 
 def main() -> None:
     with errors_as_messages(OSError, ValueError):
+        join_processes()
         args = parse_evaluation(RobustnessArguments, __doc__, sys.argv[1:])
-        use_all_cores()
         others = [args.baseline] if args.baseline is not None and args.baseline not in args.model else []
         evaluation = Evaluation(args, [*others, *args.model])
         if args.corruptions:

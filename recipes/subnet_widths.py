@@ -23,14 +23,13 @@ from torch.utils.data import DataLoader
 
 from gradaug_hf import extract_subnet, make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.data import UnreadableImageError, take_images, with_pixels
-from gradaug_hf.evaluation import Evaluation, EvaluationArguments, parse_evaluation
+from gradaug_hf.evaluation import Evaluation, EvaluationArguments, join_processes, parse_evaluation
 from gradaug_hf.experiment import errors_as_messages
 from gradaug_hf.folders import check_new
 from gradaug_hf.measurements import Measurements
 from gradaug_hf.networks import image_processor
 from gradaug_hf.pixels import PixelNetwork, pixel_transform, to_unit
 from gradaug_hf.subnet_folder import save_subnet
-from gradaug_hf.threads import use_all_cores
 from gradaug_hf.trainer import CALIBRATION_IMAGES
 from gradaug_hf.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
 
@@ -64,9 +63,9 @@ class WidthArguments(EvaluationArguments):
 
 def main() -> None:
     with errors_as_messages(OSError, ValueError):
+        join_processes()
         args = parse_evaluation(WidthArguments, __doc__, sys.argv[1:])
         check_exports(args)
-        use_all_cores()
         evaluation = Evaluation(args, args.model)
         measurements = evaluation.measurements(JSON, width_divisor=args.width_divisor)
         for model, network in evaluation.networks.items():

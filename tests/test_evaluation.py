@@ -33,6 +33,6 @@ def test_accuracy_counts_each_image_once_whatever_the_batches(tmp_path):
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("gradaug_hf.evaluation.find_spec", lambda _: None)
+    monkeypatch.setattr("gradaug_hf.evaluation.can_plot", lambda: False)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         check_plots()

@@ -75,6 +75,11 @@ def test_finished_runs_are_skipped_and_interrupted_ones_go_on(recipe, tmp_path, 
     assert len(new) == 2 and all("--seed 1" in call and "resume" not in call for call in new)
 
 
+def test_only_some_seeds_are_trained_where_asked_for(recipe, tmp_path):
+    train_all(make_plan(recipe), tmp_path / "runs", LAUNCH, seeds=[1])
+    assert len(calls(tmp_path / "runs")) == 2 and all("--seed 1" in call for call in calls(tmp_path / "runs"))
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_trained(recipe, tmp_path, capsys):
     rows = {"bad": {"method": "broken"}, "plain": {"method": "baseline"}}
     (failed,) = train_all(make_plan(recipe, rows=rows, seeds=[0]), tmp_path / "runs", LAUNCH)

@@ -24,14 +24,17 @@ class Waits(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert x.shape == (1, 3, 8, 8)
         assert torch.get_num_threads() == 1
-        time.sleep(0.02)
+        time.sleep(0.01)
+        start = time.thread_time()
+        while time.thread_time() < start + 0.02:
+            pass
         return x
 
 
-def test_latency_is_in_milliseconds_for_one_image_on_one_thread(monkeypatch):
+def test_latency_is_the_computing_time_of_one_image_on_one_thread_in_milliseconds(monkeypatch):
     monkeypatch.setattr(width_curves, "TIMED", 0.1)
     latency, spread = cpu_latency(Waits().eval(), 8)
-    assert latency >= 20
+    assert 20 <= latency < 30
     assert spread >= 0
 
 

@@ -8,20 +8,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import set_seed
 
-from gradaug_hf.checkpoints import CheckpointError, ResumeError
+from gradaug_hf.checkpoints import ResumeError
 from gradaug_hf.config import GradAugConfig
-from gradaug_hf.data import UnreadableImageError
 from gradaug_hf.detection.arguments import DetectionArguments, parse
 from gradaug_hf.detection.coco import CocoImages, find_images
 from gradaug_hf.detection.detector import Detector, create_detector
 from gradaug_hf.detection.evaluation import precision_table
 from gradaug_hf.detection.trainer import DetectionTrainer
-from gradaug_hf.experiment import SETTINGS, RecipeTrainer, complete_config, errors_as_messages
-from gradaug_hf.loss_watch import NonFiniteLossError
+from gradaug_hf.experiment import FAULTS, SETTINGS, RecipeTrainer, complete_config, errors_as_messages
+from gradaug_hf.launch import process_state
 from gradaug_hf.memory import PeakMemory
+from gradaug_hf.pushing import PushError
 from gradaug_hf.results import RESULTS, run_context
 from gradaug_hf.seeded_data import SeededDataset
 from gradaug_hf.threads import use_all_cores
@@ -61,7 +60,7 @@ def run(settings: Mapping[str, Any], description: str | None) -> None:
             config.output_dir = str(Path("outputs") / f"{args.detector}-{name}-{method}-seed{config.seed}")
         complete_config(config, args.batch_size, args.warmup_epochs)
         trainer = make_trainer(args, config)
-    with errors_as_messages(ResumeError, CheckpointError, NonFiniteLossError, UnreadableImageError):
+    with errors_as_messages(ResumeError, PushError), errors_as_messages(*FAULTS, of_one_process=True):
         results = train(trainer) if config.do_train else {}
         figures = evaluate(trainer)
     if config.do_train:
@@ -116,7 +115,7 @@ def make_trainer(args: DetectionArguments, config: GradAugConfig) -> DetectionRe
         json.loads(args.backbone_args),
         **{name: getattr(args, name) for name in DETECTOR_SETTINGS},
     )
-    PartialState().print(loaded)
+    process_state().print(loaded)
     return DetectionRecipeTrainer(
         detector,
         config,

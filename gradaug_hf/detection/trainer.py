@@ -136,8 +136,8 @@ class DetectionTrainer(GradAugTrainer):
     def _side(self, images: Sequence[Tensor]) -> int:
         return self._detector.settings.min_size
 
-    def _see(self, images: Sequence[Tensor], subnets: list[Subnet], num_blocks: int) -> None:
-        """Nothing: the images differ in size, which the drawing of a batch does not know."""
+    def _see(self, images: Sequence[Tensor], subnets: list[Subnet]) -> None:
+        """Nothing is drawn of images of different sizes."""
 
     @property
     def _detector(self) -> Detector:

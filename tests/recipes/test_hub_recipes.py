@@ -60,6 +60,13 @@ def test_a_push_that_fails_ends_a_recipe_in_one_message_with_all_that_it_made(hu
     assert hub.repositories["me/run"].titles() == ["initial commit"]
 
 
+def test_a_network_of_timm_that_a_recipe_trained_is_pulled_by_its_hub_id(hub, run_recipe):
+    flags = "--model resnet20_cifar --push_to_hub --hub_model_id me/run --hub_strategy end"
+    finished = run_recipe(cifar_wideresnet.RECIPE, flags)
+    pulled, local = load_checkpoint("me/run").state_dict(), load_checkpoint(str(finished.folder)).state_dict()
+    assert all(torch.equal(pulled[name], tensor) for name, tensor in local.items())
+
+
 def test_a_recipe_that_may_not_push_says_so_before_it_trains(hub, network, run_recipe, tmp_path):
     folder = tmp_path / "run"
     flags = f"--model {network} --output_dir {folder} --push_to_hub --hub_model_id other/run"

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from datasets import Dataset, Image
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, pipeline
 
@@ -461,6 +462,16 @@ def test_stream_of_unknown_length_asks_for_the_steps(run_recipe):
     assert run_recipe(cifar_wideresnet.RECIPE, STREAM).result["steps"] == 2
 
 
+def test_card_and_pictures_of_a_run_lie_next_to_its_results(run_recipe, few_images):
+    finished = run_recipe(cifar_wideresnet.RECIPE, "--model wrn16_2 --max_steps 1")
+    card = ModelCard.load(finished.folder / "README.md")
+    top1 = card.data.eval_results[0]
+    assert (top1.metric_value, top1.dataset_name) == (finished.result["top1"], Path(few_images).name)
+    assert f"--dataset_name {Path(few_images).name} --output_dir {finished.folder.name}" in card.text
+    assert str(finished.folder.parent) not in card.content
+    assert sorted(file.name for file in (finished.folder / "plots").iterdir()) == ["curves.png", "subnets.png"]
+
+
 def test_sub_networks_may_see_turned_images(run_recipe):
     flags = "--model resnet20_cifar --resolutions 32 --max_steps 1"
     plain, turned = (run_recipe(cifar_wideresnet.RECIPE, f"{flags} {extra}") for extra in ("", "--subnet_rotation"))
@@ -479,7 +490,7 @@ def test_resnet50_trains_on_photos_at_224(run_recipe, real_data):
 
 
 def launch_twice(flags: str) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu_2.yaml"]
     return subprocess.run(
         [*launcher, "recipes/cifar_wideresnet.py", *f"{QUICK} --model resnet20_cifar {flags}".split()],
         cwd=ROOT,

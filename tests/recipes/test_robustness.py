@@ -33,7 +33,7 @@ def photos(tmp_path_factory) -> str:
 @pytest.fixture
 def run(photos: str, monkeypatch) -> Callable[..., None]:
     """Runs the recipe as its command line does, on one thread: the tests share the cores."""
-    monkeypatch.setattr("recipes.robustness.use_all_cores", lambda: None)
+    monkeypatch.setattr("gradaug_hf.evaluation.use_all_cores", lambda: None)
 
     def run_with(*flags: object) -> None:
         shared = ["--dataset_name", photos, "--num_workers", 0, "--epsilon", *EPSILONS]
@@ -112,14 +112,24 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(models, run, tmp_path, 
 
 @pytest.mark.slow
 def test_two_processes_find_the_errors_of_one(models, photos, run, tmp_path):
-    flags = ["--model", *models, "--batch_size", "2", "--num_workers", "0", "--max_eval_samples", "5"]
+    flags = [
+        "--model",
+        *models,
+        "--no_corruptions",
+        "--batch_size",
+        "2",
+        "--num_workers",
+        "0",
+        "--max_eval_samples",
+        "5",
+    ]
     run(*flags, "--output_dir", tmp_path / "one")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     where = ["--dataset_name", photos, "--epsilon", *map(str, EPSILONS), "--output_dir", str(tmp_path / "two")]
     done = subprocess.run(
         [*command, "recipes/robustness.py", *flags, *where],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=1800,
