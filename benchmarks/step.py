@@ -1,77 +1,210 @@
 """Time and peak memory of a GradAug step beside those of a plain step, with the arithmetic bound.
 
     python benchmarks/step.py
-    python benchmarks/step.py --networks resnet50:224:64 --steps 20 --device cuda
+    python benchmarks/step.py --networks wrn28_2:32:64 --settings float32 fast --methods plain sequential
+    python benchmarks/step.py --networks resnet50:224:64 --settings bfloat16+channels_last+levels3+compiled
 
-The steps of all methods take turns in one process, so that whatever else the machine does falls on all alike. The
-bound is the multiply-adds of the drawn sub-networks over those of the full network, width squared times side squared
-as the paper counts them (arXiv 2006.07989), plus one for the full network. "dense" runs the same sub-networks as
-ordinary narrow networks (`extract_subnet`, not timed) in place of slices: what is beyond its time is the slicing's.
+The steps of all rows of a network take turns in one process, so that whatever else the machine does falls on all.
+Settings are joined by a plus: float32 (the default of all), bfloat16 (autocast), channels_last, divisor8 and so on
+(`width_divisor`), levels5 and so on (`width_levels`), compiled (torch.compile, which needs levels); `fast` is the
+preset of that name. Rows:
+
+- paper: a loop of plain PyTorch as the paper has it: float32, contiguous, channels rounded to one, continuous widths.
+  Its slices are this package's; all else is written out here.
+- plain: cross-entropy of the full network alone.
+- sequential, joint: GradAug, with a backward for each pass or one for all.
+- dense: the same sub-networks as ordinary narrow networks (`extract_subnet`, not timed) in place of slices: what is
+  beyond its time is the slicing's.
+
+The bound is the multiply-adds of the sub-networks over those of the full network, width squared times side squared as
+the paper counts them (arXiv 2006.07989), plus one for the full network; "counted" has the multiply-adds of forward and
+backward that torch's counter finds, with rounded widths and layers that are not sliced. Each sub-network takes the
+resolutions in turn. Beside the table stands what the data loader alone gives.
 """
 
 import argparse
+import copy
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import timm
 import torch
-from torch import nn
+from loader import images_per_second
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import gradaug_hf
 from gradaug_hf.losses import soft_target_divergence
+from gradaug_hf.presets import preset_settings
+from gradaug_hf.slimming.patching import subnet_pass
 from gradaug_hf.transforms import resize
 
-MIN_WIDTH = {"resnet50": 0.9, "wrn28_2": 0.8}
+NETWORKS = ["resnet50:224:8", "wrn28_10:32:16", "vit_small_patch16_224:224:8", "convnext_tiny:224:8"]
+SETTINGS = ["float32", "channels_last", "bfloat16", "fast"]
+METHODS = ["paper", "plain", "sequential", "joint", "dense"]
 RESOLUTIONS = {224: [224, 192, 160, 128], 32: [32, 28, 24]}
+HEADER = (
+    "| network | batch | settings | step | seconds | images/s | over plain | bound | counted | over bound "
+    "| peak MiB | over plain | over the paper's loop |"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one block of rows, by the names of GradAugConfig."""
+
+    name: str
+    bf16: bool = False
+    channels_last: bool = False
+    width_divisor: int = 1
+    width_levels: int | None = None
+    compiled: bool = False
 
 
 @dataclass
-class Method:
+class Row:
     """A way of taking one training step, and what it needs beforehand."""
 
+    settings: Settings
     name: str
     step: Callable[[int], object]
+    optimizer: torch.optim.Optimizer
     prepare: Callable[[int], object] = lambda step: None
+    bound: float = 1.0
+    counted: float = 1.0
     seconds: list[float] = field(default_factory=list)
     peak: float = 0.0
 
+    @property
+    def finite(self) -> bool:
+        return self.name == "plain" or self.settings.width_levels is not None
+
+
+class BalancedSampler(gradaug_hf.SubnetSampler):
+    """Random widths, the same for all settings up to rounding to levels; the resolutions in turn."""
+
+    def sample(self, step: int) -> list[gradaug_hf.Subnet]:
+        continuous = gradaug_hf.SubnetSampler(self.num_subnets, self.min_width).sample(step)
+        sides = [self.resolutions[(step + i) % len(self.resolutions)] for i in range(self.num_subnets)]
+        return [gradaug_hf.Subnet(self._level(s.width), side) for s, side in zip(continuous, sides, strict=True)]
+
+    def _level(self, width: float) -> float:
+        if self.width_levels is None:
+            return width
+        spacing = (self.max_width - self.min_width) / (self.width_levels - 1)
+        return self.min_width + spacing * round((width - self.min_width) / spacing)
+
+
+class Autocast(nn.Module):
+    """A network in bfloat16 autocast, which ends before the loss as the Trainer's does."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.network = network
+        self.device_type = device.type
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, torch.bfloat16):
+            return self.network(images)
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    networks = ["resnet50:224:8", "wrn28_2:32:64"]
-    parser.add_argument("--networks", nargs="+", default=networks, help="name:side in pixels:batch size")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps of each method")
-    parser.add_argument("--width_divisor", type=int, default=1, help="channel counts are rounded to multiples of it")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="name:side in pixels:batch size")
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, type=parse_settings)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--steps", type=int, default=12, help="measured steps of each row, best a multiple of 4")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="times that each step is measured, of which the lowest counts"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="of the data loader; 0 leaves it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
+    settings = [each if isinstance(each, Settings) else parse_settings(each) for each in args.settings]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, float32, {args.steps} steps each")
-    print(f"width_divisor {args.width_divisor}\n")
-    print("| network | batch | method | seconds | over plain | bound | over bound | peak MiB | over plain |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.steps} steps each,", end=" ")
+    print(f"lowest of {args.repeats}\n\n{HEADER}\n{'|---' * HEADER.count(' | ')}|---|")
+    loaders = {}
     for network in args.networks:
         name, side, batch = network.split(":")
-        measure(name, int(side), int(batch), args.steps, args.width_divisor, device)
+        rows = make_rows(name, int(side), int(batch), settings, args.methods, device)
+        measure(rows, args.steps, args.repeats, device)
+        print_rows(name, int(batch), rows)
+        if args.workers:
+            loaders[int(side)] = images_per_second(int(side), int(batch), args.workers)
+    for side, rate in loaders.items():
+        print(f"\ndata loader alone, {side} pixels, {args.workers} workers: {rate:.0f} images/s", end="")
+    print()
 
 
-def measure(name: str, side: int, batch: int, steps: int, divisor: int, device: torch.device) -> None:
-    """Time the methods in turn and print their rows of the table."""
+def parse_settings(text: str) -> Settings:
+    if text == "fast":
+        return Settings(text, **{k: v for k, v in preset_settings("fast").items() if k != "use_cpu"})
+    chosen = {}
+    for part in text.split("+"):
+        if part.startswith("divisor") and part[7:].isdigit():
+            chosen["width_divisor"] = int(part[7:])
+        elif part.startswith("levels") and part[6:].isdigit():
+            chosen["width_levels"] = int(part[6:])
+        elif part in ("bfloat16", "channels_last", "compiled"):
+            chosen["bf16" if part == "bfloat16" else part] = True
+        elif part != "float32":
+            raise argparse.ArgumentTypeError(f"{text!r} holds {part!r}, which is no setting; see --help")
+    if chosen.get("compiled") and "width_levels" not in chosen:
+        raise argparse.ArgumentTypeError(f"{text!r} compiles continuous widths; add levels3, for example")
+    return Settings(text, **chosen)
+
+
+def make_rows(
+    name: str, side: int, batch: int, settings: Sequence[Settings], methods: Sequence[str], device: torch.device
+) -> list[Row]:
+    rows = []
+    if "paper" in methods:
+        paper = Settings("float32")
+        rows += rows_of(name, side, batch, paper, ["paper"], device)
+    for each in settings:
+        own = [method for method in methods if method != "paper" and not (each.compiled and method == "dense")]
+        rows += rows_of(name, side, batch, each, own, device)
+    return rows
+
+
+def rows_of(
+    name: str, side: int, batch: int, settings: Settings, methods: Sequence[str], device: torch.device
+) -> list[Row]:
+    """The rows of a network of one's own with some settings."""
     torch.manual_seed(0)
-    model = gradaug_hf.make_slimmable(timm.create_model(name), width_divisor=divisor).to(device).train()
+    network = timm.create_model(name, **({"dynamic_img_size": True} if name.startswith("vit") else {}))
+    network = gradaug_hf.make_slimmable(network, width_divisor=settings.width_divisor).to(device).train()
     images = torch.randn(batch, 3, side, side, device=device)
-    labels = torch.randint(0, model.num_classes, (batch,), device=device)
-    gradaug = gradaug_hf.GradAug(
-        model, num_subnets=3, min_width=MIN_WIDTH.get(name, 0.9), resolutions=RESOLUTIONS.get(side, [side])
-    )
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
+    labels = torch.randint(0, network.num_classes, (batch,), device=device)
+    if settings.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    model = prepared(network, settings, device)
+    min_width = 0.8 if side == 32 else 0.9
+    sampler = BalancedSampler(3, min_width, 1.0, RESOLUTIONS[side], settings.width_levels)
+    gradaug = gradaug_hf.GradAug(model, sampler=sampler)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True)
+    narrow: list[nn.Module] = []
+
+    def paper(step: int) -> None:
+        logits = model(images)
+        functional.cross_entropy(logits, labels).backward()
+        target = functional.softmax(logits.detach(), dim=1)
+        for subnet in sampler.sample(step):
+            size = (subnet.resolution, subnet.resolution)
+            smaller = functional.interpolate(images, size, mode="bilinear", align_corners=True)
+            with subnet_pass(model, subnet.width):
+                predicted = functional.log_softmax(model(smaller), dim=1)
+                functional.kl_div(predicted, target, reduction="batchmean").backward()
 
     def plain(step: int) -> None:
-        nn.functional.cross_entropy(model(images), labels).backward()
+        functional.cross_entropy(model(images).float(), labels).backward()
 
     def sequential(step: int) -> None:
         gradaug.backward(images, labels, step)
@@ -79,84 +212,127 @@ def measure(name: str, side: int, batch: int, steps: int, divisor: int, device: 
     def joint(step: int) -> None:
         gradaug.loss(images, labels, step).backward()
 
-    narrow: list[nn.Module] = []
-
     def extract(step: int) -> None:
-        narrow[:] = [gradaug_hf.extract_subnet(model, subnet.width) for subnet in gradaug.sampler.sample(step)]
+        for subnet in sampler.sample(step):
+            dense_network = gradaug_hf.extract_subnet(network, subnet.width)
+            if settings.channels_last:
+                dense_network = dense_network.to(memory_format=torch.channels_last)
+            narrow.append(prepared(dense_network, settings, device))
 
     def dense(step: int) -> None:
         logits = model(images)
-        nn.functional.cross_entropy(logits, labels).backward()
-        for network, subnet in zip(narrow, gradaug.sampler.sample(step), strict=True):
-            soft_target_divergence(network(resize(images, subnet.resolution)), logits.detach()).backward()
+        functional.cross_entropy(logits.float(), labels).backward()
+        for dense_model, subnet in zip(narrow, sampler.sample(step), strict=True):
+            soft_target_divergence(dense_model(resize(images, subnet.resolution)), logits.detach()).backward()
+        narrow.clear()
 
-    methods = [
-        Method("plain", plain),
-        Method("GradAug, sequential", sequential),
-        Method("GradAug, joint", joint),
-        Method("dense", dense, extract),
-    ]
-    for step in range(-1, steps):
-        for method in methods:
-            method.prepare(max(step, 0))
-            start = time.perf_counter()
-            take_step(method, max(step, 0), optimizer, device)
-            if step >= 0:
-                method.seconds.append(time.perf_counter() - start)
-    del narrow[:]
-    # One step with the largest images shows the peak; it is the same draw for both ways of going backward.
-    widest = max(range(steps), key=lambda step: sum(s.resolution or side for s in gradaug.sampler.sample(step)))
-    for method in methods[:3]:
-        work = partial(take_step, method, widest, optimizer, device)
-        method.peak = peak_memory(work, device, optimizer)
-    bound = 1 + sum(relative_cost(gradaug.sampler.sample(step), side) for step in range(steps)) / steps
-    print_rows(name, batch, methods, bound)
+    steps = {"paper": paper, "plain": plain, "sequential": sequential, "joint": joint, "dense": dense}
+    rows = [Row(settings, method, steps[method], optimizer) for method in methods]
+    counted = multiply_adds(network, side, sampler)
+    for row in rows:
+        if row.name == "dense":
+            row.prepare = extract
+        if row.name != "plain":
+            row.bound, row.counted = 1 + mean_bound(sampler, side), counted
+    return rows
 
 
-def take_step(method: Method, step: int, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    optimizer.zero_grad()
-    method.step(step)
-    optimizer.step()
+def prepared(network: nn.Module, settings: Settings, device: torch.device) -> nn.Module:
+    model = Autocast(network, device) if settings.bf16 else network
+    return torch.compile(model, dynamic=False, recompile_limit=64) if settings.compiled else model
+
+
+def measure(rows: Sequence[Row], steps: int, repeats: int, device: torch.device) -> None:
+    """Time the rows in turn, then show the peak memory of each."""
+    for row in rows:
+        # Kernels of a finite number of widths are prepared once; with continuous ones each step prepares new ones.
+        for step in range(steps) if row.finite and row.name != "plain" else (0, 0):
+            row.prepare(step)
+            take_step(row, step, device)
+    for step in range(steps):
+        times: list[list[float]] = [[] for _ in rows]
+        for _ in range(repeats):
+            for row, own in zip(rows, times, strict=True):
+                row.prepare(step)
+                start = time.perf_counter()
+                take_step(row, step, device)
+                own.append(time.perf_counter() - start)
+        for row, own in zip(rows, times, strict=True):
+            row.seconds.append(min(own))
+    for row in rows:
+        if row.name != "dense":
+            row.peak = peak_memory(row, device)
+
+
+def take_step(row: Row, step: int, device: torch.device) -> None:
+    row.optimizer.zero_grad()
+    row.step(step)
+    row.optimizer.step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def relative_cost(subnets: list[gradaug_hf.Subnet], side: int) -> float:
-    return sum((subnet.width * (subnet.resolution or side) / side) ** 2 for subnet in subnets)
+def mean_bound(sampler: BalancedSampler, side: int) -> float:
+    """Multiply-adds of the sub-networks over those of the full network, as the paper counts them."""
+    steps = [sampler.sample(step) for step in range(12)]
+    return sum((subnet.width * subnet.resolution / side) ** 2 for subnets in steps for subnet in subnets) / len(steps)
 
 
-def peak_memory(work: Callable[[], None], device: torch.device, optimizer: torch.optim.Optimizer) -> float:
+def multiply_adds(network: nn.Module, side: int, sampler: BalancedSampler) -> float:
+    """Multiply-adds of a GradAug step over those of a plain one, counted on the meta device."""
+    network = copy.deepcopy(network).to("meta")
+
+    def count(width: float, resolution: int) -> int:
+        with FlopCounterMode(display=False) as counter, subnet_pass(network, width):
+            network(torch.empty(2, 3, resolution, resolution, device="meta")).sum().backward()
+        return counter.get_total_flops()
+
+    full = count(1.0, side)
+    steps = [sampler.sample(step) for step in range(12)]
+    found = {key: count(*key) for key in {(s.width, s.resolution) for subnets in steps for s in subnets}}
+    return 1 + sum(found[s.width, s.resolution] for subnets in steps for s in subnets) / len(steps) / full
+
+
+def peak_memory(row: Row, device: torch.device) -> float:
     """Peak of the memory in tensors while a step runs, in MiB: parameters, momentum, gradients and activations."""
-    optimizer.zero_grad()
-    if device.type == "cuda":
+    row.optimizer.zero_grad()
+    parameters = [p for group in row.optimizer.param_groups for p in group["params"]]
+    held = [*parameters, *(buffer for p in parameters for buffer in row.optimizer.state[p].values())]
+    before = sum(tensor.nbytes for tensor in held)
+    if device.type == "cuda":  # other rows have parameters too
         torch.cuda.reset_peak_memory_stats(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    momentum = [buffer for p in parameters for buffer in optimizer.state[p].values()]
-    held = sum(tensor.nbytes for tensor in (*parameters, *momentum))
+        allocated = torch.cuda.memory_allocated(device)
+        take_step(row, 0, device)
+        return (before + torch.cuda.max_memory_allocated(device) - allocated) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
+        take_step(row, 0, device)
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
-    return (held + peak) / 2**20
+    return (before + peak) / 2**20
 
 
-def print_rows(name: str, batch: int, methods: list[Method], bound: float) -> None:
-    plain = methods[0]
-    for method in methods:
-        seconds = sum(method.seconds) / len(method.seconds)
-        ratio = sum(method.seconds) / sum(plain.seconds)
-        own_bound = 1.0 if method is plain else bound
-        memory = f"{method.peak:.0f} | {method.peak / plain.peak:.2f}" if method.peak else " | "
-        print(
-            f"| {name} | {batch} | {method.name} | {seconds:.3f} | {ratio:.2f} | {own_bound:.2f} "
-            f"| {ratio / own_bound:.2f} | {memory} |",
-            flush=True,
-        )
+def print_rows(name: str, batch: int, rows: Sequence[Row]) -> None:
+    plains = {row.settings.name: row for row in rows if row.name == "plain"}
+    paper = next((row for row in rows if row.name == "paper"), None)
+    for row in rows:
+        seconds = sum(row.seconds) / len(row.seconds)
+        plain = plains.get(row.settings.name)
+        ratio = sum(row.seconds) / sum(plain.seconds) if plain else None
+        own_peak, memory = (f"{row.peak:.0f}" if row.peak else ""), row.peak / plain.peak if plain else None
+        faster = sum(paper.seconds) / sum(row.seconds) if paper and row.name != "plain" else None
+        cells = [
+            *(name, batch, row.settings.name, row.name, f"{seconds:.3f}", f"{batch / seconds:.1f}", _two(ratio)),
+            *(_two(row.bound), _two(row.counted), _two(ratio and ratio / row.bound)),
+            *(own_peak, _two(memory or None), f"{_two(faster)}x" if faster else ""),
+        ]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def _two(number: float | None) -> str:
+    return "" if number is None else f"{number:.2f}"
 
 
 if __name__ == "__main__":

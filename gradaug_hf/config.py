@@ -37,6 +37,7 @@ class GradAugConfig(TrainingArguments):
             8 suits tensor cores.
         width_levels: Number of evenly spaced widths to draw from, at least 2; by default widths are drawn
             continuously, as in the paper.
+        channels_last: Whether the network's weights lie in channels-last memory, which makes convolutions faster.
         kl_weight: Weight of the sub-networks' losses, at least 0.
         subnet_target: What sub-networks learn; "soft": the full network's prediction (in-place distillation), by KL
             divergence, "label": the labels, by cross-entropy.
@@ -119,6 +120,12 @@ class GradAugConfig(TrainingArguments):
                 "Number of evenly spaced widths to draw from, at least 2; by default widths are drawn "
                 "continuously, as in the paper."
             )
+        },
+    )
+    channels_last: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the network's weights lie in channels-last memory, which makes convolutions faster."
         },
     )
     kl_weight: float = field(

@@ -25,6 +25,7 @@ from gradaug_hf.checks import (
     check_output_dir,
     check_sharding,
 )
+from gradaug_hf.compilation import check_compilable, compile_statically, compiling
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
 from gradaug_hf.hub import (
@@ -122,6 +123,8 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
             self._mixer = self._make_mixer()
         if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
+        if args.channels_last and self.model_init is None:
+            self.model.to(memory_format=torch.channels_last)
         network = timm_network(self.model)
         if network is not None and (reason := why_not_rebuilt(network)):
             name = type(network).__name__
@@ -131,6 +134,9 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled)
             check_sharding(args, getattr(self.accelerator.state, "deepspeed_plugin", None))
+            if args.torch_compile:
+                check_compilable(self.subnet_sampler)
+                compile_statically(self.accelerator)
             if self.model_init is None and self.train_dataset is not None:
                 self._prepare_network(self.model)
 
@@ -168,11 +174,14 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         self._seen_batch = None
         if self.args.num_subnets > 0 and self.model_init is None and self._resolution_trial is None:
             self._prepare_network(self.model)
-        return super().train(*args, **kwargs)
+        with compiling(self.subnet_sampler, self.args):
+            return super().train(*args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer.call_model_init`; a network that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
+        if self.args.channels_last:
+            network.to(memory_format=torch.channels_last)
         if not getattr(self, "is_in_train", False):
             return network
         if self.args.sync_batchnorm and self.args.world_size > 1:

@@ -28,6 +28,7 @@ OWN_FIELDS = {
     "mix_prob": 1.0,
     "eval_widths": [],
     "ignore_config_change": False,
+    "channels_last": False,
 }
 
 
@@ -62,7 +63,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         f"--output_dir {tmp_path} --num_subnets 2 --min_width 0.8 --max_width 0.95 --resolutions 32 28 "
         "--width_divisor 8 --width_levels 4 --kl_weight 0.5 --subnet_backward joint --mixup_alpha 0.2 "
         "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width+depth --min_survival 0.7 "
-        "--subnet_interval 2 --ignore_config_change --sync_batchnorm "
+        "--subnet_interval 2 --ignore_config_change --sync_batchnorm --channels_last "
         "--subnet_target label"
     )
     (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(line.split())
@@ -86,6 +87,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         "mix_prob": 0.5,
         "eval_widths": [0.9, 0.8],
         "ignore_config_change": True,
+        "channels_last": True,
     }
 
 

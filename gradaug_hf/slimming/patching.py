@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradaug_hf.slimming.patterns import Pattern, Width, is_sliced, pattern_size, take_pattern
+from gradaug_hf.slimming.patterns import Pattern, Width, pattern_size, take_patterns
 from gradaug_hf.slimming.shortcuts import Shortcut, run_shortcut, with_zero_gradients
 
 # What a patched network itself carries; the report only once it was made slimmable.
@@ -121,9 +121,8 @@ def _tensor_property(name: str) -> property:
         state = self._state
         if tensor is None or not state.is_subnet:
             return tensor
-        for dim, pattern in enumerate(self._slices.tensors.get(name, ())):
-            if state.width.multiplier < 1 and is_sliced(pattern):
-                tensor = take_pattern(tensor, dim, pattern, state.width)
+        if state.width.multiplier < 1 and name in self._slices.tensors:
+            tensor = take_patterns(tensor, self._slices.tensors[name], state.width)
         return tensor.clone() if self.training and name in self._slices.written else tensor
 
     return property(get)

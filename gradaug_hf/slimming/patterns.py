@@ -1,5 +1,6 @@
 """Which positions of a dimension a width keeps, as data that a sliced layer carries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, gcd
 
@@ -86,6 +87,34 @@ def pattern_size(pattern: Pattern, width: Width) -> int:
 
 def is_sliced(pattern: Pattern) -> bool:
     return any(isinstance(part, Kept) for part in pattern)
+
+
+def is_prefix(pattern: Pattern) -> bool:
+    """Whether a pattern is the first positions of its dimension."""
+    return len(pattern) == 1 and isinstance(pattern[0], Kept) and pattern[0].repeat == 1
+
+
+def take_patterns(tensor: torch.Tensor, patterns: Sequence[Pattern], width: Width) -> torch.Tensor:
+    """The kept positions of all dimensions; a view where each pattern is a single run.
+
+    Single runs are taken at once, whose backward fills one full-size gradient, in the tensor's own memory format.
+    Narrowing dimension after dimension would fill one for each, and lose the format.
+
+    Args:
+        tensor: parameter or buffer at full width.
+        patterns: one for each dimension.
+        width: what is kept of them.
+    """
+    sizes = [
+        pattern_size(pattern, width) if is_prefix(pattern) else size
+        for size, pattern in zip(tensor.shape, patterns, strict=True)
+    ]
+    if sizes != list(tensor.shape):
+        tensor = tensor.as_strided(sizes, tensor.stride(), tensor.storage_offset())
+    for dim, pattern in enumerate(patterns):
+        if is_sliced(pattern) and not is_prefix(pattern):
+            tensor = take_pattern(tensor, dim, pattern, width)
+    return tensor
 
 
 def take_pattern(tensor: torch.Tensor, dim: int, pattern: Pattern, width: Width) -> torch.Tensor:

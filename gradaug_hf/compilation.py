@@ -1,0 +1,89 @@
+"""torch.compile with sub-networks: how many graphs there are, and that all of them are compiled."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from gradaug_hf.config import GradAugConfig
+from gradaug_hf.resolutions import default_resolutions
+from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
+
+
+def compile_statically(accelerator: Accelerator) -> None:
+    """Have a network compiled for each width and resolution by itself.
+
+    Otherwise the second width or resolution makes torch.compile turn widths and shapes into symbols, of which its
+    backend makes one graph for all, slowly: minutes for the smallest network.
+    """
+    accelerator.state.dynamo_plugin.dynamic = False
+
+
+def check_compilable(sampler: SubnetSampler) -> None:
+    """Make sure that the sub-networks of a training are few enough to compile each.
+
+    Args:
+        sampler: draws the sub-networks; one that is no SubnetSampler is not looked into.
+
+    Raises:
+        ValueError: widths are continuous, or blocks are dropped at random.
+    """
+    if not isinstance(sampler, SubnetSampler):
+        return
+    if drops_blocks(sampler.subnet_mode):
+        raise ValueError(
+            f"torch_compile compiles each sub-network, but with subnet_mode {sampler.subnet_mode!r} each drops other "
+            "blocks; set subnet_mode='width', or leave out torch_compile"
+        )
+    if number_of_widths(sampler) is None:
+        raise ValueError(
+            "torch_compile compiles each sub-network, but width_levels is None, with which each has another width; "
+            "set width_levels=3, for example, or leave out torch_compile"
+        )
+
+
+def number_of_widths(sampler: SubnetSampler) -> int | None:
+    """How many widths sub-networks can have; None if they are continuous."""
+    if not drops_channels(sampler.subnet_mode) or sampler.min_width == sampler.max_width or sampler.num_subnets == 1:
+        return 1
+    return sampler.width_levels
+
+
+def number_of_graphs(sampler: SubnetSampler, args: GradAugConfig) -> int:
+    """How many graphs a training and its evaluations compile at most.
+
+    A graph is for one width, one resolution, one batch size, and either training or evaluation. Unless
+    `dataloader_drop_last` is set, the last batch of an epoch may have another size, in training and in evaluation.
+
+    Args:
+        sampler: draws the sub-networks, of a finite number of widths.
+        args: the settings.
+    """
+    resolutions = sampler.resolutions or default_resolutions(7)  # as many as of any side
+    training = 1 + number_of_widths(sampler) * len(resolutions)
+    evaluation = 1 + len(args.eval_widths)
+    return (training + evaluation) * (1 if args.dataloader_drop_last else 2)
+
+
+@contextmanager
+def compiling(sampler: SubnetSampler, args: GradAugConfig) -> Iterator[None]:
+    """Let all graphs of a training be compiled, and raise an error where there are more.
+
+    torch.compile by itself runs what is beyond the eighth uncompiled. The limit stays raised afterwards, so that the
+    graphs stay in use.
+
+    Args:
+        sampler: draws the sub-networks; with one that is no SubnetSampler the limit stays what it is.
+        args: the settings; without `torch_compile` nothing happens.
+    """
+    if not args.torch_compile or args.num_subnets == 0:
+        yield
+        return
+    config = torch._dynamo.config
+    if isinstance(sampler, SubnetSampler):
+        graphs = number_of_graphs(sampler, args)
+        config.recompile_limit = max(config.recompile_limit, graphs)
+        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, graphs)
+    with config.patch(fail_on_recompile_limit_hit=True):
+        yield

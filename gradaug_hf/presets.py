@@ -1,0 +1,47 @@
+"""Settings that go together, by name: exact to the paper, or fast."""
+
+from typing import Any
+
+import torch
+
+PRESETS = ("exact", "fast")
+WIDTH_DIVISOR = 8
+WIDTH_LEVELS = 5
+
+
+def preset_settings(preset: str, use_cpu: bool = False) -> dict[str, Any]:
+    """Settings of a preset, by name of the field of GradAugConfig.
+
+        GradAugConfig("out", **preset_settings("fast"), resolutions=[224, 192, 160, 128])
+
+    Args:
+        preset: "exact" is the paper's arithmetic: it sets nothing. "fast" uses channels-last memory, bfloat16 where
+            the device computes in it, channel counts that are multiples of 8, and five widths, whose kernels are
+            prepared once.
+        use_cpu: whether to train on the CPU where there is an accelerator too.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(map(repr, PRESETS))}")
+    if preset == "exact":
+        return {}
+    use_cpu = use_cpu or not torch.accelerator.is_available()
+    settings = {"channels_last": True, "width_divisor": WIDTH_DIVISOR, "width_levels": WIDTH_LEVELS}
+    if computes_bfloat16(use_cpu):
+        # The Trainer takes bf16 on a CPU only where it is told that it is one.
+        settings |= {"bf16": True, "use_cpu": True} if use_cpu else {"bf16": True}
+    return settings
+
+
+def computes_bfloat16(use_cpu: bool) -> bool:
+    """Whether a device has instructions for bfloat16, rather than converting it to float32 and back.
+
+    Args:
+        use_cpu: the CPU; else the accelerator.
+    """
+    if use_cpu:
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
