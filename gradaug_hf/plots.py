@@ -265,7 +265,8 @@ def _draw_lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]])
             label=label,
         )
     axes.grid(alpha=0.3)
-    axes.legend()
+    if curves:
+        axes.legend()
 
 
 def _of(label: str, data: str | None) -> str:

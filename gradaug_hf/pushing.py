@@ -115,6 +115,11 @@ class PushingTrainer(Trainer):
             raise
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        push = getattr(self, "push_in_progress", None)
+        if push is not None and not push.is_done():
+            if not self.args.hub_always_push:
+                return
+            self._finish_current_push()  # it reads the files that are written next
         self._warn_of_failed_pushes()
         processor = Path(checkpoint_folder) / PREPROCESSOR  # Trainer copies the weights and their configuration
         if processor.is_file() and self.args.hub_strategy != HubStrategy.END:

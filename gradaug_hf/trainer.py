@@ -123,14 +123,12 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
             self._mixer = self._make_mixer()
         if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
-        if args.channels_last and self.model_init is None:
-            self.model.to(memory_format=torch.channels_last)
         network = timm_network(self.model)
         if network is not None and (reason := why_not_rebuilt(network)):
             name = type(network).__name__
             warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
-        if args.sync_batchnorm and args.world_size > 1 and self.model_init is None:
-            synchronise_batchnorm(self.model, args.device)
+        if self.model_init is None:
+            self._lay_out(self.model)
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled)
             check_sharding(args, getattr(self.accelerator.state, "deepspeed_plugin", None))
@@ -180,15 +178,19 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer.call_model_init`; a network that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
-        if self.args.channels_last:
-            network.to(memory_format=torch.channels_last)
         if not getattr(self, "is_in_train", False):
             return network
-        if self.args.sync_batchnorm and self.args.world_size > 1:
-            synchronise_batchnorm(network, self.args.device)
+        self._lay_out(network)
         if self.args.num_subnets > 0:
             self._prepare_network(network)
         return network
+
+    def _lay_out(self, network: nn.Module) -> None:
+        """Give a network its memory format and its batch norm, before it is made slimmable."""
+        if self.args.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if self.args.sync_batchnorm and self.args.world_size > 1:
+            synchronise_batchnorm(network, self.args.device)
 
     def _prepare_network(self, network: nn.Module) -> None:
         """Make a network slimmable, and settle what its sub-networks are before any long work."""

@@ -167,6 +167,16 @@ def test_without_subnetworks_training_is_that_of_torchvisions_losses(data, tmp_p
     assert_moved_by_gradient(trained, start)
 
 
+def test_the_objective_has_the_settings_of_the_trainer(data, tmp_path):
+    args = settings(tmp_path, subnet_interval=2, width_levels=3, max_width=0.9, kl_weight=WEIGHT, seed=3)
+    trainer = DetectionTrainer(make_detector(), args, train_dataset=data)
+    gradaug = trainer._make_objective(trainer.model, make_batch(data)[0])
+    assert isinstance(gradaug, DetectionGradAug)
+    sampler = gradaug.sampler
+    assert (sampler.subnet_interval, sampler.width_levels, sampler.max_width, sampler.seed) == (2, 3, 0.9, 3)
+    assert gradaug.kl_weight == WEIGHT
+
+
 def test_images_without_objects_alone_are_a_batch(data):
     detector = make_detector().train()
     images, targets = make_batch(data, (2, 2))

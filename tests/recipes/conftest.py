@@ -68,6 +68,7 @@ def run_recipe(few_images: str, tmp_path_factory, monkeypatch, capfd) -> Callabl
         folder = tmp_path_factory.mktemp("out")
         line = f"recipe.py --dataset_name {few_images} --output_dir {folder} {QUICK} {flags}"
         monkeypatch.setattr(sys, "argv", line.split())
+        monkeypatch.setattr(sys.modules["__main__"], "__file__", "recipe.py", raising=False)
         run(recipe)
         return Finished(capfd.readouterr().out, folder)
 
