@@ -196,8 +196,14 @@ def test_wrong_arguments_end_in_one_message(flags: str, message: str, run_recipe
     ("saving", "checkpoint"),
     [
         ("--save_strategy epoch", "checkpoint-2"),
-        ("--save_strategy steps --save_steps 1 --dataloader_num_workers 2", "checkpoint-3"),
-        ("--save_strategy steps --save_steps 1 --streaming --num_train_epochs 1 --batch_size 10", "checkpoint-2"),
+        pytest.param(
+            "--save_strategy steps --save_steps 1 --dataloader_num_workers 2", "checkpoint-3", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "--save_strategy steps --save_steps 1 --streaming --num_train_epochs 1 --batch_size 10",
+            "checkpoint-2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_full_run_evaluates_each_epoch_and_goes_on_from_a_checkpoint_as_if_never_stopped(
