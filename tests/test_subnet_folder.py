@@ -7,10 +7,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from gradaug_hf import extract_subnet, make_slimmable, recalibrate_batchnorm
+from gradaug_hf.networks import load_checkpoint
 from gradaug_hf.slimming.patterns import Width
 from gradaug_hf.subnet_folder import save_subnet
 from gradaug_hf.timm_arguments import constructor_arguments, narrow_arguments
@@ -163,3 +165,20 @@ def test_nothing_is_left_of_a_subnet_that_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="torch.export cannot write a sub-network of Branching"):
         save_subnet(model, 0.75, tmp_path / "out", input_size=16)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("test_convnext", "timm"), ("test_efficientnet", "torch.export")])
+def test_the_folder_of_a_subnet_is_pushed_and_pulled(hub, tmp_path, name: str, kind: str):
+    model = slimmable(timm.create_model(name, num_classes=3))
+    assert save_subnet(model, 0.75, tmp_path / "narrow", input_size=64) == kind
+    api = HfApi()
+    api.create_repo("me/narrow")
+    api.upload_folder(repo_id="me/narrow", folder_path=tmp_path / "narrow")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = extract_subnet(model, 0.75)(images)
+        if kind == "timm":
+            pulled = load_checkpoint("me/narrow").eval()
+        else:
+            pulled = torch.export.load(api.hf_hub_download("me/narrow", "model.pt2")).module()
+        torch.testing.assert_close(pulled(images), expected, rtol=1e-4, atol=1e-5)
