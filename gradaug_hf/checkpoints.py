@@ -20,8 +20,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from gradaug_hf.config import GradAugConfig
 
 STATE = "gradaug_state.json"
-# Starts the name of a folder in which a checkpoint is being written; nothing takes it for a checkpoint.
-PARTIAL = "tmp-"
+# Starts the name of a folder in which a checkpoint is being written. Nothing takes it for a checkpoint, and what
+# begins with an underscore is never pushed.
+PARTIAL = "_tmp-"
 # What of `TrainingArguments` changes the weights that a training ends with.
 SETTINGS_OF_TRAINING = (
     "adam_beta1",

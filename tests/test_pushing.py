@@ -26,6 +26,7 @@ from transformers import (
 from transformers import TimmWrapperForImageClassification as TimmWrapper
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
+from gradaug_hf.checkpoints import written_whole
 from gradaug_hf.pushing import PushError
 from tests.hub_server import HubServer
 
@@ -178,8 +179,12 @@ def test_checkpoints_are_pushed_as_the_strategy_says(hub, tmp_path, strategy: st
         assert torch.equal(
             logits_of(trainer_of("me/net", tmp_path / "other").model, images), logits_of(trainer.model, images)
         )
-    trainer.push_to_hub()
+    with written_whole(tmp_path / "net") as begun:  # as while the next checkpoint is written
+        begun.mkdir()
+        (begun / "model.safetensors").write_bytes(b"half")
+        trainer.push_to_hub()
     assert repository.titles()[-1] == "End of training"
+    assert not any(begun.name in file for file in repository.files())
     assert torch.equal(
         logits_of(trainer_of("me/net", tmp_path / "last").model, images), logits_of(trainer.model, images)
     )

@@ -60,13 +60,13 @@ def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(tmp_path):
         train(tmp_path)
 
     assert status_of(start(train_and_be_killed)) == -signal.SIGKILL
-    assert list(tmp_path.glob("tmp-*/checkpoint-4/optimizer.pt"))
+    assert list(tmp_path.glob("_tmp-*/checkpoint-4/optimizer.pt"))
     assert checkpoints(tmp_path) == [2]
     assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
     assert status_of(start(lambda: train(tmp_path))) == 0
     assert status_of(start(lambda: train(tmp_path / "whole"))) == 0
     assert end(tmp_path) == end(tmp_path / "whole")
-    assert not list(tmp_path.glob("tmp-*"))
+    assert not list(tmp_path.glob("_tmp-*"))
 
 
 @pytest.mark.slow
