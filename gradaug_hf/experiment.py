@@ -49,7 +49,7 @@ from gradaug_hf.networks import (
     load_network,
     pixel_statistics,
 )
-from gradaug_hf.preprocessing import image_processor_of
+from gradaug_hf.preprocessing import as_its_pipeline, image_processor_of
 from gradaug_hf.pushing import PushError
 from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
 from gradaug_hf.seeded_data import SeededDataset, SeededStream
@@ -277,7 +277,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
     else:
         network = load_network(args.model, len(class_names(data)))
     statistics = pixel_statistics(network, image_processor(args.model))
-    evaluation = recipe.transform(False, **statistics)
+    evaluation = as_its_pipeline(recipe.transform(False, **statistics), network)
     trainer = RecipeTrainer(
         network,
         config,

@@ -68,9 +68,8 @@ def image_processor_of(transform: v2.Compose, network: nn.Module) -> BaseImagePr
         network: the one that it is for; a network of timm, plain or wrapped, takes timm's processor.
     """
     config = transform_data_config(transform)
-    timm_network = getattr(network, "timm_model", network)
-    if hasattr(timm_network, "pretrained_cfg"):
-        return TimmWrapperImageProcessor(config, architecture=timm_network.pretrained_cfg.get("architecture"))
+    if (pretrained_cfg := _pretrained_cfg(network)) is not None:
+        return TimmWrapperImageProcessor(config, architecture=pretrained_cfg.get("architecture"))
     _, height, width = config["input_size"]
     interpolations = {name: code for code, name in PIL_INTERPOLATIONS.items()}
     return BitImageProcessor(
@@ -80,6 +79,24 @@ def image_processor_of(transform: v2.Compose, network: nn.Module) -> BaseImagePr
         image_mean=list(config["mean"]),
         image_std=list(config["std"]),
     )
+
+
+def as_its_pipeline(transform: v2.Compose, network: nn.Module) -> v2.Compose:
+    """An evaluation transform that rounds pixels as the pipeline of a network's folder does.
+
+    Args:
+        transform: steps that start from a PIL image.
+        network: as for `image_processor_of`.
+    """
+    if _pretrained_cfg(network) is not None:
+        return transform
+    # The processors of transformers resize tensors, which torchvision rounds otherwise than Pillow its images.
+    return v2.Compose([v2.ToImage(), *transform.transforms])
+
+
+def _pretrained_cfg(network: nn.Module) -> dict[str, Any] | None:
+    """What timm says of a network, plain or wrapped; None for one that is not timm's."""
+    return getattr(getattr(network, "timm_model", network), "pretrained_cfg", None)
 
 
 def _sizes(processor: BaseImageProcessor) -> dict[str, Any]:

@@ -16,7 +16,12 @@ from transformers import (
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from gradaug_hf.data import cifar_transform, imagenet_transform
-from gradaug_hf.preprocessing import image_processor_of, processor_data_config, transform_data_config
+from gradaug_hf.preprocessing import (
+    as_its_pipeline,
+    image_processor_of,
+    processor_data_config,
+    transform_data_config,
+)
 
 STATISTICS = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
 ROUNDING = 2e-6  # of pixels between 0 and 255, divided and then multiplied, or the other way round
@@ -96,6 +101,6 @@ def test_the_processor_of_a_transform_does_what_it_does(photo):
     processor = image_processor_of(transform, resnet)
     own = BitImageProcessorPil.from_dict(processor.to_dict())
     assert torch.allclose(own(photo, return_tensors="pt")["pixel_values"][0], transform(photo), rtol=0, atol=ROUNDING)
-    # torchvision rounds the pixels that it has resized otherwise than Pillow
     found = processor(photo, return_tensors="pt")["pixel_values"][0]
-    assert torch.allclose(found, transform(photo), rtol=0, atol=2 / 255 / 0.4)
+    assert torch.allclose(found, as_its_pipeline(transform, resnet)(photo), rtol=0, atol=ROUNDING)
+    assert as_its_pipeline(transform, network) is transform
