@@ -24,7 +24,9 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
 from gradaug_hf.checkpoints import ResumeError, weight_shapes
+from gradaug_hf.data import imagenet_transform
 from gradaug_hf.hub import label_names, plain_state, save_configs, timm_network, why_not_rebuilt
+from gradaug_hf.preprocessing import as_its_pipeline, image_processor_of
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -223,18 +225,28 @@ def test_both_libraries_give_a_folder_another_number_of_classes(tmp_path):
 # ---- the images ----
 
 
-def test_pipeline_names_the_class_of_a_photo_as_the_trained_network_does(tmp_path, real_data):
+def by_name() -> nn.Module:
+    settings = {"mean": MEAN, "std": STD}
+    return timm.create_model("test_resnet", num_classes=7, global_pool="max", pretrained_cfg_overlay=settings)
+
+
+@pytest.mark.parametrize("make_model", [wrapped, by_name, resnet], ids=lambda make: make.__name__)
+def test_pipeline_names_the_class_of_a_photo_as_the_trained_network_does(make_model, tmp_path, real_data):
     photos = Dataset.from_parquet(str(next((real_data / "hymenoptera").rglob("*.parquet"))))
     photo = photos[0]["image"].convert("RGB")
     photo.save(tmp_path / "photo.png")
-    trainer = trained(wrapped(), tmp_path)
+    model, processor = make_model(), None
+    if make_model is resnet:
+        evaluation = as_its_pipeline(imagenet_transform(False), model)
+        processor = image_processor_of(evaluation, model)
+    else:
+        evaluation = create_transform(**resolve_model_data_config(timm_network(model)))
+    trainer = trained(model, tmp_path, processing_class=processor)
     trainer.save_model()
-    network = trainer.model.timm_model.eval()
-    pixels = create_transform(**resolve_model_data_config(network))(Image.open(tmp_path / "photo.png"))[None]
     best = json.loads(run_elsewhere(NAME_THE_PHOTO, tmp_path, tmp_path / "photo.png"))
-    with torch.no_grad():
-        score, label = network(pixels).softmax(1).max(1)
-    assert best["label"] == NAMES[label]
+    logits = logits_by(trainer.model, evaluation(Image.open(tmp_path / "photo.png"))[None])
+    score, label = logits.softmax(1).max(1)
+    assert best["label"] == (f"LABEL_{label.item()}" if make_model is by_name else NAMES[label])
     assert best["score"] == pytest.approx(score.item(), abs=1e-6)
 
 
