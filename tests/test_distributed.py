@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gradaug_hf.subnets import SubnetSampler
@@ -273,3 +274,26 @@ def test_two_machines_train_like_two_processes_of_one(tmp_path, two_processes):
             machine.wait()
     for rank, expected in enumerate(two_processes["both_accumulated"]):
         assert_close(torch.load(tmp_path / f"run-rank{rank}.pt", weights_only=True)["weights"], expected["weights"])
+
+
+def train_with_deepspeed(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    script = [str(ROOT / "tests/train_with_deepspeed.py"), str(folder), *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_deepspeed_trains_as_distributed_data_parallel_does_and_refuses_several_backwards(tmp_path, stage):
+    pytest.importorskip("deepspeed", reason="needs `pip install deepspeed` and a C++ compiler")
+    weights = []
+    for folder, arguments in ((tmp_path / "ddp", ()), (tmp_path / "deepspeed", (stage,))):
+        trained = train_with_deepspeed(folder, "joint", *arguments)
+        assert trained.returncode == 0, trained.stderr
+        assert ("DeepSpeed" in trained.stdout + trained.stderr) == bool(arguments)
+        weights.append(load_file(folder / "model.safetensors"))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-6)
+    refused = train_with_deepspeed(tmp_path / "refused", "sequential", stage)
+    assert refused.returncode != 0
+    assert 'DeepSpeed allows one backward in a step; set subnet_backward="joint"' in refused.stderr
