@@ -20,8 +20,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from gradaug_hf import models  # noqa: F401  (registers the paper's networks in timm)
-from gradaug_hf.folders import check_new, new_folder
-from gradaug_hf.hub import save_configs
+from gradaug_hf.hub.configs import save_configs
+from gradaug_hf.hub.folders import check_new, new_folder
 
 WRAPPED = "module."
 # The transform that the paper's code tests with, which is not the one of timm's own ResNet-50 weights.

@@ -21,8 +21,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from gradaug_hf.arguments import ExperimentArguments, parse
-from gradaug_hf.bad_images import SkippingDataset, readable_images
-from gradaug_hf.checkpoints import CheckpointError, ResumeError
 from gradaug_hf.config import GradAugConfig
 from gradaug_hf.data import (
     SHUFFLE_BUFFER,
@@ -36,12 +34,7 @@ from gradaug_hf.data import (
     take_images,
     with_pixels,
 )
-from gradaug_hf.launch import process_state
-from gradaug_hf.loss_watch import NonFiniteLossError
-from gradaug_hf.memory import PeakMemory
-from gradaug_hf.methods import NETWORK_ARGUMENTS, check_method
-from gradaug_hf.metrics import topk_accuracy
-from gradaug_hf.networks import (
+from gradaug_hf.hub.networks import (
     accepted_arguments,
     create_network,
     image_processor,
@@ -49,10 +42,17 @@ from gradaug_hf.networks import (
     load_network,
     pixel_statistics,
 )
-from gradaug_hf.preprocessing import as_its_pipeline, image_processor_of
-from gradaug_hf.pushing import PushError
+from gradaug_hf.hub.preprocessing import as_its_pipeline, image_processor_of
+from gradaug_hf.hub.pushing import PushError
+from gradaug_hf.launch import process_state
+from gradaug_hf.memory import PeakMemory
+from gradaug_hf.methods import NETWORK_ARGUMENTS, check_method
+from gradaug_hf.metrics import topk_accuracy
 from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
-from gradaug_hf.seeded_data import SeededDataset, SeededStream
+from gradaug_hf.resuming.bad_images import SkippingDataset, readable_images
+from gradaug_hf.resuming.checkpoints import CheckpointError, ResumeError
+from gradaug_hf.resuming.loss_watch import NonFiniteLossError
+from gradaug_hf.resuming.seeded_data import SeededDataset, SeededStream
 from gradaug_hf.threads import use_all_cores
 from gradaug_hf.trainer import GradAugTrainer
 from gradaug_hf.transforms import RandomQuarterTurn

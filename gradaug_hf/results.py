@@ -13,6 +13,7 @@ import torch
 
 from gradaug_hf.environment import device_name, public_command, versions
 from gradaug_hf.plots import NEEDS_MATPLOTLIB, plot_comparison
+from gradaug_hf.tables import markdown_table
 
 RESULTS = "results.json"
 
@@ -82,20 +83,6 @@ def widths_table(widths: Sequence[tuple[float, float, float]]) -> str:
     """Width, top-1 and top-5 accuracy in 0..1 of networks as a Markdown table."""
     rows = [(f"{width:g}", f"{top1:.2%}"[:-1], f"{top5:.2%}"[:-1]) for width, top1, top5 in widths]
     return markdown_table(("width", "top-1 %", "top-5 %"), rows)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table, the first columns of text left-aligned and the others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cell.ljust(width) for cell, width in zip(cells[:text_columns], widths, strict=False)]
-        padded += [cell.rjust(width) for cell, width in zip(cells[text_columns:], widths[text_columns:], strict=True)]
-        return "| " + " | ".join(padded) + " |"
-
-    rules = ["-" * (width + 2) for width in widths[:text_columns]]
-    rules += ["-" * (width + 1) + ":" for width in widths[text_columns:]]
-    return "\n".join([line(header), "|" + "|".join(rules) + "|", *map(line, rows)])
 
 
 def save_results(results: Sequence[Result], file: Path, settings: dict[str, Any], device: torch.device) -> None:

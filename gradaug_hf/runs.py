@@ -20,7 +20,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gradaug_hf.arguments import as_flags
 from gradaug_hf.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
-from gradaug_hf.results import RESULTS, Result, load_runs, markdown_table, spread
+from gradaug_hf.results import RESULTS, Result, load_runs, spread
+from gradaug_hf.tables import markdown_table
 
 SETTINGS, LOG = "settings.json", "log.txt"
 SUMMARY, TABLE, PLOT = "summary.json", "table.md", "summary.png"

@@ -28,23 +28,23 @@ from gradaug_hf.checks import (
 from gradaug_hf.compilation import check_compilable, compile_statically, compiling
 from gradaug_hf.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.depth import make_droppable
-from gradaug_hf.hub import (
+from gradaug_hf.hub.configs import (
     label_names,
     plain_state,
     save_configs,
     timm_network,
     why_not_rebuilt,
 )
+from gradaug_hf.hub.networks import image_processor, load_checkpoint
+from gradaug_hf.hub.pushing import PushingTrainer
 from gradaug_hf.losses import cross_entropy
 from gradaug_hf.mixing import BatchMixer
-from gradaug_hf.networks import image_processor, load_checkpoint
 from gradaug_hf.objective import GradAug, Pass, logits_of
 from gradaug_hf.plots import IMAGES_SHOWN, SeenBatch
-from gradaug_hf.pushing import PushingTrainer
 from gradaug_hf.randomness import random_states_kept
 from gradaug_hf.reporting import ReportingTrainer
 from gradaug_hf.resolutions import ResolutionTrial
-from gradaug_hf.resuming import ResumableTrainer
+from gradaug_hf.resuming.trainer import ResumableTrainer
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.subnets import Subnet, SubnetSampler, drops_blocks, drops_channels

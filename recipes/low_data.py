@@ -21,8 +21,8 @@ from gradaug_hf.config import GradAugConfig
 from gradaug_hf.cost import relative_cost
 from gradaug_hf.data import class_names
 from gradaug_hf.experiment import SETTINGS, Recipe, errors_as_messages, load_data
+from gradaug_hf.hub.networks import accepted_arguments
 from gradaug_hf.methods import METHODS, check_method, methods_for
-from gradaug_hf.networks import accepted_arguments
 from gradaug_hf.runs import LAUNCH, Plan, flag_settings, train_and_report
 
 RECIPES = Path(__file__).parent

@@ -32,10 +32,10 @@ from gradaug_hf.data import (
     load_image_data,
     with_pixels,
 )
+from gradaug_hf.hub.preprocessing import image_processor_of
 from gradaug_hf.memory import PeakMemory
 from gradaug_hf.metrics import topk_accuracy
 from gradaug_hf.plots import plot_curves
-from gradaug_hf.preprocessing import image_processor_of
 from gradaug_hf.results import Result, results_table, save_results
 from gradaug_hf.threads import use_all_cores
 

@@ -18,12 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gradaug_hf.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, check_corruptions
 from gradaug_hf.data import UnreadableImageError
-from gradaug_hf.evaluation import Evaluation, EvaluationArguments, join_processes, parse_evaluation, topk_hits
-from gradaug_hf.experiment import errors_as_messages
-from gradaug_hf.measurements import Measurements
-from gradaug_hf.robustness import (
+from gradaug_hf.evaluation.comparison import (
+    Evaluation,
+    EvaluationArguments,
+    join_processes,
+    parse_evaluation,
+    topk_hits,
+)
+from gradaug_hf.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, check_corruptions
+from gradaug_hf.evaluation.measurements import Measurements
+from gradaug_hf.evaluation.robustness import (
     CLEAN,
     corruption_condition,
     fgsm,
@@ -33,6 +38,7 @@ from gradaug_hf.robustness import (
     plot_robustness,
     robustness_table,
 )
+from gradaug_hf.experiment import errors_as_messages
 
 JSON, PLOT = "robustness.json", "robustness.png"
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from gradaug_hf.hub import plain_state, save_configs
+from gradaug_hf.hub.configs import plain_state, save_configs
 
 
 def save_network(folder: Path, seed: int, num_classes: int = 3, name: str = "resnet20_cifar") -> str:

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
 from gradaug_hf.data import cifar_transform, with_pixels
-from gradaug_hf.seeded_data import SeededDataset
+from gradaug_hf.resuming.seeded_data import SeededDataset
 
 END = "end.json"
 STEPS = 9

@@ -7,7 +7,7 @@ from torch import nn
 from gradaug_hf import GradAugConfig
 from gradaug_hf.arguments import ExperimentArguments
 from gradaug_hf.experiment import RecipeTrainer, complete
-from gradaug_hf.networks import create_network
+from gradaug_hf.hub.networks import create_network
 from recipes.imagenet_resnet50 import initialise
 
 

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -103,3 +104,8 @@ def test_two_runs_of_one_seed_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(folders)
     assert "are both of method 'plain', net, 160 steps and seed 3" in capsys.readouterr().err
+
+
+def test_the_command_line_starts_without_a_warning():
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "gradaug_hf.results", "--help"]
+    assert "results.json" in subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -23,8 +23,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from transformers import AutoModelForImageClassification
 
 from gradaug_hf.detection.pyramid import Pyramid
-from gradaug_hf.hub import CONFIG, timm_network
-from gradaug_hf.networks import pixel_statistics, timm_name
+from gradaug_hf.hub.configs import CONFIG, timm_network
+from gradaug_hf.hub.networks import pixel_statistics, timm_name
 from gradaug_hf.slimming import make_slimmable, meta_copy
 from gradaug_hf.slimming.meta import example_images
 

@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from transformers import ResNetConfig, ResNetForImageClassification, TimmWrapperForImageClassification
 
 from gradaug_hf.detection.detector import Detector, DetectorConfig, create_detector, load_backbone
-from gradaug_hf.hub import save_configs
-from gradaug_hf.networks import image_processor
+from gradaug_hf.hub.configs import save_configs
+from gradaug_hf.hub.networks import image_processor
 from gradaug_hf.slimming import slicing_report
 from tests.detection.conftest import CATEGORIES
 

@@ -16,9 +16,9 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 from gradaug_hf.arguments import parse
 from gradaug_hf.data import cifar_transform, load_image_data, with_pixels
 from gradaug_hf.experiment import SETTINGS, Recipe
-from gradaug_hf.hub import save_configs
+from gradaug_hf.hub.configs import save_configs
+from gradaug_hf.hub.preprocessing import as_its_pipeline
 from gradaug_hf.methods import METHODS
-from gradaug_hf.preprocessing import as_its_pipeline
 from recipes import cifar_pyramidnet, cifar_resnet110_depth, cifar_wideresnet, imagenet_resnet50
 from tests.recipes.conftest import QUICK, TRAINING_IMAGES
 

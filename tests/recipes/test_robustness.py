@@ -10,8 +10,8 @@ import pytest
 import timm
 import torch
 
-from gradaug_hf.corruptions import CORRUPTIONS, SEVERITIES
-from gradaug_hf.measurements import Measurements
+from gradaug_hf.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from gradaug_hf.evaluation.measurements import Measurements
 from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
 from recipes.robustness import RobustnessArguments, main
 from tests.checkpoints import save_images, save_network
@@ -33,7 +33,7 @@ def photos(tmp_path_factory) -> str:
 @pytest.fixture
 def run(photos: str, monkeypatch) -> Callable[..., None]:
     """Runs the recipe as its command line does, on one thread: the tests share the cores."""
-    monkeypatch.setattr("gradaug_hf.evaluation.use_all_cores", lambda: None)
+    monkeypatch.setattr("gradaug_hf.evaluation.comparison.use_all_cores", lambda: None)
 
     def run_with(*flags: object) -> None:
         shared = ["--dataset_name", photos, "--num_workers", 0, "--epsilon", *EPSILONS]

@@ -1,0 +1,1 @@
+"""Trained networks side by side: under attacks and corruptions, and at several widths."""

@@ -1,0 +1,92 @@
+"""Networks that take pixels: images in 0..1 go in, and the normalisation is a part of the network."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from gradaug_hf.data import Transform
+from gradaug_hf.hub.networks import image_processor, load_network, pixel_statistics
+from gradaug_hf.objective import logits_of
+from gradaug_hf.slimming.meta import example_sizes
+
+# ImageNet's images are evaluated on the centre of 256 pixels, those of data sets of small images as they are.
+CROP = 224 / 256
+SMALL_SIDE = 96
+
+
+class PixelNetwork(nn.Module):
+    """A network behind the normalisation of its images.
+
+    Args:
+        network: of timm or transformers.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
+    """
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (N, channels, H, W) in 0..1 to logits (N, classes)."""
+        return logits_of(self.network((pixels - self.mean) / self.std), len(pixels))
+
+
+def load_pixel_network(model: str, num_classes: int) -> PixelNetwork:
+    """A trained network to evaluate: on pixels, in eval mode and float32, without gradients of its parameters.
+
+    Args:
+        model: as for `gradaug_hf.hub.networks.load_network`.
+        num_classes: of the data set.
+
+    Raises:
+        ValueError: there is no such network, it has another number of classes, or does not say how its images are
+            normalised.
+    """
+    network = load_network(model, num_classes)
+    statistics = pixel_statistics(network, image_processor(model))
+    if not statistics:
+        raise ValueError(
+            f"model {model!r} does not say by which mean and std its images are normalised; its folder must hold a "
+            "preprocessor_config.json"
+        )
+    return PixelNetwork(network, **statistics).float().eval().requires_grad_(False)
+
+
+def native_side(network: PixelNetwork) -> int:
+    """Side in pixels of the images that a network was made for."""
+    return next(iter(example_sizes(network.network, None)))[-1]
+
+
+def pixel_transform(side: int) -> Transform:
+    """The centre of an image as ImageNet-C takes it: the short side resized to 8/7 of `side`, then a square of `side`.
+
+    Up to 96 pixels the short side is resized to `side` itself.
+
+    Args:
+        side: of the square in pixels.
+
+    Returns:
+        Function of an RGB image that returns a uint8 tensor (3, side, side).
+    """
+    resized = side if side <= SMALL_SIDE else round(side / CROP)
+    return v2.Compose([v2.Resize(resized), v2.CenterCrop(side), v2.ToImage(), v2.ToPureTensor()])
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """uint8 pixels as float32 in 0..1."""
+    return pixels.float() / 255
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 of the state dict, by which a network is known again."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

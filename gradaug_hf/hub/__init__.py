@@ -1,0 +1,1 @@
+"""Folders that timm and transformers load: written, described, loaded, pushed and pulled."""

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from gradaug_hf.evaluation.comparison import Evaluation, EvaluationArguments, check_plots, parse_evaluation, topk_hits
+from tests.checkpoints import save_images, save_network
+
+
+def test_hits_are_those_of_the_best_and_of_the_five_best():
+    rising = torch.arange(6.0)
+    logits = torch.stack([rising, rising, rising.flip(0)])
+    assert topk_hits(logits, torch.tensor([5, 0, 4])).tolist() == [[True, True], [False, False], [False, True]]
+    assert topk_hits(logits[:, :2], torch.tensor([1, 0, 0])).tolist() == [[True, True], [False, True], [True, True]]
+
+
+def test_networks_may_be_given_in_one_flag_or_in_several():
+    flags = ["--dataset_name", "photos", "--model", "a", "--model", "b", "c"]
+    assert parse_evaluation(EvaluationArguments, None, flags).model == ["a", "b", "c"]
+
+
+def test_accuracy_counts_each_image_once_whatever_the_batches(tmp_path):
+    model = save_network(tmp_path / "net", seed=0)
+    photos = save_images(tmp_path / "photos", of_each_class=3)
+    found = []
+    for batch_size in (2, 9):
+        args = EvaluationArguments([model], photos, batch_size=batch_size, num_workers=0, output_dir=str(tmp_path))
+        evaluation = Evaluation(args, [model])
+        found.append(evaluation.accuracies(evaluation.networks, evaluation.images("eval"), "")[model])
+    images = evaluation.images("eval")
+    pixels = torch.stack([images[index]["pixel_values"] for index in range(9)]) / 255
+    labels = torch.tensor([images[index]["labels"] for index in range(9)])
+    expected = (evaluation.networks[model](pixels).argmax(1) == labels).double().mean().item()
+    assert found == [(pytest.approx(expected), 1.0)] * 2
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("gradaug_hf.evaluation.comparison.can_plot", lambda: False)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        check_plots()

@@ -1,0 +1,229 @@
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from gradaug_hf.hub.networks import (
+    checkpoint_folder,
+    create_network,
+    image_processor,
+    is_checkpoint,
+    load_checkpoint,
+    load_network,
+)
+from tests.hub_server import HubServer, Repository
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def files_of_timm(folder: Path) -> dict[str, bytes]:
+    torch.manual_seed(0)
+    timm.models.save_for_hf(timm.create_model("test_resnet", num_classes=3), folder, safe_serialization=True)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def files_of_transformers(folder: Path, **settings) -> dict[str, bytes]:
+    torch.manual_seed(0)
+    config = ResNetConfig(depths=[1, 1], hidden_sizes=[8, 8], embedding_size=8, num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(folder, **settings)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def on_the_hub(hub: HubServer, files: dict[str, bytes]) -> str:
+    hub.repositories["me/net"] = Repository()
+    hub.repositories["me/net"].add(files)
+    return "me/net"
+
+
+def without_weights(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if not name.endswith(".safetensors")}
+
+
+def test_names_folders_and_hub_ids_are_told_apart(tmp_path):
+    assert not is_checkpoint("resnet18")
+    assert not is_checkpoint("resnet18.a1_in1k")
+    assert is_checkpoint("timm/resnet18.a1_in1k")
+    assert is_checkpoint(str(tmp_path))
+    with pytest.raises(ValueError, match="model is 'resnet19', which is unknown; .* timm has resnet1"):
+        create_network("resnet19", ["a"], {})
+
+
+@pytest.mark.parametrize("files_of", [files_of_timm, files_of_transformers])
+def test_a_network_of_the_hub_is_loaded_with_its_classifier_or_another(hub, tmp_path, files_of):
+    files = files_of(tmp_path / "a")
+    name = on_the_hub(hub, files)
+    weights = safetensors.torch.load(files["model.safetensors"])
+    loaded = load_network(name, 3).state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in weights.items())
+    other = create_network(name, ["ant", "bee"], {})
+    classifier = [module for module in other.modules() if isinstance(module, torch.nn.Linear)][-1]
+    assert classifier.out_features == 2
+    body = [key for key in weights if "fc" not in key and "classifier" not in key]
+    assert all(torch.equal(other.state_dict()[key], weights[key]) for key in body)
+    with pytest.raises(ValueError, match="'me/net' has 3 classes, the data set 10"):
+        load_network(name, 10)
+
+
+def test_weights_in_several_files_are_loaded(hub, tmp_path):
+    files = files_of_transformers(tmp_path / "a", max_shard_size="3KB")
+    assert "model.safetensors.index.json" in files
+    whole = files_of_transformers(tmp_path / "b")
+    loaded = load_checkpoint(on_the_hub(hub, files)).state_dict()
+    for key, tensor in safetensors.torch.load(whole["model.safetensors"]).items():
+        assert torch.equal(loaded[key], tensor)
+
+
+def test_what_was_downloaded_is_used_without_the_hub(hub, tmp_path, monkeypatch):
+    name = on_the_hub(hub, files_of_timm(tmp_path / "a"))
+    folder = checkpoint_folder(name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert checkpoint_folder(name) == folder
+    load_network(name, 3)
+    with pytest.raises(ValueError, match="model 'me/other' is no folder, and the Hub cannot be reached"):
+        load_network("me/other", 3)
+
+
+# ---- failures ----
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("/api/models", 500, "'me/net' cannot be downloaded: the Hub answers 500; try again later"),
+        ("resolve", 500, "'me/net' cannot be downloaded: the Hub answers 500; try again later"),
+        ("lfs", 403, "'me/net' cannot be downloaded: the Hub answers 403; run `hf auth login` with a token"),
+        ("/api/models", None, "'me/net' is no folder, and the Hub cannot be reached: Server disconnected"),
+    ],
+)
+def test_a_download_that_fails_ends_in_one_message_and_a_second_one_completes(
+    hub, tmp_path, path: str, status: int | None, message: str
+):
+    name = on_the_hub(hub, files_of_timm(tmp_path / "a"))
+    for method in ("GET", "HEAD"):
+        hub.fail(method, path, status)
+    with pytest.raises(ValueError, match=message):
+        load_network(name, 3)
+    hub.failures.clear()
+    load_network(name, 3)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "a/b/c", "me/net@a@b"])
+def test_a_name_that_is_not_on_the_hub_is_refused(hub, name: str):
+    with pytest.raises(ValueError, match="model is '.*(neither a folder nor on the Hub|has no revision)"):
+        load_checkpoint(name)
+
+
+def test_a_repository_without_a_configuration_is_refused(hub, tmp_path):
+    name = on_the_hub(hub, {"README.md": b"nothing"})
+    with pytest.raises(ValueError, match="model 'me/net' has no config.json on the Hub"):
+        load_checkpoint(name)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]"])
+def test_a_configuration_that_is_none_is_refused(hub, tmp_path, content: bytes):
+    name = on_the_hub(hub, files_of_timm(tmp_path / "a") | {"config.json": content})
+    with pytest.raises(ValueError, match="config.json (cannot be read|holds a list)"):
+        load_checkpoint(name)
+
+
+# ---- what a repository must not do ----
+
+
+@pytest.mark.parametrize(
+    ("files_of", "settings"),
+    [
+        (files_of_transformers, {}),
+        (files_of_timm, {}),
+        (files_of_timm, {"hf_hub_filename": "pytorch_model.bin", "custom_load": "hf"}),
+    ],
+)
+def test_no_pickle_of_the_hub_is_downloaded_or_read(hub, tmp_path, files_of, settings: dict):
+    torch.save({"weight": Bomb(tmp_path / "exploded")}, tmp_path / "pickle")
+    files = files_of(tmp_path / "a") | {"pytorch_model.bin": (tmp_path / "pickle").read_bytes()}
+    config = json.loads(files["config.json"])
+    if settings:
+        config["pretrained_cfg"] |= settings
+    files |= {"config.json": json.dumps(config).encode()}
+    load_checkpoint(on_the_hub(hub, files))  # of the safetensors
+    with pytest.raises(ValueError, match="'me/net' has no model.safetensors on the Hub; .* can hold code"):
+        load_checkpoint(on_the_hub(hub, without_weights(files)))
+    assert not any(".bin" in request for request in hub.requests)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_no_code_of_the_hub_is_run(hub, tmp_path):
+    files = files_of_transformers(tmp_path / "a")
+    config = json.loads(files["config.json"])
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()".encode()
+    own = {"AutoConfig": "evil.Config", "AutoModelForImageClassification": "evil.Model"}
+    config |= {"model_type": "evil", "auto_map": own}
+    files |= {"evil.py": code, "config.json": json.dumps(config).encode()}
+    with pytest.raises(ValueError, match="'me/net' needs code of its own repository, which is not run"):
+        load_checkpoint(on_the_hub(hub, files))
+    config |= {"model_type": "resnet"}  # transformers has its own code, which is taken
+    files |= {"config.json": json.dumps(config).encode()}
+    assert type(load_checkpoint(on_the_hub(hub, files))) is ResNetForImageClassification
+    assert not (tmp_path / "ran").exists()
+    assert not any("evil.py" in request for request in hub.requests)
+
+
+def test_an_image_processor_with_code_of_its_own_is_not_run(hub, tmp_path):
+    processor = {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "evil.Evil"}}
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()".encode()
+    files = files_of_transformers(tmp_path / "a")
+    files |= {"evil.py": code, "preprocessor_config.json": json.dumps(processor).encode()}
+    name = on_the_hub(hub, files)
+    with pytest.raises(ValueError, match="evil|Evil|custom code"):
+        image_processor(name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "evil", ["../evil.json", "../../../../../evil.safetensors", "/evil.json", "a/../../evil.json"]
+)
+def test_a_file_name_that_leads_out_of_the_folder_is_not_followed(hub, tmp_path, monkeypatch, evil: str):
+    cache = tmp_path / "1" / "2" / "3"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    files = files_of_timm(tmp_path / "a")
+    load_network(on_the_hub(hub, files | {evil: b"evil"}), 3)
+    assert [file for file in tmp_path.rglob("*") if "evil" in file.name] == []
+    assert not any("evil" in request for request in hub.requests)
+    assert not Path("/evil.json").exists()
+
+
+@pytest.mark.parametrize("evil", ["../../../secret.safetensors", "/secret.safetensors", "secret.bin"])
+def test_an_index_that_leads_out_of_the_folder_is_refused(hub, tmp_path, evil: str):
+    files = without_weights(files_of_transformers(tmp_path / "a"))
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": {"x": evil}}).encode()
+    with pytest.raises(ValueError, match=f"index.json names '{evil}', which is no file of its folder"):
+        load_checkpoint(on_the_hub(hub, files))
+
+
+def test_nothing_trusts_code_or_pickles_from_elsewhere():
+    root = Path(__file__).parents[2]
+    sources = [
+        file for folder in ("gradaug_hf", "recipes", "benchmarks", "docs") for file in root.glob(f"{folder}/**/*.py")
+    ]
+    assert len(sources) > 30
+    for file in sources:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert given.get("trust_remote_code", "False") == "False", f"{file}: {name}"
+            assert name not in ("pickle.load", "pickle.loads", "joblib.load"), f"{file}: {name}"
+            if name == "torch.load":
+                assert given.get("weights_only") == "True", f"{file}: {name}"

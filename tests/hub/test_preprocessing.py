@@ -1,0 +1,106 @@
+import numpy as np
+import PIL.Image
+import pytest
+import timm
+import torch
+from timm.data import create_transform
+from torchvision.transforms import v2
+from transformers import (
+    BitImageProcessorPil,
+    ConvNextImageProcessorPil,
+    PoolFormerImageProcessorPil,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessorPil,
+)
+from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
+
+from gradaug_hf.data import cifar_transform, imagenet_transform
+from gradaug_hf.hub.preprocessing import (
+    as_its_pipeline,
+    image_processor_of,
+    processor_data_config,
+    transform_data_config,
+)
+
+STATISTICS = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+ROUNDING = 2e-6  # of pixels between 0 and 255, divided and then multiplied, or the other way round
+
+
+@pytest.fixture
+def photo() -> PIL.Image.Image:
+    draw = np.random.default_rng(0)
+    return PIL.Image.fromarray(draw.integers(0, 256, (230, 311, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        cifar_transform(False, **STATISTICS),
+        cifar_transform(False, size=48),
+        imagenet_transform(False),
+        v2.Compose(
+            [
+                v2.Resize(301, v2.InterpolationMode.BICUBIC),
+                v2.CenterCrop(299),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize([0.5] * 3, [1.0] * 3),
+            ]
+        ),
+    ],
+)
+def test_timm_does_to_an_image_what_an_evaluation_transform_does(transform, photo):
+    expected = transform(photo)
+    found = create_transform(**transform_data_config(transform))(photo)
+    assert torch.allclose(found, expected, rtol=0, atol=ROUNDING)
+
+
+def test_timm_resizes_to_exactly_the_side_of_the_transform():
+    for side in range(224, 600):
+        config = transform_data_config(v2.Compose([v2.Resize(side), v2.CenterCrop(224), v2.Normalize([0.5], [0.5])]))
+        assert create_transform(**config).transforms[0].size == side
+
+
+def test_a_transform_that_timm_cannot_repeat_is_refused():
+    with pytest.raises(ValueError, match="has no CenterCrop, only Resize, Normalize"):
+        transform_data_config(v2.Compose([v2.Resize(9), v2.Normalize([0], [1])]))
+
+
+# Sides of 120 and 162 pixels, so that both libraries agree on where the middle is.
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ViTImageProcessorPil(size={"height": 96, "width": 96}, resample=3, image_mean=[0.1] * 3),
+        BitImageProcessorPil(size={"shortest_edge": 120}, crop_size={"height": 96, "width": 96}, resample=2),
+        ConvNextImageProcessorPil(size={"shortest_edge": 96}, crop_pct=0.8),
+        ConvNextImageProcessorPil(size={"shortest_edge": 384}),
+        PoolFormerImageProcessorPil(size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}, crop_pct=0.8),
+    ],
+    ids=lambda processor: type(processor).__name__,
+)
+def test_timm_does_to_an_image_what_a_processor_of_transformers_does(processor, photo):
+    expected = processor(photo, return_tensors="pt")["pixel_values"][0]
+    found = create_transform(**processor_data_config(processor))(photo)
+    assert torch.allclose(found, expected, rtol=0, atol=ROUNDING)
+
+
+def test_a_processor_that_only_normalises_says_only_how():
+    processor = ViTImageProcessorPil(do_resize=False, image_mean=[0.1] * 3, image_std=[0.2] * 3)
+    assert processor_data_config(processor) == {"mean": (0.1, 0.1, 0.1), "std": (0.2, 0.2, 0.2)}
+
+
+def test_the_processor_of_a_transform_does_what_it_does(photo):
+    transform = imagenet_transform(False, **STATISTICS)
+    network = timm.create_model("test_resnet")
+    processor = image_processor_of(transform, network)
+    assert isinstance(processor, TimmWrapperImageProcessor)
+    assert torch.allclose(processor(photo)["pixel_values"][0], transform(photo), rtol=0, atol=ROUNDING)
+
+    resnet = ResNetForImageClassification(ResNetConfig(depths=[1], hidden_sizes=[8]))
+    processor = image_processor_of(transform, resnet)
+    own = BitImageProcessorPil.from_dict(processor.to_dict())
+    assert torch.allclose(own(photo, return_tensors="pt")["pixel_values"][0], transform(photo), rtol=0, atol=ROUNDING)
+    found = processor(photo, return_tensors="pt")["pixel_values"][0]
+    assert torch.allclose(found, as_its_pipeline(transform, resnet)(photo), rtol=0, atol=ROUNDING)
+    assert as_its_pipeline(transform, network) is transform

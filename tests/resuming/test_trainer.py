@@ -1,0 +1,226 @@
+import copy
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    Trainer,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from gradaug_hf import GradAugConfig, GradAugTrainer
+from gradaug_hf.resuming.checkpoints import ResumeError
+from tests.small_training import END, KillAtStep, checkpoints, end_of, make_trainer, start, status_of, train
+
+CASES = [(0, 1), (0, 2), (2, 1), (2, 2)]
+
+
+def settings_of(workers: int, accumulation: int) -> dict[str, int]:
+    return {"dataloader_num_workers": workers, "gradient_accumulation_steps": accumulation}
+
+
+def end(folder: Path) -> dict:
+    return json.loads((folder / END).read_text())
+
+
+@pytest.mark.parametrize(("workers", "accumulation"), CASES)
+def test_a_killed_training_ends_as_if_it_had_not_been(tmp_path, workers, accumulation):
+    settings = settings_of(workers, accumulation)
+    assert status_of(start(lambda: train(tmp_path / "whole", **settings))) == 0
+    folder = tmp_path / "killed"
+    assert status_of(start(lambda: train(folder, [KillAtStep(5)], **settings))) == -signal.SIGKILL
+    assert checkpoints(folder) == [2, 4]
+    assert status_of(start(lambda: train(folder, **settings))) == 0
+    assert end(folder) == end(tmp_path / "whole")
+    log = end(folder)["log"]
+    assert [entry["step"] for entry in log if "loss_subnets" in entry] == [3, 6, 9]
+    assert "train_loss" in log[-1]
+
+
+def kill_amid_a_checkpoint(step: int) -> None:
+    def save_scaler(trainer: Trainer, output_dir: str) -> None:
+        if trainer.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer._save_scaler = save_scaler  # weights and optimiser are written, random numbers and state are not
+
+
+def test_a_half_written_checkpoint_is_never_taken_for_a_whole_one(tmp_path):
+    def train_and_be_killed() -> None:
+        kill_amid_a_checkpoint(4)
+        train(tmp_path)
+
+    assert status_of(start(train_and_be_killed)) == -signal.SIGKILL
+    assert list(tmp_path.glob("_tmp-*/checkpoint-4/optimizer.pt"))
+    assert checkpoints(tmp_path) == [2]
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert status_of(start(lambda: train(tmp_path))) == 0
+    assert status_of(start(lambda: train(tmp_path / "whole"))) == 0
+    assert end(tmp_path) == end(tmp_path / "whole")
+    assert not list(tmp_path.glob("_tmp-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "accumulation"), CASES)
+def test_a_training_that_is_killed_ten_times_ends_as_if_it_had_not_been(tmp_path, workers, accumulation):
+    settings = settings_of(workers, accumulation) | {"save_steps": 1, "max_steps": 40}
+    begin = time.monotonic()
+    assert status_of(start(lambda: train(tmp_path / "whole", **settings))) == 0
+    duration = time.monotonic() - begin
+    draw = random.Random(f"{workers} {accumulation}")
+    folder, kills = tmp_path / "killed", 0
+    while not (folder / END).exists():
+        pid = start(lambda: train(folder, **settings))
+        if kills < 10:
+            time.sleep(draw.uniform(0, duration / 4))
+            os.kill(pid, signal.SIGKILL)
+            kills += 1
+        status_of(pid)
+    assert kills == 10
+    assert end(folder) == end(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_a_training_resumed_after_an_epoch_has_its_evaluation(tmp_path, strategy):
+    settings = {"save_strategy": strategy, "save_steps": 5, "logging_strategy": strategy, "max_steps": 10}  # 5 a epoch
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert end_of(resumed) == end_of(whole)
+    assert [entry["step"] for entry in whole.state.log_history if "eval_loss" in entry] == [5, 10]
+
+
+def test_a_resumed_training_counts_the_time_and_the_loss_of_all_its_steps(tmp_path):
+    whole = make_trainer(tmp_path)
+    output = whole.train()
+    resumed = make_trainer(tmp_path)
+    state = json.loads((tmp_path / "checkpoint-8" / "gradaug_state.json").read_text())
+    assert 0 < state["progress"]["seconds"] < whole.training_seconds()
+    found = resumed.train(resume_from_checkpoint=True)
+    assert found.training_loss == output.training_loss
+    losses = [entry["loss"] * 3 for entry in whole.state.log_history if "loss" in entry]
+    assert output.training_loss == pytest.approx(sum(losses) / 9, abs=1e-6)
+    assert resumed.training_seconds() > state["progress"]["seconds"]
+
+
+def test_the_best_checkpoint_is_known_by_its_place(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
+    trainer = make_trainer(tmp_path, **settings, max_steps=6)
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path
+    assert best.name == f"checkpoint-{trainer.state.best_global_step}"
+    assert best.is_dir()
+    saved = json.loads((best / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == str(best)
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    for learning_rate in (0.1, 0.2):
+        trainer = make_trainer(tmp_path, max_steps=2, learning_rate=learning_rate)
+        trainer.train()
+    state = json.loads((tmp_path / "checkpoint-2" / "gradaug_state.json").read_text())
+    assert state["settings"]["learning_rate"] == 0.2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["timm wrapper", "resnet"])
+def test_networks_of_transformers_are_resumed(tmp_path, wrapped):
+    if wrapped:
+        network = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_resnet", num_labels=3))
+    else:
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
+        network = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=3))
+    start_weights = copy.deepcopy(network.state_dict())
+    rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 3} for i in range(12)]
+    settings = {"max_steps": 3, "save_steps": 2, "resolutions": [32, 24], "per_device_train_batch_size": 4}
+    args = GradAugConfig(str(tmp_path), **settings, use_cpu=True, report_to="none", disable_tqdm=True)
+    GradAugTrainer(network, args, train_dataset=rows).train()
+    resumed = copy.deepcopy(network)
+    resumed.load_state_dict(start_weights)
+    GradAugTrainer(resumed, args, train_dataset=rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+# ---- what is refused ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    make_trainer(folder, max_steps=2).train()
+    return folder / "checkpoint-2"
+
+
+def test_changed_settings_are_refused_with_the_list_of_differences(tmp_path, trained):
+    changed = {"max_steps": 2, "min_width": 0.6, "resolutions": [16], "seed": 1}
+    message = (
+        r"checkpoint-2 was trained with other settings: min_width was 0.5 and is 0.6; "
+        r"resolutions was \[16, 12\] and is \[16\]; seed was 42 and is 1. .* ignore_config_change"
+    )
+    with pytest.raises(ResumeError, match=message):
+        make_trainer(tmp_path, **changed).train(resume_from_checkpoint=str(trained))
+    trainer = make_trainer(tmp_path, **changed, ignore_config_change=True)
+    trainer.train(resume_from_checkpoint=str(trained))
+    assert trainer.state.global_step == 2
+
+
+def test_settings_that_change_no_weight_may_change(tmp_path, trained):
+    trainer = make_trainer(
+        tmp_path, max_steps=2, eval_strategy="no", save_steps=1, logging_steps=1, dataloader_num_workers=2
+    )
+    trainer.train(resume_from_checkpoint=str(trained))
+    assert trainer.state.global_step == 2
+
+
+@pytest.fixture
+def damaged(tmp_path, trained) -> Path:
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    for file in trained.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_file_that_is_cut_off_is_named(tmp_path, damaged, name):
+    content = (damaged / name).read_bytes()
+    (damaged / name).write_bytes(content[: len(content) // 2])
+    trainer = make_trainer(tmp_path, max_steps=2)
+    with pytest.raises(ResumeError, match=rf"checkpoint-2/{name} (is damaged or cut off|cannot be read)"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, damaged):
+    (damaged / "optimizer.pt").unlink()
+    trainer = make_trainer(tmp_path, max_steps=2)
+    with pytest.raises(ResumeError, match="checkpoint-2 has no optimizer.pt"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ResumeError, match="resume_from_checkpoint is '.*nowhere', which is no folder"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+    with pytest.raises(ResumeError, match="resume_from_checkpoint is True, but .* holds no checkpoint"):
+        make_trainer(tmp_path / "empty").train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_the_first_mismatches(tmp_path, trained):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    with torch.no_grad():
+        trainer.model[3] = torch.nn.Conv2d(4, 6, 5)
+        trainer.model.add_module("extra", torch.nn.Linear(3, 3))
+    message = (
+        r"checkpoint-2 is of another network than Sequential: extra.weight is missing; extra.bias is missing; "
+        r"3.weight is \(6, 4, 3, 3\) and not \(6, 4, 5, 5\)"
+    )
+    with pytest.raises(ResumeError, match=message):
+        trainer.train(resume_from_checkpoint=str(trained))
