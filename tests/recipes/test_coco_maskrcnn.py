@@ -117,6 +117,17 @@ def test_a_run_on_photographs_ends(real_data, tmp_path, monkeypatch):
     assert Detector.load(str(tmp_path)).settings.backbone == "test_resnet"
 
 
+def run_in_two_processes(flags: str) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu_2.yaml"]
+    subprocess.run(
+        [*launch, "--main_process_port", "0", "recipes/coco_maskrcnn.py", *flags.split()],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=600,
+    )
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(write_coco, tmp_path, monkeypatch):  # noqa: F811
     write_coco()
@@ -124,25 +135,17 @@ def test_two_processes_find_what_one_does(write_coco, tmp_path, monkeypatch):  #
     places = f"--coco_dir {tmp_path / 'coco'} {SPLITS}"
     places += " --per_device_eval_batch_size 1"
     run_recipe(f"{SMALL} {places} --max_steps 2 --warmup_steps 0 --output_dir {one}", monkeypatch)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     flags = f"{places} --do_train false --do_eval --model {one} --use_cpu"
     flags += f" --batch_size 2 --output_dir {two}"
-    subprocess.run(
-        [*launch, str(ROOT / "recipes" / "coco_maskrcnn.py"), *flags.split()],
-        check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600,
-    )  # fmt: skip
+    run_in_two_processes(flags)
     assert (two / "detections.json").read_text() == (one / "detections.json").read_text()
 
 
 @pytest.mark.slow
 def test_two_processes_train_with_subnetworks(write_coco, tmp_path):  # noqa: F811
     write_coco()
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     flags = f"{SMALL} --coco_dir {tmp_path / 'coco'} {SPLITS} --gradaug --num_subnets 2 --min_width 0.5"
     flags += f" --max_steps 3 --warmup_steps 0 --output_dir {tmp_path / 'out'}"
-    subprocess.run(
-        [*launch, str(ROOT / "recipes" / "coco_maskrcnn.py"), *flags.split()],
-        check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600,
-    )  # fmt: skip
+    run_in_two_processes(flags)
     assert results(tmp_path / "out")["results"]["steps"] == 3
     Detector.load(str(tmp_path / "out"))
