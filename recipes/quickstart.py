@@ -52,12 +52,12 @@ class QuickstartArguments:
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of images; found if not given."})
     label_column: str | None = field(default=None, metadata={"help": "Column of classes; found if not given."})
-    labels_per_class: int = field(default=2, metadata={"help": "Number of training images of each class."})
+    labels_per_class: int = field(default=3, metadata={"help": "Number of training images of each class."})
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Number of images to evaluate on, drawn at random; default: all."}
     )
     model: str = field(default="wrn16_2", metadata={"help": "Name of a timm network, trained from scratch."})
-    epochs: int = field(default=125, metadata={"help": "Passes over the training images."})
+    epochs: int = field(default=150, metadata={"help": "Passes over the training images."})
     batch_size: int = field(default=10, metadata={"help": "Images in a training step, on each process."})
     learning_rate: float = field(default=0.1, metadata={"help": "Highest learning rate of SGD, with cosine decay."})
     equal_compute: bool = field(
