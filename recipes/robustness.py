@@ -24,6 +24,7 @@ from gradaug_hf.evaluation.comparison import (
     EvaluationArguments,
     join_processes,
     parse_evaluation,
+    short_names,
     topk_hits,
 )
 from gradaug_hf.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, check_corruptions
@@ -128,8 +129,12 @@ def report(args: RobustnessArguments, measurements: Measurements) -> None:
                 model: mean_corruption_error(own, errors[args.baseline]) for model, own in errors.items()
             }
         measurements.write(**summary)
-    plot_robustness(errors, args.epsilon, args.corruptions, folder / PLOT, args.dataset_name)
-    print(f"\n{args.dataset_name}\n\n{robustness_table(errors, args.epsilon, args.corruptions, args.baseline)}\n")
+    names = short_names(list(errors))
+    errors = {names[model]: own for model, own in errors.items()}
+    baseline = None if args.baseline is None else names[args.baseline]
+    (data_name,) = short_names([args.dataset_name]).values()
+    plot_robustness(errors, args.epsilon, args.corruptions, folder / PLOT, data_name)
+    print(f"\n{data_name}\n\n{robustness_table(errors, args.epsilon, args.corruptions, baseline)}\n")
     print(f"wrote {JSON} and {PLOT} to {folder}")
 
 

@@ -23,7 +23,13 @@ from torch.utils.data import DataLoader
 
 from gradaug_hf import extract_subnet, make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.data import UnreadableImageError, take_images, with_pixels
-from gradaug_hf.evaluation.comparison import Evaluation, EvaluationArguments, join_processes, parse_evaluation
+from gradaug_hf.evaluation.comparison import (
+    Evaluation,
+    EvaluationArguments,
+    join_processes,
+    parse_evaluation,
+    short_names,
+)
 from gradaug_hf.evaluation.measurements import Measurements
 from gradaug_hf.evaluation.pixels import PixelNetwork, pixel_transform, to_unit
 from gradaug_hf.evaluation.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
@@ -162,11 +168,12 @@ def measure(evaluation: Evaluation, model: str, subnet: PixelNetwork, width: flo
 def report(args: WidthArguments, measurements: Measurements) -> None:
     """Print the table and draw the plot."""
     results = {
-        model: {width: WidthResult(**measurements.of(model)[width_key(width)]) for width in args.widths}
-        for model in args.model
+        name: {width: WidthResult(**measurements.of(model)[width_key(width)]) for width in args.widths}
+        for model, name in short_names(args.model).items()
     }
-    plot_widths(results, Path(args.output_dir) / PLOT, args.dataset_name)
-    print(f"\n{args.dataset_name}\n\n{widths_side_by_side(results)}\n")
+    (data_name,) = short_names([args.dataset_name]).values()
+    plot_widths(results, Path(args.output_dir) / PLOT, data_name)
+    print(f"\n{data_name}\n\n{widths_side_by_side(results)}\n")
     print(f"wrote {JSON} and {PLOT} to {args.output_dir}")
 
 

@@ -232,3 +232,13 @@ def _common_side(networks: Mapping[str, PixelNetwork]) -> int:
         found = ", ".join(f"{side} ({model})" for model, side in sides.items())
         raise ValueError(f"the networks are made for images of different sides: {found}; give image_size")
     return next(iter(sides.values()))
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Name of a network or data set -> how tables and plots call it: a folder by its last part if that is unique.
+
+    Args:
+        names: folders or Hub ids, all different.
+    """
+    short = [Path(name).resolve().name if Path(name).exists() else name for name in names]
+    return {name: own if short.count(own) == 1 else name for name, own in zip(names, short, strict=True)}

@@ -138,7 +138,7 @@ def plot_robustness(
     for index, (model, own) in enumerate(errors.items()):
         values = [own[CLEAN], *(own[fgsm_condition(epsilon)] for epsilon in steps)]
         attacks.plot([0, *steps], _percent(values), label=model, **line_style(index, len(errors)))
-    attacks.legend()
+    figure.legend(*attacks.get_legend_handles_labels(), loc="outside lower center")
     if corruptions:
         severities = figure.add_subplot(
             grid[1, 0], xlabel="severity, mean of the corruptions", ylabel="top-1 error (%)", xticks=(0, *SEVERITIES)

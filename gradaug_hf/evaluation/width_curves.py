@@ -101,7 +101,7 @@ def plot_widths(results: Mapping[str, Mapping[float, WidthResult]], file: Path, 
         style = line_style(index, len(results))
         for axes, values in zip(panels.flat, _costs(own), strict=True):
             axes.plot(values, [100 * result.top1 for result in own.values()], label=model, **style)
-    panels[0, 0].legend()
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(file, dpi=150)
 
 

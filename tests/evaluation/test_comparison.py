@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from gradaug_hf.evaluation.comparison import Evaluation, EvaluationArguments, check_plots, parse_evaluation, topk_hits
+from gradaug_hf.evaluation.comparison import (
+    Evaluation,
+    EvaluationArguments,
+    check_plots,
+    parse_evaluation,
+    short_names,
+    topk_hits,
+)
 from tests.checkpoints import save_images, save_network
 
 
@@ -15,6 +22,14 @@ def test_hits_are_those_of_the_best_and_of_the_five_best():
 def test_networks_may_be_given_in_one_flag_or_in_several():
     flags = ["--dataset_name", "photos", "--model", "a", "--model", "b", "c"]
     assert parse_evaluation(EvaluationArguments, None, flags).model == ["a", "b", "c"]
+
+
+def test_folders_are_called_by_their_last_part_where_it_tells_them_apart(tmp_path):
+    folders = [tmp_path / "one/net", tmp_path / "two/net", tmp_path / "ours"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    names = [*map(str, folders), "timm/resnet50.a1_in1k"]
+    assert list(short_names(names).values()) == [*names[:2], "ours", "timm/resnet50.a1_in1k"]
 
 
 def test_accuracy_counts_each_image_once_whatever_the_batches(tmp_path):
