@@ -1,14 +1,18 @@
 import math
 
+import PIL.Image
 import pytest
 import torch
 from torch import nn
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from gradaug_hf import GradAugConfig
-from gradaug_hf.arguments import ExperimentArguments
-from gradaug_hf.experiment import RecipeTrainer, complete
+from gradaug_hf.arguments import ExperimentArguments, parse
+from gradaug_hf.experiment import SETTINGS, RecipeTrainer, complete, make_trainer
 from gradaug_hf.hub.networks import create_network
+from recipes.cifar_wideresnet import RECIPE
 from recipes.imagenet_resnet50 import initialise
+from tests.checkpoints import save_images
 
 
 def trainer_of(tmp_path, lr_drops: list[float] = (), **settings) -> RecipeTrainer:
@@ -97,3 +101,19 @@ def test_resnet50_starts_as_in_the_paper():
             assert (module.bias == 0).all(), name
     assert network.fc.weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert (network.fc.bias == 0).all()
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_evaluation_sees_the_pixels_that_the_folder_s_processor_prepares(tmp_path, library):
+    photos = save_images(tmp_path / "photos", of_each_class=2, side=50)
+    model = "test_resnet"
+    if library == "transformers":
+        model = str(tmp_path / "network")
+        ResNetForImageClassification(ResNetConfig(hidden_sizes=[8], depths=[1], num_labels=3)).save_pretrained(model)
+    flags = f"--model {model} --dataset_name {photos} --eval_split test --output_dir {tmp_path / 'out'} --use_cpu"
+    args, config = parse({**SETTINGS, **RECIPE.settings}, RECIPE.methods, None, flags.split())
+    complete(args, config)
+    trainer = make_trainer(RECIPE, args, config)
+    with PIL.Image.open(tmp_path / "photos/test/class0/0.png") as photo:
+        expected = trainer.processing_class(photo, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(trainer.eval_dataset[0]["pixel_values"], expected, rtol=0, atol=1e-5)
