@@ -1,7 +1,6 @@
 """Networks by name: timm's by their name, and checkpoints of timm or transformers in a folder or on the Hub."""
 
 import inspect
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -25,7 +24,7 @@ from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageCl
 from transformers.image_processing_utils import BaseImageProcessor
 
 from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
-from gradaug_hf.resuming.checkpoints import weight_shapes
+from gradaug_hf.resuming.checkpoints import read_json, weight_shapes
 
 CONFIG = "config.json"
 # Characters that are shown of a long list of tensors.
@@ -54,7 +53,7 @@ def timm_name(model: str) -> str | None:
     if not is_checkpoint(model):
         return model
     folder = checkpoint_folder(model)
-    return f"local-dir:{folder}" if _is_timms(_read_json(folder / CONFIG)) else None
+    return f"local-dir:{folder}" if _is_timms(read_json(folder / CONFIG)) else None
 
 
 def _is_timms(config: Mapping[str, Any]) -> bool:
@@ -120,13 +119,13 @@ def _check_downloaded(model: str, folder: Path) -> None:
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"model {model!r} has no {CONFIG} on the Hub")
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     shards = []
     if not _is_timms(config):
         if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
             raise ValueError(f"model {model!r} needs code of its own repository, which is not run")
         if not (folder / WEIGHTS).is_file() and (folder / WEIGHTS_INDEX).is_file():
-            shards = sorted(set(_read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()))
+            shards = sorted(set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()))
     for name in shards or [WEIGHTS]:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"model {model!r}: {WEIGHTS_INDEX} names {name!r}, which is no file of its folder")
@@ -134,16 +133,6 @@ def _check_downloaded(model: str, folder: Path) -> None:
             raise ValueError(
                 f"model {model!r} has no {name} on the Hub; weights in other formats can hold code and are not read"
             )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model: {file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"model: {file} holds a {type(content).__name__}; expected settings by name")
-    return content
 
 
 def accepted_arguments(model: str) -> set[str]:
@@ -198,7 +187,7 @@ def load_checkpoint(
         ValueError: as `checkpoint_folder`.
     """
     folder = checkpoint_folder(model)
-    if _is_timms(_read_json(folder / CONFIG)):
+    if _is_timms(read_json(folder / CONFIG)):
         classes = {} if class_names is None else {"num_classes": len(class_names)}
         with _loading(folder):
             return _create_timm_network(f"local-dir:{folder}", True, classes, dict(arguments or {}))

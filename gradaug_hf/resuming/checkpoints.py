@@ -129,10 +129,15 @@ def read_state(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / STATE
     if not file.is_file():
         return {"settings": {}, "progress": {}}
-    return {name: _read_json(file).get(name, {}) for name in ("settings", "progress")}
+    return {name: read_json(file).get(name, {}) for name in ("settings", "progress")}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file of a checkpoint holds by name.
+
+    Raises:
+        ResumeError: it cannot be read, or holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -179,7 +184,7 @@ def check_whole(folder: Path) -> None:
     for name in (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME):
         if not (folder / name).is_file():
             raise ResumeError(f"{folder} has no {name}, so that training cannot be resumed from it")
-    _read_json(folder / TRAINER_STATE_NAME)
+    read_json(folder / TRAINER_STATE_NAME)
     for pattern in ("*.pt", "*.pth"):
         for file in sorted(folder.glob(pattern)):
             if not zipfile.is_zipfile(file):
@@ -209,7 +214,7 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _named_in_index(index: Path) -> list[str]:
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
     if elsewhere := [name for name in names if Path(name).name != name]:
         raise ResumeError(f"{index} names {elsewhere[0]!r}; a file in its own folder is accepted")
     return names

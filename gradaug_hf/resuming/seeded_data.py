@@ -45,15 +45,8 @@ class DatasetWrapper:
         return getattr(self.dataset, "classes", None)
 
 
-class SeededDataset(DatasetWrapper, Dataset):
-    """A data set of which each example draws from Python, NumPy and torch what seed, epoch and its index say.
-
-    The global random numbers stay as they are. `GradAugTrainer` sets the epoch.
-
-    Args:
-        dataset: has `__getitem__` and `__len__`, and draws random numbers when an example is read.
-        seed: any integer.
-    """
+class _SeededWrapper(DatasetWrapper):
+    """A data set, and the seeds of what is drawn when its examples are read."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
@@ -62,6 +55,19 @@ class SeededDataset(DatasetWrapper, Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, here and in the worker processes that read the data set."""
         self._seeds.set_epoch(epoch)
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+class SeededDataset(_SeededWrapper, Dataset):
+    """A data set of which each example draws from Python, NumPy and torch what seed, epoch and its index say.
+
+    The global random numbers stay as they are. `GradAugTrainer` sets the epoch.
+
+    Args:
+        dataset: has `__getitem__` and `__len__`, and draws random numbers when an example is read.
+        seed: any integer.
+    """
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -78,23 +84,13 @@ class SeededDataset(DatasetWrapper, Dataset):
         return self.dataset[index]
 
 
-class SeededStream(DatasetWrapper, IterableDataset):
+class SeededStream(_SeededWrapper, IterableDataset):
     """`SeededDataset` for a stream, by the position of an example in what its process reads.
 
     Args:
         dataset: an iterable, which is told the epoch if it has `set_epoch`.
         seed: any integer.
     """
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset = dataset
-        self._seeds = _Seeds(seed)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, here and in the worker processes that read the data set."""
-        self._seeds.set_epoch(epoch)
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
         examples, position, end = iter(self.dataset), 0, object()
