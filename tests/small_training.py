@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
 from gradaug_hf.data import cifar_transform, with_pixels
-from gradaug_hf.resuming.seeded_data import SeededDataset
+from gradaug_hf.resuming.seeded_data import SeededDataset, SeededStream
 
 END = "end.json"
 STEPS = 9
@@ -46,7 +46,9 @@ def network(channels: int = 4) -> nn.Sequential:
     return layers
 
 
-def make_trainer(folder: Path, callbacks: list[TrainerCallback] | None = None, **settings: object) -> GradAugTrainer:
+def make_trainer(
+    folder: Path, callbacks: list[TrainerCallback] | None = None, stream: bool = False, **settings: object
+) -> GradAugTrainer:
     """Augmentation, dropout, Mixup, batch norm and an adaptive optimiser; logs, checkpoints and epochs out of step."""
     workers = settings.get("dataloader_num_workers", 0)
     values = {
@@ -67,9 +69,18 @@ def make_trainer(folder: Path, callbacks: list[TrainerCallback] | None = None, *
         "disable_tqdm": True,
     }
     args = GradAugConfig(str(folder), **{**values, **settings})
-    train = SeededDataset(with_pixels(images(20, 1), cifar_transform(True, size=16)), args.seed)
+    train = seeded_images(args.seed, stream)
     test = with_pixels(images(4, 2), cifar_transform(False, size=16))
     return GradAugTrainer(network(), args, train_dataset=train, eval_dataset=test, callbacks=callbacks)
+
+
+def seeded_images(seed: int, stream: bool) -> SeededDataset | SeededStream:
+    """20 images with random augmentation, shuffled within each of two files if they are streamed."""
+    transform = cifar_transform(True, size=16)
+    if not stream:
+        return SeededDataset(with_pixels(images(20, 1), transform), seed)
+    split = images(20, 1).remove_columns("row").to_iterable_dataset(num_shards=2).shuffle(seed, buffer_size=8)
+    return SeededStream(with_pixels(split, transform), seed)
 
 
 def checkpoints(folder: Path) -> list[int]:

@@ -1,17 +1,22 @@
 """ResumableTrainer: an interrupted training, once resumed, ends as if it had not been interrupted."""
 
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    TrainOutput,
+    get_last_checkpoint,
+    has_length,
+    rotate_checkpoints,
+)
 
 from gradaug_hf.metrics import RunningMeans
 from gradaug_hf.resuming.checkpoints import (
@@ -49,6 +54,7 @@ class ResumableTrainer(Trainer):
         self._loss_watch = LossWatch()
         self._interruption = Interruption()
         self._partial_folder: Path | None = None
+        self._epoch_is_over = False
         self._progress: dict[str, Any] = {}  # that of the checkpoint which training goes on from
         super().__init__(*args, **kwargs)
         for callback in (EpochCallback(), self._interruption, _LastStep(), _Progress(self)):
@@ -93,15 +99,10 @@ class ResumableTrainer(Trainer):
         if given is True and folder is None:
             raise ResumeError(f"resume_from_checkpoint is True, but {self.args.output_dir} holds no checkpoint")
         self._progress = {}
-        if folder is not None and isinstance(self.train_dataset, IterableDataset):
-            warnings.warn(
-                "a stream is resumed where it was in its first epoch; from a later one training goes on with the "
-                "beginning of the second",
-                stacklevel=3,
-            )
-        if folder is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return folder
-        check_whole(Path(folder))
+        if folder is None:
+            return None
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # they have files of their own
+            check_whole(Path(folder))
         if not getattr(self.args, "ignore_config_change", False):
             check_settings(Path(folder), self.settings())
         self._progress = read_state(Path(folder))["progress"]
@@ -122,6 +123,13 @@ class ResumableTrainer(Trainer):
             loader.base_dataloader.generator = torch.Generator()
             loader.base_dataloader.generator.seed()
         return loader
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epoch, batches = super()._init_training_state(*args, **kwargs)
+        if "stream" in self._progress:  # the Trainer takes all its epochs for one
+            epoch, batches = self._progress["stream"]
+            self.state.epoch = max(self.state.epoch, float(epoch))
+        return epoch, 0 if self.args.ignore_data_skip else batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # After a checkpoint of the last step, amid an epoch, the Trainer would do one more.
@@ -170,7 +178,11 @@ class ResumableTrainer(Trainer):
         progress = gather_object([self._progress_of_process()])
         if self.args.should_save:
             self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
-            write_state(checkpoint, self.settings(), {"seconds": self.training_seconds(), "processes": progress})
+            write_state(
+                checkpoint,
+                self.settings(),
+                {"seconds": self.training_seconds(), "processes": progress, **self._place_in_stream()},
+            )
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             put_in_place(checkpoint, place)
@@ -191,6 +203,16 @@ class ResumableTrainer(Trainer):
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
+
+    def _place_in_stream(self) -> dict[str, tuple[int, int]]:
+        """The epoch of a training set without length, and the batches of it that were trained on."""
+        if has_length(self.callback_handler.train_dataloader):
+            return {}
+        epoch = int(self.state.epoch)
+        if self._epoch_is_over:
+            return {"stream": (epoch + 1, 0)}
+        batches = (self.state.epoch - epoch) * self.state.max_steps * self.args.gradient_accumulation_steps
+        return {"stream": (epoch, round(batches))}
 
     def _progress_of_process(self) -> dict[str, Any]:
         return {
@@ -214,7 +236,7 @@ class ResumableTrainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """Goes on where the checkpoint was written, once the Trainer has set its sums to zero."""
+    """Goes on where the checkpoint was written, once the Trainer has set its sums to zero; knows when epochs end."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self._trainer = trainer
@@ -223,6 +245,16 @@ class _Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer._go_on()
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer._epoch_is_over = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer._epoch_is_over = True
 
 
 class _LastStep(TrainerCallback):

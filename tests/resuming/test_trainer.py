@@ -100,6 +100,22 @@ def test_a_training_resumed_after_an_epoch_has_its_evaluation(tmp_path, strategy
     assert [entry["step"] for entry in whole.state.log_history if "eval_loss" in entry] == [5, 10]
 
 
+@pytest.mark.parametrize(
+    ("saving", "workers", "steps"),
+    [("steps", 0, (3, 5, 7, 10)), ("steps", 2, (7,)), ("epoch", 0, (5, 10))],
+    ids=["amid and at the end of epochs", "workers", "after epochs"],
+)
+def test_a_stream_is_resumed_where_it_was(tmp_path, saving, workers, steps):
+    settings = {"stream": True, "max_steps": 12, "save_strategy": saving, "save_steps": 1}  # 5 an epoch
+    settings["dataloader_num_workers"] = workers
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    for step in steps:
+        resumed = make_trainer(tmp_path / "resumed", **settings)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert end_of(resumed) == end_of(whole), step
+
+
 def test_a_resumed_training_counts_the_time_and_the_loss_of_all_its_steps(tmp_path):
     whole = make_trainer(tmp_path)
     output = whole.train()
