@@ -45,6 +45,11 @@ BY_HAND_RUNS = {
     "halves": ("batchnorm", BY_HAND, HALF),
     "synchronised": ("batchnorm", f"{BY_HAND} --sync_batchnorm", HALF),
 }
+LEVELS = f"{BY_HAND} --width_levels 2"
+COMPILED_RUNS = {
+    "levels": ("batchnorm", LEVELS, HALF),
+    "compiled": ("batchnorm", f"{LEVELS} --torch_compile --torch_compile_backend eager", HALF),
+}
 MIXED_RUN = {"mixed": ("plain", f"{SETTINGS} --subnet_mode depth --mixup_alpha 1", HALF)}
 
 
@@ -76,7 +81,7 @@ def train_in_two_processes(folder: Path, runs: dict[str, tuple[str, str, str]]) 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> dict[str, list[dict]]:
     folder = tmp_path_factory.mktemp("two")
-    return train_in_two_processes(folder, {**EQUAL_TO_ONE_PROCESS, **BY_HAND_RUNS, **MIXED_RUN})
+    return train_in_two_processes(folder, {**EQUAL_TO_ONE_PROCESS, **BY_HAND_RUNS, **COMPILED_RUNS, **MIXED_RUN})
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +124,19 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", [*EQUAL_TO_ONE_PROCESS, *BY_HAND_RUNS])
+@pytest.mark.parametrize("name", [*EQUAL_TO_ONE_PROCESS, *BY_HAND_RUNS, *COMPILED_RUNS])
 def test_gradients_cross_the_processes_once_in_a_step(name, two_processes):
     for rank in two_processes[name]:
         assert rank["reductions"] == len(rank["gradients"])  # they fit one bucket
+
+
+def test_two_processes_compile_each_subnetwork_once_and_train_as_uncompiled(two_processes):
+    for rank, uncompiled in zip(two_processes["compiled"], two_processes["levels"], strict=True):
+        assert uncompiled["graphs"] == 0
+        assert rank["graphs"] == 1 + 2 * 2  # the full network, and 2 widths x 2 resolutions
+        for found, expected in zip(rank["gradients"], uncompiled["gradients"], strict=True):
+            assert_close(found, expected)
+        assert_close(rank["weights"], uncompiled["weights"])
 
 
 def test_with_batch_norm_each_process_normalises_its_half_and_gradients_are_averaged(two_processes):

@@ -15,6 +15,7 @@ import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import HfArgumentParser, TrainerCallback, default_data_collator
 
@@ -32,8 +33,10 @@ class CountReductions(TrainerCallback):
         self.count = 0
 
     def on_train_begin(self, *args, **kwargs) -> None:
-        if isinstance(self.trainer.model_wrapped, nn.parallel.DistributedDataParallel):
-            self.trainer.model_wrapped.register_comm_hook(None, self.reduce)
+        wrapped = self.trainer.model_wrapped
+        wrapped = getattr(wrapped, "_orig_mod", wrapped)  # what torch.compile wraps
+        if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            wrapped.register_comm_hook(None, self.reduce)
 
     def reduce(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self.count += 1
@@ -120,11 +123,11 @@ def train(network_name: str, flags: str) -> dict:
     (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(flags.split())
     network = NETWORKS[network_name]()
     computed, batches, labels, mixed = [], [], [], []
-    for name, module in network.named_children():
-        if isinstance(module, Block):
-            module.conv1.register_forward_hook(lambda *_, name=name: computed.append(name))
-        else:
-            module.register_forward_hook(lambda *_, name=name: computed.append(name))
+    if not args.torch_compile:  # which would compile the hooks too, anew whenever a list has grown
+        for name, module in network.named_children():
+            recorded = module.conv1 if isinstance(module, Block) else module
+            recorded.register_forward_hook(lambda *_, name=name: computed.append(name))
+        network.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0]))
 
     def collate(rows: list[dict]) -> dict:
         batch = default_data_collator(rows)
@@ -132,7 +135,6 @@ def train(network_name: str, flags: str) -> dict:
         labels.append(batch["labels"])
         return batch
 
-    network.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0]))
     images = torch.randn(32, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows = [{"pixel_values": image, "labels": i % 5} for i, image in enumerate(images)]
     counter, keeper, turn = CountReductions(), KeepGradients(), RecordingTurn()
@@ -144,6 +146,7 @@ def train(network_name: str, flags: str) -> dict:
         seed=args.seed,
         subnet_mode=args.subnet_mode,
         min_survival=args.min_survival,
+        width_levels=args.width_levels,
     )
     trainer = GradAugTrainer(
         network,
@@ -157,11 +160,13 @@ def train(network_name: str, flags: str) -> dict:
     batches.clear()  # the first image was looked at
     labels.clear()
     counter.trainer = trainer
+    counters.clear()
     trainer.train()
     return {
         "weights": {name: tensor.clone() for name, tensor in network.state_dict().items()},
         "gradients": keeper.steps,
         "reductions": counter.count,
+        "graphs": counters["stats"]["unique_graphs"],
         "drawn": repr(sampler.drawn),
         "turns": turn.turns,
         "computed": computed,
