@@ -122,8 +122,8 @@ def test_few_labels_of_cifar10_are_learnt_well_over_chance(real_data: Path, tmp_
         dataset_name=str(real_data / "cifar10"),
         labels_per_class=100,
         max_eval_samples=400,
-        batch_size=50,
-        epochs=2,
+        batch_size=25,
+        epochs=1,
         output_dir=str(tmp_path),
     )
     data = load_data(args)
