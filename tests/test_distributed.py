@@ -45,7 +45,7 @@ BY_HAND_RUNS = {
     "halves": ("batchnorm", BY_HAND, HALF),
     "synchronised": ("batchnorm", f"{BY_HAND} --sync_batchnorm", HALF),
 }
-LEVELS = f"{BY_HAND} --width_levels 2"
+LEVELS = f"{BY_HAND} --width_levels 3 --resolutions 16 12 8"
 COMPILED_RUNS = {
     "levels": ("batchnorm", LEVELS, HALF),
     "compiled": ("batchnorm", f"{LEVELS} --torch_compile --torch_compile_backend eager", HALF),
@@ -133,7 +133,7 @@ def test_gradients_cross_the_processes_once_in_a_step(name, two_processes):
 def test_two_processes_compile_each_subnetwork_once_and_train_as_uncompiled(two_processes):
     for rank, uncompiled in zip(two_processes["compiled"], two_processes["levels"], strict=True):
         assert uncompiled["graphs"] == 0
-        assert rank["graphs"] == 1 + 2 * 2  # the full network, and 2 widths x 2 resolutions
+        assert rank["graphs"] == 1 + rank["subnets"] > 8  # torch.compile by itself stops at 8
         for found, expected in zip(rank["gradients"], uncompiled["gradients"], strict=True):
             assert_close(found, expected)
         assert_close(rank["weights"], uncompiled["weights"])

@@ -167,6 +167,7 @@ def train(network_name: str, flags: str) -> dict:
         "gradients": keeper.steps,
         "reductions": counter.count,
         "graphs": counters["stats"]["unique_graphs"],
+        "subnets": len({(subnet.width, subnet.resolution) for _, subnets in sampler.drawn for subnet in subnets}),
         "drawn": repr(sampler.drawn),
         "turns": turn.turns,
         "computed": computed,
