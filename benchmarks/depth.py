@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import gradaug_hf
-from gradaug_hf.depth import find_shortcuts
-from gradaug_hf.losses import cross_entropy, soft_target_divergence
+from gradaug_hf.objective.losses import cross_entropy, soft_target_divergence
+from gradaug_hf.slimming.depth import find_shortcuts
 
 SURVIVALS = (0.8, 0.5)
 PLAIN, ZEROED, DROPPED = "plain", "GradAug, blocks times zero", "GradAug, blocks left out"

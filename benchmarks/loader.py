@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
-from gradaug_hf.data import cifar_transform, imagenet_transform, with_pixels
+from gradaug_hf.data.loading import cifar_transform, imagenet_transform, with_pixels
 
 NUM_IMAGES = 256
 

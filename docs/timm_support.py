@@ -19,12 +19,12 @@ import timm
 import torch
 
 import gradaug_hf
-from gradaug_hf.resolutions import ResolutionTrial, dynamic_size_arguments
+from gradaug_hf.objective.resolutions import ResolutionTrial, dynamic_size_arguments
 
 DOCS = Path(__file__).parent
 sys.path.insert(0, str(DOCS.parent))
+from tests.helpers.outside import Outside  # noqa: E402
 from tests.slimming import test_zoo  # noqa: E402
-from tests.slimming.outside import Outside  # noqa: E402
 
 RESULTS = DOCS / "timm-support.json"
 SMALLEST = DOCS.parent / "tests" / "slimming" / "smallest.json"

@@ -13,9 +13,9 @@ Tested on 2 CPU cores, for a few steps.
 from timm.models import ResNet
 from torch import nn
 
-from gradaug_hf.data import imagenet_transform
-from gradaug_hf.experiment import Recipe, run
-from gradaug_hf.methods import methods_with
+from gradaug_hf.data.loading import imagenet_transform
+from gradaug_hf.experiments.methods import methods_with
+from gradaug_hf.experiments.run import Recipe, run
 
 
 def initialise(network: nn.Module) -> None:

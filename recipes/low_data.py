@@ -16,14 +16,14 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from gradaug_hf.arguments import ExperimentArguments, as_flags, parse
-from gradaug_hf.config import GradAugConfig
-from gradaug_hf.cost import relative_cost
-from gradaug_hf.data import class_names
-from gradaug_hf.experiment import SETTINGS, Recipe, errors_as_messages, load_data
+from gradaug_hf.data.loading import class_names
+from gradaug_hf.experiments.arguments import ExperimentArguments, as_flags, parse
+from gradaug_hf.experiments.cost import relative_cost
+from gradaug_hf.experiments.methods import METHODS, check_method, methods_for
+from gradaug_hf.experiments.run import SETTINGS, Recipe, errors_as_messages, load_data
+from gradaug_hf.experiments.sweep import LAUNCH, Plan, flag_settings, train_and_report
 from gradaug_hf.hub.networks import accepted_arguments
-from gradaug_hf.methods import METHODS, check_method, methods_for
-from gradaug_hf.runs import LAUNCH, Plan, flag_settings, train_and_report
+from gradaug_hf.trainer.config import GradAugConfig
 
 RECIPES = Path(__file__).parent
 

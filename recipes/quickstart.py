@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, set_seed
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.data import (
+from gradaug_hf.data.loading import (
     Transform,
     balanced_subset,
     cifar_transform,
@@ -32,12 +32,12 @@ from gradaug_hf.data import (
     load_image_data,
     with_pixels,
 )
+from gradaug_hf.experiments.memory import PeakMemory
+from gradaug_hf.experiments.results import Result, results_table, save_results
 from gradaug_hf.hub.preprocessing import image_processor_of
-from gradaug_hf.memory import PeakMemory
-from gradaug_hf.metrics import topk_accuracy
-from gradaug_hf.plots import plot_curves
-from gradaug_hf.results import Result, results_table, save_results
-from gradaug_hf.threads import use_all_cores
+from gradaug_hf.reports.plots import plot_curves
+from gradaug_hf.trainer.metrics import topk_accuracy
+from gradaug_hf.utils.threads import use_all_cores
 
 COST = 2.7  # computation of a GradAug step over that of a plain one
 EVALUATIONS = 4

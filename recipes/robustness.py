@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gradaug_hf.data import UnreadableImageError
-from gradaug_hf.evaluation.comparison import (
+from gradaug_hf.data.loading import UnreadableImageError
+from gradaug_hf.experiments.evaluation.comparison import (
     Evaluation,
     EvaluationArguments,
     join_processes,
@@ -27,9 +27,9 @@ from gradaug_hf.evaluation.comparison import (
     short_names,
     topk_hits,
 )
-from gradaug_hf.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, check_corruptions
-from gradaug_hf.evaluation.measurements import Measurements
-from gradaug_hf.evaluation.robustness import (
+from gradaug_hf.experiments.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, check_corruptions
+from gradaug_hf.experiments.evaluation.measurements import Measurements
+from gradaug_hf.experiments.evaluation.robustness import (
     CLEAN,
     corruption_condition,
     fgsm,
@@ -39,7 +39,7 @@ from gradaug_hf.evaluation.robustness import (
     plot_robustness,
     robustness_table,
 )
-from gradaug_hf.experiment import errors_as_messages
+from gradaug_hf.experiments.run import errors_as_messages
 
 JSON, PLOT = "robustness.json", "robustness.png"
 

@@ -22,22 +22,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gradaug_hf import extract_subnet, make_slimmable, recalibrate_batchnorm, slicing_report
-from gradaug_hf.data import UnreadableImageError, take_images, with_pixels
-from gradaug_hf.evaluation.comparison import (
+from gradaug_hf.data.loading import UnreadableImageError, take_images, with_pixels
+from gradaug_hf.experiments.evaluation.comparison import (
     Evaluation,
     EvaluationArguments,
     join_processes,
     parse_evaluation,
     short_names,
 )
-from gradaug_hf.evaluation.measurements import Measurements
-from gradaug_hf.evaluation.pixels import PixelNetwork, pixel_transform, to_unit
-from gradaug_hf.evaluation.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
-from gradaug_hf.experiment import errors_as_messages
+from gradaug_hf.experiments.evaluation.measurements import Measurements
+from gradaug_hf.experiments.evaluation.pixels import PixelNetwork, pixel_transform, to_unit
+from gradaug_hf.experiments.evaluation.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
+from gradaug_hf.experiments.run import errors_as_messages
 from gradaug_hf.hub.folders import check_new
 from gradaug_hf.hub.networks import image_processor
 from gradaug_hf.hub.subnet_folder import save_subnet
-from gradaug_hf.trainer import CALIBRATION_IMAGES
+from gradaug_hf.trainer.trainer import CALIBRATION_IMAGES
 
 JSON, PLOT = "subnet_widths.json", "subnet_widths.png"
 # The mean of the variances of batches depends on their size.

@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from gradaug_hf.data import UnreadableImageError, decode
-from gradaug_hf.resuming.seeded_data import DatasetWrapper
+from gradaug_hf.data.loading import UnreadableImageError, decode
+from gradaug_hf.data.seeded import DatasetWrapper
 
 # Images in a row that cannot be decoded, after which something else is wrong than some of the images.
 MOST_IN_A_ROW = 100

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gradaug_hf.randomness import random_states_kept, seed_everything
+from gradaug_hf.utils.randomness import random_states_kept, seed_everything
 
 
 class _Seeds:

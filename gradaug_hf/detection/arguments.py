@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from gradaug_hf.arguments import given_settings
-from gradaug_hf.config import GradAugConfig
 from gradaug_hf.detection.detector import DETECTORS
+from gradaug_hf.experiments.arguments import given_settings
+from gradaug_hf.trainer.config import GradAugConfig
 
 
 @dataclass

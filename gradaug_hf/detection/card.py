@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from gradaug_hf.detection.detector import DetectorConfig
 from gradaug_hf.detection.evaluation import precision_table
-from gradaug_hf.history import Evaluation
-from gradaug_hf.hub.model_card import CARD, GENERATED, may_be_written
+from gradaug_hf.reports.history import Evaluation
+from gradaug_hf.reports.model_card import CARD, GENERATED, may_be_written
 
 NAMES = {"mask_rcnn": "Mask R-CNN", "faster_rcnn": "Faster R-CNN"}
 TEMPLATE = """---

@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from gradaug_hf.tables import markdown_table
+from gradaug_hf.utils.tables import markdown_table
 
 # The first of COCO's twelve figures.
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")

@@ -10,20 +10,20 @@ from typing import Any
 
 from transformers import set_seed
 
-from gradaug_hf.config import GradAugConfig
+from gradaug_hf.data.seeded import SeededDataset
 from gradaug_hf.detection.arguments import DetectionArguments, parse
 from gradaug_hf.detection.coco import CocoImages, find_images
 from gradaug_hf.detection.detector import Detector, create_detector
 from gradaug_hf.detection.evaluation import precision_table
 from gradaug_hf.detection.trainer import DetectionTrainer
-from gradaug_hf.experiment import FAULTS, SETTINGS, RecipeTrainer, complete_config, errors_as_messages
+from gradaug_hf.experiments.memory import PeakMemory
+from gradaug_hf.experiments.results import RESULTS, run_context
+from gradaug_hf.experiments.run import FAULTS, SETTINGS, RecipeTrainer, complete_config, errors_as_messages
 from gradaug_hf.hub.pushing import PushError
-from gradaug_hf.launch import process_state
-from gradaug_hf.memory import PeakMemory
-from gradaug_hf.results import RESULTS, run_context
-from gradaug_hf.resuming.checkpoints import ResumeError
-from gradaug_hf.resuming.seeded_data import SeededDataset
-from gradaug_hf.threads import use_all_cores
+from gradaug_hf.trainer.checkpoints import ResumeError
+from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.utils.launch import process_state
+from gradaug_hf.utils.threads import use_all_cores
 
 DETECTIONS = "detections.json"
 # Of a new detector; a trained one brings its own.

@@ -13,18 +13,18 @@ from torch.utils.data import DataLoader
 from transformers import DataCollator, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from gradaug_hf.checks import check_checkpointing
 from gradaug_hf.detection.card import write_detector_card
 from gradaug_hf.detection.coco import CocoImages, collate
 from gradaug_hf.detection.detector import Detector, padded
 from gradaug_hf.detection.evaluation import as_coco_results, average_precision
-from gradaug_hf.history import at_step
-from gradaug_hf.objective import GradAug, Pass
-from gradaug_hf.resolutions import ResolutionTrial, default_resolutions
+from gradaug_hf.objective.objective import GradAug, Pass
+from gradaug_hf.objective.resolutions import ResolutionTrial, default_resolutions
+from gradaug_hf.objective.sampling import Subnet
+from gradaug_hf.reports.history import at_step
 from gradaug_hf.slimming import slicing_report
 from gradaug_hf.slimming.patching import is_slimmable
-from gradaug_hf.subnets import Subnet
-from gradaug_hf.trainer import IMAGES, LABELS, GradAugTrainer
+from gradaug_hf.trainer.checks import check_checkpointing
+from gradaug_hf.trainer.trainer import IMAGES, LABELS, GradAugTrainer
 
 # Settings of GradAugConfig that are about classes, and the only value that they can have here.
 ABOUT_CLASSES = {

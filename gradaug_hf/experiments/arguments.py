@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from gradaug_hf.config import GradAugConfig
-from gradaug_hf.methods import METHODS
-from gradaug_hf.presets import PRESETS, preset_settings
+from gradaug_hf.experiments.methods import METHODS
+from gradaug_hf.experiments.presets import PRESETS, preset_settings
+from gradaug_hf.trainer.config import GradAugConfig
 
 FILE_ENDINGS = (".yaml", ".yml", ".json")
 # What a recipe, method or preset sets gives way to the other setting, on the left, that says the same in its own way.

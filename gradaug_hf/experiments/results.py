@@ -1,4 +1,4 @@
-"""Results of training runs: table and JSON; `python -m gradaug_hf.results DIR...` compares finished ones."""
+"""Results of training runs: table and JSON; `python -m gradaug_hf.experiments.results DIR...` compares runs."""
 
 import json
 import statistics
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from gradaug_hf.environment import device_name, public_command, versions
-from gradaug_hf.plots import NEEDS_MATPLOTLIB, plot_comparison
-from gradaug_hf.tables import markdown_table
+from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, plot_comparison
+from gradaug_hf.utils.environment import device_name, public_command, versions
+from gradaug_hf.utils.tables import markdown_table
 
 RESULTS = "results.json"
 
@@ -181,7 +181,9 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare finished runs, as the command line says."""
-    parser = ArgumentParser(prog="python -m gradaug_hf.results", description="Compare runs by their results.json.")
+    parser = ArgumentParser(
+        prog="python -m gradaug_hf.experiments.results", description="Compare runs by their results.json."
+    )
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="output folder of a run")
     parser.add_argument("--plot", type=Path, default=Path("results.png"), help="PNG file to write")
     args = parser.parse_args(argv)

@@ -20,9 +20,8 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
-from gradaug_hf.arguments import ExperimentArguments, parse
-from gradaug_hf.config import GradAugConfig
-from gradaug_hf.data import (
+from gradaug_hf.data.bad_images import SkippingDataset, readable_images
+from gradaug_hf.data.loading import (
     SHUFFLE_BUFFER,
     Transform,
     UnreadableImageError,
@@ -34,6 +33,11 @@ from gradaug_hf.data import (
     take_images,
     with_pixels,
 )
+from gradaug_hf.data.seeded import SeededDataset, SeededStream
+from gradaug_hf.experiments.arguments import ExperimentArguments, parse
+from gradaug_hf.experiments.memory import PeakMemory
+from gradaug_hf.experiments.methods import NETWORK_ARGUMENTS, check_method
+from gradaug_hf.experiments.results import RESULTS, Result, results_table, save_results, widths_table
 from gradaug_hf.hub.networks import (
     accepted_arguments,
     create_network,
@@ -44,18 +48,14 @@ from gradaug_hf.hub.networks import (
 )
 from gradaug_hf.hub.preprocessing import as_its_pipeline, image_processor_of
 from gradaug_hf.hub.pushing import PushError
-from gradaug_hf.launch import process_state
-from gradaug_hf.memory import PeakMemory
-from gradaug_hf.methods import NETWORK_ARGUMENTS, check_method
-from gradaug_hf.metrics import topk_accuracy
-from gradaug_hf.results import RESULTS, Result, results_table, save_results, widths_table
-from gradaug_hf.resuming.bad_images import SkippingDataset, readable_images
-from gradaug_hf.resuming.checkpoints import CheckpointError, ResumeError
-from gradaug_hf.resuming.loss_watch import NonFiniteLossError
-from gradaug_hf.resuming.seeded_data import SeededDataset, SeededStream
-from gradaug_hf.threads import use_all_cores
-from gradaug_hf.trainer import GradAugTrainer
-from gradaug_hf.transforms import RandomQuarterTurn
+from gradaug_hf.objective.transforms import RandomQuarterTurn
+from gradaug_hf.trainer.checkpoints import CheckpointError, ResumeError
+from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.trainer.loss_watch import NonFiniteLossError
+from gradaug_hf.trainer.metrics import topk_accuracy
+from gradaug_hf.trainer.trainer import GradAugTrainer
+from gradaug_hf.utils.launch import process_state
+from gradaug_hf.utils.threads import use_all_cores
 
 # The paper's optimiser and schedule, and what a run shows and keeps.
 SETTINGS = {

@@ -1,4 +1,4 @@
-"""Many training runs, one process each: `python -m gradaug_hf.runs PLAN.yaml` trains and compares what a plan lists.
+"""Many training runs, one process each: `python -m gradaug_hf.experiments.sweep PLAN.yaml` trains what a plan lists.
 
 Every run has a folder of its own. Started again, finished runs are skipped, and one that was interrupted goes on from
 its last checkpoint.
@@ -18,10 +18,10 @@ from typing import Any
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
-from gradaug_hf.arguments import as_flags
-from gradaug_hf.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
-from gradaug_hf.results import RESULTS, Result, load_runs, spread
-from gradaug_hf.tables import markdown_table
+from gradaug_hf.experiments.arguments import as_flags
+from gradaug_hf.experiments.results import RESULTS, Result, load_runs, spread
+from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
+from gradaug_hf.utils.tables import markdown_table
 
 SETTINGS, LOG = "settings.json", "log.txt"
 SUMMARY, TABLE, PLOT = "summary.json", "table.md", "summary.png"
@@ -302,7 +302,7 @@ def plot_summary(records: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train and compare what a plan lists, as the command line says."""
-    parser = ArgumentParser(prog="python -m gradaug_hf.runs", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m gradaug_hf.experiments.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("plan", type=Path, help="YAML or JSON file with recipe, rows, seeds, settings and columns")
     parser.add_argument("--output_dir", type=Path, help="folder of all runs; default: outputs/ and the plan's name")
     parser.add_argument("--launch", default=LAUNCH, help=f"command that starts the recipe; default: {LAUNCH}")

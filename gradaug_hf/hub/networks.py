@@ -24,7 +24,7 @@ from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageCl
 from transformers.image_processing_utils import BaseImageProcessor
 
 from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
-from gradaug_hf.resuming.checkpoints import read_json, weight_shapes
+from gradaug_hf.trainer.checkpoints import read_json, weight_shapes
 
 CONFIG = "config.json"
 # Characters that are shown of a long list of tensors.

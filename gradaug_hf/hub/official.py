@@ -1,6 +1,6 @@
 """Turns weights that the paper's own code trained into a checkpoint folder of timm.
 
-python -m gradaug_hf.convert_official FILE.pth.tar --arch resnet50 --output DIR
+python -m gradaug_hf.hub.official FILE.pth.tar --arch resnet50 --output DIR
 
 A ResNet-110 becomes the network that was trained: the paper's code multiplies the residuals by their survival
 probability when it tests, although its full network never drops a block while training.
@@ -174,7 +174,7 @@ def convert_file(file: Path, arch: str, output: Path) -> nn.Module:
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert a checkpoint, as the command line says."""
     parser = ArgumentParser(
-        prog="python -m gradaug_hf.convert_official",
+        prog="python -m gradaug_hf.hub.official",
         description="Turn weights that the paper's own code trained into a checkpoint folder of timm.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint of the paper's code, such as x.pth.tar")

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torchvision.transforms import v2
 
-from gradaug_hf.randomness import seeded
+from gradaug_hf.utils.randomness import seeded
 
 
 class BatchMixer:

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradaug_hf.depth import make_droppable
-from gradaug_hf.losses import check_logits, cross_entropy, soft_target_divergence
-from gradaug_hf.resolutions import default_resolutions
+from gradaug_hf.objective.losses import check_logits, cross_entropy, soft_target_divergence
+from gradaug_hf.objective.resolutions import default_resolutions
+from gradaug_hf.objective.sampling import Subnet, SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.objective.transforms import ImageTransform, check_images, transform_for_subnet
 from gradaug_hf.slimming import make_slimmable, subnet_pass
+from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
-from gradaug_hf.subnets import Subnet, SubnetSampler, drops_blocks, drops_channels
-from gradaug_hf.transforms import ImageTransform, check_images, transform_for_subnet
 
 SUBNET_TARGETS = ("soft", "label")
 
@@ -217,7 +217,7 @@ class GradAug:
         if subnet.survival < 1 and not num_blocks:
             raise ValueError(
                 f"a sub-network has survival {subnet.survival!r}, but no block of {type(self.model).__name__} can be "
-                "dropped: call gradaug_hf.depth.make_droppable(model) first"
+                "dropped: call gradaug_hf.slimming.depth.make_droppable(model) first"
             )
         return subnet.dropped_blocks(num_blocks)
 

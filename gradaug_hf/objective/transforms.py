@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradaug_hf.randomness import seeded
-from gradaug_hf.subnets import Subnet
+from gradaug_hf.objective.sampling import Subnet
+from gradaug_hf.utils.randomness import seeded
 
 ImageTransform = Callable[[Tensor], Tensor]
 

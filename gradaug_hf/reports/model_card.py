@@ -14,15 +14,15 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, StrictUndefined
 
-from gradaug_hf.environment import device_name, launched_script, public_command, versions
-from gradaug_hf.history import LOSS, Evaluation, at_step, shares, title
 from gradaug_hf.hub.configs import CONFIG, PREPROCESSOR, timm_network
-from gradaug_hf.plots import CURVES, PLOTS, SUBNETS, WIDTHS
-from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
-from gradaug_hf.tables import markdown_table
+from gradaug_hf.objective.sampling import SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.reports.history import LOSS, Evaluation, at_step, shares, title
+from gradaug_hf.reports.plots import CURVES, PLOTS, SUBNETS, WIDTHS
+from gradaug_hf.utils.environment import device_name, launched_script, public_command, versions
+from gradaug_hf.utils.tables import markdown_table
 
 if TYPE_CHECKING:
-    from gradaug_hf.trainer import GradAugTrainer
+    from gradaug_hf.trainer.trainer import GradAugTrainer
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_suffix(".md")

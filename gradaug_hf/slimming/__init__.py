@@ -1,8 +1,8 @@
 """Width slicing of networks at run time (slimmable networks, arXiv 1903.05134), with an unchanged state dict."""
 
+from gradaug_hf.slimming.analysis.layers import register_layer
 from gradaug_hf.slimming.calibration import recalibrate_batchnorm
 from gradaug_hf.slimming.extraction import extract_subnet
-from gradaug_hf.slimming.layers import register_layer
 from gradaug_hf.slimming.meta import meta_copy
 from gradaug_hf.slimming.patching import at_width, set_width, subnet_pass
 from gradaug_hf.slimming.report import SlicingReport

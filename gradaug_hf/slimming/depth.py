@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gradaug_hf.randomness import seeded
 from gradaug_hf.slimming.meta import HOOKS, example_images, example_sizes, meta_copy
 from gradaug_hf.slimming.patching import WidthState, patch, slices_of, unpatch
 from gradaug_hf.slimming.shortcuts import Shortcut, run_shortcut
+from gradaug_hf.utils.randomness import seeded
 
 DROP_PATH = re.compile(r"(.*_)?drop_path\d*")
 # Sides in pixels at which blocks are tried first: small, but more than one position in the last stage.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from gradaug_hf.slimming.patching import unpatch
-from gradaug_hf.sync_batchnorm import run_without_gpu
+from gradaug_hf.slimming.sync_batchnorm import run_without_gpu
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -6,10 +6,10 @@ from math import prod
 
 from torch import nn
 
-from gradaug_hf.slimming.axes import Unit, iter_units
+from gradaug_hf.slimming.analysis.axes import Unit, iter_units
+from gradaug_hf.slimming.analysis.planning import Plan
+from gradaug_hf.slimming.analysis.tracing import Axes, Trace
 from gradaug_hf.slimming.patterns import Pattern, Width, is_sliced, pattern_size
-from gradaug_hf.slimming.planning import Plan
-from gradaug_hf.slimming.tracing import Axes, Trace
 
 
 @dataclass(frozen=True)

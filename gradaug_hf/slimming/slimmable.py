@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from gradaug_hf.slimming.handlers import find_handler
+from gradaug_hf.slimming.analysis.handlers import find_handler
+from gradaug_hf.slimming.analysis.planning import Plan
+from gradaug_hf.slimming.analysis.proof import prove
+from gradaug_hf.slimming.analysis.tracing import Trace
 from gradaug_hf.slimming.meta import example_images, example_sizes, meta_copy
 from gradaug_hf.slimming.patching import WidthState, patch, shortcuts_of, unpatch, width_state
 from gradaug_hf.slimming.patterns import Width
-from gradaug_hf.slimming.planning import Plan
-from gradaug_hf.slimming.proof import prove
 from gradaug_hf.slimming.report import SlicingReport, make_report
-from gradaug_hf.slimming.tracing import Trace
 
 # Two images, so that a batch norm over one position still has something to normalise.
 TRACED_BATCH = 2

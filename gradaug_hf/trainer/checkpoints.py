@@ -17,7 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from gradaug_hf.config import GradAugConfig
+from gradaug_hf.trainer.config import GradAugConfig
 
 STATE = "gradaug_state.json"
 # Starts the name of a folder in which a checkpoint is being written. Nothing takes it for a checkpoint, and what

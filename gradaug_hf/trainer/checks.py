@@ -11,8 +11,8 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel
 
-from gradaug_hf.config import GradAugConfig
-from gradaug_hf.losses import check_labels
+from gradaug_hf.objective.losses import check_labels
+from gradaug_hf.trainer.config import GradAugConfig
 
 
 def check_output_dir(args: GradAugConfig) -> None:

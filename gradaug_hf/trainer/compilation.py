@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from gradaug_hf.config import GradAugConfig
-from gradaug_hf.resolutions import default_resolutions
-from gradaug_hf.subnets import SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.objective.resolutions import default_resolutions
+from gradaug_hf.objective.sampling import SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.trainer.config import GradAugConfig
 
 
 def compile_statically(accelerator: Accelerator) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from gradaug_hf.launch import check_processes, meets_on_cpu
-from gradaug_hf.objective import SUBNET_TARGETS
-from gradaug_hf.subnets import SubnetSampler
+from gradaug_hf.objective.objective import SUBNET_TARGETS
+from gradaug_hf.objective.sampling import SubnetSampler
+from gradaug_hf.utils.launch import check_processes, meets_on_cpu
 
 SUBNET_BACKWARDS = ("sequential", "joint")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradaug_hf.subnets import Subnet
+from gradaug_hf.objective.sampling import Subnet
 
 
 class NonFiniteLossError(ArithmeticError):

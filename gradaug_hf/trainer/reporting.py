@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import Trainer
 
-from gradaug_hf.history import Evaluation, evaluations
-from gradaug_hf.hub.model_card import CARD, may_be_written, write_model_card
-from gradaug_hf.plots import NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
+from gradaug_hf.reports.history import Evaluation, evaluations
+from gradaug_hf.reports.model_card import CARD, may_be_written, write_model_card
+from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
 
 
 class ReportingTrainer(Trainer):

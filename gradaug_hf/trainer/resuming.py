@@ -18,8 +18,8 @@ from transformers.trainer_utils import (
     rotate_checkpoints,
 )
 
-from gradaug_hf.metrics import RunningMeans
-from gradaug_hf.resuming.checkpoints import (
+from gradaug_hf.data.seeded import EpochCallback
+from gradaug_hf.trainer.checkpoints import (
     ResumeError,
     check_settings,
     check_weights,
@@ -32,9 +32,9 @@ from gradaug_hf.resuming.checkpoints import (
     write_state,
     written_whole,
 )
-from gradaug_hf.resuming.interruption import Interruption, ends_epoch
-from gradaug_hf.resuming.loss_watch import LossWatch, NonFiniteLossError
-from gradaug_hf.resuming.seeded_data import EpochCallback
+from gradaug_hf.trainer.interruption import Interruption, ends_epoch
+from gradaug_hf.trainer.loss_watch import LossWatch, NonFiniteLossError
+from gradaug_hf.trainer.metrics import RunningMeans
 
 
 class ResumableTrainer(Trainer):

@@ -18,16 +18,6 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
-from gradaug_hf.checks import (
-    LabelCheckingCollator,
-    check_checkpointing,
-    check_launch,
-    check_output_dir,
-    check_sharding,
-)
-from gradaug_hf.compilation import check_compilable, compile_statically, compiling
-from gradaug_hf.config import GradAugConfig, as_gradaug_config
-from gradaug_hf.depth import make_droppable
 from gradaug_hf.hub.configs import (
     label_names,
     plain_state,
@@ -37,19 +27,29 @@ from gradaug_hf.hub.configs import (
 )
 from gradaug_hf.hub.networks import image_processor, load_checkpoint
 from gradaug_hf.hub.pushing import PushingTrainer
-from gradaug_hf.losses import cross_entropy
-from gradaug_hf.mixing import BatchMixer
-from gradaug_hf.objective import GradAug, Pass, logits_of
-from gradaug_hf.plots import IMAGES_SHOWN, SeenBatch
-from gradaug_hf.randomness import random_states_kept
-from gradaug_hf.reporting import ReportingTrainer
-from gradaug_hf.resolutions import ResolutionTrial
-from gradaug_hf.resuming.trainer import ResumableTrainer
+from gradaug_hf.objective.losses import cross_entropy
+from gradaug_hf.objective.mixing import BatchMixer
+from gradaug_hf.objective.objective import GradAug, Pass, logits_of
+from gradaug_hf.objective.resolutions import ResolutionTrial
+from gradaug_hf.objective.sampling import Subnet, SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.objective.transforms import ImageTransform
+from gradaug_hf.reports.plots import IMAGES_SHOWN, SeenBatch
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
+from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
-from gradaug_hf.subnets import Subnet, SubnetSampler, drops_blocks, drops_channels
-from gradaug_hf.sync_batchnorm import synchronise_batchnorm
-from gradaug_hf.transforms import ImageTransform
+from gradaug_hf.slimming.sync_batchnorm import synchronise_batchnorm
+from gradaug_hf.trainer.checks import (
+    LabelCheckingCollator,
+    check_checkpointing,
+    check_launch,
+    check_output_dir,
+    check_sharding,
+)
+from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
+from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
+from gradaug_hf.trainer.reporting import ReportingTrainer
+from gradaug_hf.trainer.resuming import ResumableTrainer
+from gradaug_hf.utils.randomness import random_states_kept
 
 logger = logging.get_logger(__name__)
 

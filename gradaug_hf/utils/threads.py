@@ -5,7 +5,7 @@ import os
 import psutil
 import torch
 
-from gradaug_hf.launch import process_state
+from gradaug_hf.utils.launch import process_state
 
 # Set by accelerate's and torch's launchers.
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE")

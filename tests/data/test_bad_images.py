@@ -3,9 +3,9 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from gradaug_hf.data import UnreadableImageError, cifar_transform, with_pixels
-from gradaug_hf.resuming.bad_images import SkippingDataset, readable_images
-from tests.small_training import images
+from gradaug_hf.data.bad_images import SkippingDataset, readable_images
+from gradaug_hf.data.loading import UnreadableImageError, cifar_transform, with_pixels
+from tests.helpers.small_training import images
 
 
 def with_bad_images(rows: list[int], count: int = 12) -> Dataset:

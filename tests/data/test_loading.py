@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
-from gradaug_hf.data import (
+from gradaug_hf.data.loading import (
     balanced_subset,
     cifar_transform,
     class_names,

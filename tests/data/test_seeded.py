@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from gradaug_hf.resuming.seeded_data import SeededDataset, SeededStream
+from gradaug_hf.data.seeded import SeededDataset, SeededStream
 
 
 def draws() -> list[float]:

@@ -13,7 +13,7 @@ from gradaug_hf import GradAugConfig, Subnet, SubnetSampler
 from gradaug_hf.detection.coco import CocoImages, collate
 from gradaug_hf.detection.detector import Detector
 from gradaug_hf.detection.trainer import DetectionGradAug, DetectionTrainer
-from gradaug_hf.transforms import RandomQuarterTurn
+from gradaug_hf.objective.transforms import RandomQuarterTurn
 from tests.detection.conftest import HEIGHT, WIDTH
 from tests.detection.test_detector import make_detector
 from tests.detection.test_evaluation import by_hand

@@ -1,6 +1,6 @@
 import pytest
 
-from gradaug_hf.cost import relative_cost
+from gradaug_hf.experiments.cost import relative_cost
 
 
 @pytest.mark.parametrize(

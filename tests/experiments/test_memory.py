@@ -2,7 +2,7 @@ import psutil
 import pytest
 import torch
 
-from gradaug_hf.memory import PeakMemory
+from gradaug_hf.experiments.memory import PeakMemory
 
 MEBIBYTE = 2**20
 

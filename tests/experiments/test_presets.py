@@ -2,13 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from gradaug_hf.arguments import parse
-from gradaug_hf.config import GradAugConfig
-from gradaug_hf.experiment import SETTINGS
-from gradaug_hf.methods import METHODS
-from gradaug_hf.presets import computes_bfloat16, preset_settings
-from gradaug_hf.trainer import GradAugTrainer
-from tests.residual_network import make_network
+from gradaug_hf.experiments.arguments import parse
+from gradaug_hf.experiments.methods import METHODS
+from gradaug_hf.experiments.presets import computes_bfloat16, preset_settings
+from gradaug_hf.experiments.run import SETTINGS
+from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.trainer.trainer import GradAugTrainer
+from tests.helpers.residual_network import make_network
 
 
 def parsed(flags: str, **settings) -> dict:

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 
-from gradaug_hf.results import Result, load_runs, main, results_table, save_results
+from gradaug_hf.experiments.results import Result, load_runs, main, results_table, save_results
 
 PLAIN = Result("plain", 0.87654, 0.99, 160, 12.34, 800.4, [(80, 0.5), (160, 0.87654)])
 GRADAUG = Result("gradaug", 0.9, 1.0, 160, 34.0, 812.6, [(80, 0.4), (160, 0.9)])
@@ -107,5 +107,5 @@ def test_two_runs_of_one_seed_are_refused(tmp_path, capsys):
 
 
 def test_the_command_line_starts_without_a_warning():
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "gradaug_hf.results", "--help"]
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "gradaug_hf.experiments.results", "--help"]
     assert "results.json" in subprocess.run(command, check=True, capture_output=True, text=True).stdout

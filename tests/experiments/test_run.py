@@ -7,12 +7,12 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from gradaug_hf import GradAugConfig
-from gradaug_hf.arguments import ExperimentArguments, parse
-from gradaug_hf.experiment import SETTINGS, RecipeTrainer, complete, make_trainer
+from gradaug_hf.experiments.arguments import ExperimentArguments, parse
+from gradaug_hf.experiments.run import SETTINGS, RecipeTrainer, complete, make_trainer
 from gradaug_hf.hub.networks import create_network
 from recipes.cifar_wideresnet import RECIPE
 from recipes.imagenet_resnet50 import initialise
-from tests.checkpoints import save_images
+from tests.helpers.checkpoints import save_images
 
 
 def trainer_of(tmp_path, lr_drops: list[float] = (), **settings) -> RecipeTrainer:

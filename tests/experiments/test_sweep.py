@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradaug_hf.runs import Plan, flag_settings, main, read_plan, summary_table, train_all
+from gradaug_hf.experiments.sweep import Plan, flag_settings, main, read_plan, summary_table, train_all
 
 # Stands for a recipe: writes down that it ran, and results that follow from its flags.
 RECIPE = """
@@ -162,7 +162,7 @@ def test_file_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_the_ablation_of_the_recipes_is_a_plan():
-    plan = read_plan(Path(__file__).parents[1] / "recipes" / "ablation.yaml")
+    plan = read_plan(Path(__file__).parents[2] / "recipes" / "ablation.yaml")
     assert len(plan.runs()) == len(plan.rows) * len(plan.seeds)
     assert next(iter(plan.rows)) == "baseline"
 

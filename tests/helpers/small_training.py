@@ -18,8 +18,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.data import cifar_transform, with_pixels
-from gradaug_hf.resuming.seeded_data import SeededDataset, SeededStream
+from gradaug_hf.data.loading import cifar_transform, with_pixels
+from gradaug_hf.data.seeded import SeededDataset, SeededStream
 
 END = "end.json"
 STEPS = 9

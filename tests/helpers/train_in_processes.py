@@ -1,6 +1,6 @@
 """Trains small networks for a few steps; every process writes its gradients, weights and draws.
 
-accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/train_in_processes.py FOLDER
+accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/helpers/train_in_processes.py FOLDER
 
 FOLDER/runs.json holds, by the name of a run, its network and its flags.
 """
@@ -20,9 +20,9 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import HfArgumentParser, TrainerCallback, default_data_collator
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.subnets import SubnetSampler
-from gradaug_hf.transforms import RandomQuarterTurn
-from tests import residual_network
+from gradaug_hf.objective.sampling import SubnetSampler
+from gradaug_hf.objective.transforms import RandomQuarterTurn
+from tests.helpers import residual_network
 
 
 class CountReductions(TrainerCallback):

@@ -1,6 +1,7 @@
 """Trains a small network for a few steps in each process, with DeepSpeed if a stage of ZeRO is given.
 
-python -m torch.distributed.run --standalone --nproc_per_node 2 tests/train_with_deepspeed.py FOLDER BACKWARD [STAGE]
+python -m torch.distributed.run --standalone --nproc_per_node 2 tests/helpers/train_with_deepspeed.py FOLDER BACKWARD
+    [STAGE]
 
 BACKWARD is joint or sequential.
 """

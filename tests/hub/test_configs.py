@@ -23,10 +23,10 @@ from transformers import TimmWrapperForImageClassification as TimmWrapper
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.data import imagenet_transform
+from gradaug_hf.data.loading import imagenet_transform
 from gradaug_hf.hub.configs import label_names, plain_state, save_configs, timm_network, why_not_rebuilt
 from gradaug_hf.hub.preprocessing import as_its_pipeline, image_processor_of
-from gradaug_hf.resuming.checkpoints import ResumeError, weight_shapes
+from gradaug_hf.trainer.checkpoints import ResumeError, weight_shapes
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
@@ -397,7 +397,7 @@ def test_an_argument_that_is_no_json_is_named():
 
 def test_a_network_of_transformers_without_an_image_processor_is_said_to_lack_it(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("gradaug_hf.trainer.logger.warning_once", said.append)
+    monkeypatch.setattr("gradaug_hf.trainer.trainer.logger.warning_once", said.append)
     trained(resnet(), tmp_path / "with", processing_class=ViTImageProcessor())
     assert not said
     trained(resnet(), tmp_path / "without")

@@ -16,7 +16,7 @@ from gradaug_hf.hub.networks import (
     load_checkpoint,
     load_network,
 )
-from tests.hub_server import HubServer, Repository
+from tests.helpers.hub_server import HubServer, Repository
 
 
 class Bomb:

@@ -17,7 +17,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from gradaug_hf import convert_official, make_slimmable
-from gradaug_hf.convert_official import main
+from gradaug_hf.hub.official import main
 from gradaug_hf.slimming import subnet_pass
 
 

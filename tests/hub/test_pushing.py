@@ -27,8 +27,8 @@ from transformers import TimmWrapperForImageClassification as TimmWrapper
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
 from gradaug_hf.hub.pushing import PushError
-from gradaug_hf.resuming.checkpoints import written_whole
-from tests.hub_server import HubServer
+from gradaug_hf.trainer.checkpoints import written_whole
+from tests.helpers.hub_server import HubServer
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 TOKEN = "hf_mine"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradaug_hf import at_width, make_slimmable, slicing_report
 from gradaug_hf.models.cifar import CifarNetwork
-from tests.slimming.oracle import kept_entries, randomised, relative_error, zeroed
+from tests.helpers.oracle import kept_entries, randomised, relative_error, zeroed
 
 NAMES = ["wrn16_2", "resnet20_cifar", "pyramidnet110_a48"]
 LONG = ["pyramidnet110_a48", "resnet110_cifar", "pyramidnet200_a240"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gradaug_hf import at_width, extract_subnet, make_slimmable, slicing_report
 from gradaug_hf.models import PyramidNet
-from tests.slimming.oracle import kept_entries, randomised, relative_error, zeroed
+from tests.helpers.oracle import kept_entries, randomised, relative_error, zeroed
 
 
 @pytest.mark.parametrize(

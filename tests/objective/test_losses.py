@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from gradaug_hf.losses import check_labels, cross_entropy, soft_target_divergence
+from gradaug_hf.objective.losses import check_labels, cross_entropy, soft_target_divergence
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.25, 3.0]], dtype=torch.float64)
 

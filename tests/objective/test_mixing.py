@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gradaug_hf.mixing import BatchMixer
+from gradaug_hf.objective.mixing import BatchMixer
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from gradaug_hf.objective import GradAug, logits_of
+from gradaug_hf.objective.objective import GradAug, logits_of
+from gradaug_hf.objective.sampling import Subnet
 from gradaug_hf.slimming import make_slimmable
-from gradaug_hf.subnets import Subnet
-from tests.residual_network import (
+from tests.helpers.residual_network import (
     CLASSES,
     gradients_by_hand,
     make_network,

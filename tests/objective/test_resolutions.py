@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from gradaug_hf.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint
+from gradaug_hf.objective.resolutions import ResolutionTrial, default_resolutions, dynamic_size_hint
 
 
 class MultiplesOf8(nn.Module):

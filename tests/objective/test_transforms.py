@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from gradaug_hf.subnets import Subnet
-from gradaug_hf.transforms import RandomQuarterTurn, resize, transform_for_subnet
-from tests.residual_network import resize_by_hand
+from gradaug_hf.objective.sampling import Subnet
+from gradaug_hf.objective.transforms import RandomQuarterTurn, resize, transform_for_subnet
+from tests.helpers.residual_network import resize_by_hand
 
 
 @pytest.mark.parametrize("side", [5, 12, 20])

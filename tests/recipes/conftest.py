@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from timm.models import build_model_with_cfg, register_model
 
-from gradaug_hf.experiment import Recipe, run
+from gradaug_hf.experiments.run import Recipe, run
 from gradaug_hf.models.pyramidnet import PyramidNet
 
 QUICK = (

@@ -9,7 +9,7 @@ import pytest
 from gradaug_hf.detection.arguments import parse
 from gradaug_hf.detection.detector import Detector
 from gradaug_hf.detection.experiment import run
-from gradaug_hf.experiment import SETTINGS
+from gradaug_hf.experiments.run import SETTINGS
 from recipes import coco_maskrcnn
 from tests.detection.conftest import content, write_coco  # noqa: F401  (fixtures)
 from tests.detection.test_detector import classifier  # noqa: F401  (fixture)

@@ -7,8 +7,8 @@ import torch
 from huggingface_hub import HfApi
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from gradaug_hf.experiments.results import RESULTS
 from gradaug_hf.hub.networks import load_checkpoint
-from gradaug_hf.results import RESULTS
 from recipes import cifar_wideresnet
 
 TOKEN = "hf_onlyHere"

@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, pipeline
 
-from gradaug_hf.arguments import parse
-from gradaug_hf.data import cifar_transform, load_image_data, with_pixels
-from gradaug_hf.experiment import SETTINGS, Recipe
+from gradaug_hf.data.loading import cifar_transform, load_image_data, with_pixels
+from gradaug_hf.experiments.arguments import parse
+from gradaug_hf.experiments.methods import METHODS
+from gradaug_hf.experiments.run import SETTINGS, Recipe
 from gradaug_hf.hub.configs import save_configs
 from gradaug_hf.hub.preprocessing import as_its_pipeline
-from gradaug_hf.methods import METHODS
 from recipes import cifar_pyramidnet, cifar_resnet110_depth, cifar_wideresnet, imagenet_resnet50
 from tests.recipes.conftest import QUICK, TRAINING_IMAGES
 

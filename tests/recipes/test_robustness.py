@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 
-from gradaug_hf.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from gradaug_hf.evaluation.measurements import Measurements
+from gradaug_hf.experiments.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from gradaug_hf.experiments.evaluation.measurements import Measurements
 from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
 from recipes.robustness import RobustnessArguments, main
-from tests.checkpoints import save_images, save_network
+from tests.helpers.checkpoints import save_images, save_network
 
 ROOT = Path(__file__).parents[2]
 EPSILONS = (0.01, 0.1)
@@ -33,7 +33,7 @@ def photos(tmp_path_factory) -> str:
 @pytest.fixture
 def run(photos: str, monkeypatch) -> Callable[..., None]:
     """Runs the recipe as its command line does, on one thread: the tests share the cores."""
-    monkeypatch.setattr("gradaug_hf.evaluation.comparison.use_all_cores", lambda: None)
+    monkeypatch.setattr("gradaug_hf.experiments.evaluation.comparison.use_all_cores", lambda: None)
 
     def run_with(*flags: object) -> None:
         shared = ["--dataset_name", photos, "--num_workers", 0, "--epsilon", *EPSILONS]

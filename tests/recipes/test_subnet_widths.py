@@ -10,11 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradaug_hf import at_width, make_slimmable
-from gradaug_hf.evaluation import width_curves
-from gradaug_hf.evaluation.measurements import Measurements
-from gradaug_hf.evaluation.pixels import to_unit
+from gradaug_hf.experiments.evaluation import width_curves
+from gradaug_hf.experiments.evaluation.measurements import Measurements
+from gradaug_hf.experiments.evaluation.pixels import to_unit
 from recipes.subnet_widths import Evaluation, WidthArguments, main, subnet_at
-from tests.checkpoints import save_images, save_network
+from tests.helpers.checkpoints import save_images, save_network
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def photos(tmp_path_factory) -> str:
 @pytest.fixture
 def run(photos: str, monkeypatch) -> Callable[..., None]:
     """Runs the recipe as its command line does, on one thread: the tests share the cores."""
-    monkeypatch.setattr("gradaug_hf.evaluation.comparison.use_all_cores", lambda: None)
+    monkeypatch.setattr("gradaug_hf.experiments.evaluation.comparison.use_all_cores", lambda: None)
 
     def run_with(*flags: object) -> None:
         shared = ["--dataset_name", photos, "--num_workers", 0]

@@ -1,4 +1,4 @@
-from gradaug_hf.history import Evaluation, at_step, evaluations, shares, title, training_log
+from gradaug_hf.reports.history import Evaluation, at_step, evaluations, shares, title, training_log
 
 HISTORY = [
     {"loss": 2.5, "loss_full": 2.3, "loss_subnets": 0.2, "epoch": 1.0, "step": 5},

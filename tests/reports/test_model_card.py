@@ -15,8 +15,8 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from gradaug_hf import GradAugConfig, GradAugTrainer, SubnetSampler
-from gradaug_hf.hub.model_card import CARD, GENERATED
-from gradaug_hf.metrics import topk_accuracy
+from gradaug_hf.reports.model_card import CARD, GENERATED
+from gradaug_hf.trainer.metrics import topk_accuracy
 
 SIDE = 32
 TOKEN = "hf_" + "aB3" * 11

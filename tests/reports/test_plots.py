@@ -8,8 +8,11 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from gradaug_hf.history import evaluations
-from gradaug_hf.plots import (
+from gradaug_hf.experiments.results import Result
+from gradaug_hf.objective.sampling import Subnet
+from gradaug_hf.objective.transforms import RandomQuarterTurn, transform_for_subnet
+from gradaug_hf.reports.history import evaluations
+from gradaug_hf.reports.plots import (
     NEEDS_MATPLOTLIB,
     SeenBatch,
     can_plot,
@@ -19,9 +22,6 @@ from gradaug_hf.plots import (
     plot_curves,
     plot_training,
 )
-from gradaug_hf.results import Result
-from gradaug_hf.subnets import Subnet
-from gradaug_hf.transforms import RandomQuarterTurn, transform_for_subnet
 
 HISTORY = [
     {"loss": 2.5, "loss_full": 2.25, "loss_subnets": 0.25, "epoch": 1.0, "step": 5},

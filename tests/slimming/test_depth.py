@@ -9,9 +9,9 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from gradaug_hf.depth import find_shortcuts, make_droppable
-from gradaug_hf.objective import GradAug
-from gradaug_hf.resolutions import ResolutionTrial
+from gradaug_hf.objective.objective import GradAug
+from gradaug_hf.objective.resolutions import ResolutionTrial
+from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 from gradaug_hf.slimming import (
     at_width,
     extract_subnet,
@@ -20,9 +20,9 @@ from gradaug_hf.slimming import (
     slicing_report,
     subnet_pass,
 )
+from gradaug_hf.slimming.depth import find_shortcuts, make_droppable
 from gradaug_hf.slimming.patching import num_droppable_blocks
-from gradaug_hf.subnets import Subnet, SubnetSampler
-from tests.residual_network import gradients_by_hand, make_network, narrow_forward, resize_by_hand
+from tests.helpers.residual_network import gradients_by_hand, make_network, narrow_forward, resize_by_hand
 
 BLOCKS = ["block1", "block2", "block3"]
 # Networks of timm, each with shortcuts of its own kind, and how many of their residual blocks can be dropped.
@@ -180,7 +180,7 @@ def test_a_network_without_its_blocks_is_the_network_whose_drop_paths_drop(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", json.loads((Path(__file__).parent / "slimming/smallest.json").read_text()).values())
+@pytest.mark.parametrize("name", json.loads((Path(__file__).parent / "smallest.json").read_text()).values())
 @pytest.mark.filterwarnings("ignore:.* are never dropped")
 def test_so_is_the_smallest_network_of_every_module_of_timm(name):
     network = timm.create_model(name, num_classes=5)

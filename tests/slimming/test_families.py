@@ -7,7 +7,7 @@ import timm
 import torch
 
 import gradaug_hf
-from tests.slimming.oracle import kept_entries, randomised, relative_error, zeroed
+from tests.helpers.oracle import kept_entries, randomised, relative_error, zeroed
 
 FAMILIES = [
     "resnet18",

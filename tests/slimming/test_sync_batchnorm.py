@@ -8,11 +8,11 @@ from timm.layers import SyncBatchNormAct, convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradaug_hf.config import GradAugConfig
 from gradaug_hf.slimming import make_slimmable, slicing_report
 from gradaug_hf.slimming.patching import subnet_pass
-from gradaug_hf.sync_batchnorm import CpuSyncBatchNorm, CpuSyncBatchNormAct, synchronise_batchnorm
-from gradaug_hf.trainer import GradAugTrainer
+from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm, CpuSyncBatchNormAct, synchronise_batchnorm
+from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.trainer.trainer import GradAugTrainer
 
 CPU = torch.device("cpu")
 

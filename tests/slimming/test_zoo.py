@@ -13,9 +13,9 @@ import timm
 import torch
 
 import gradaug_hf
-from gradaug_hf.resolutions import ResolutionTrial
-from tests.slimming.oracle import kept_entries, randomised, relative_error, zeroed
-from tests.slimming.outside import Outside
+from gradaug_hf.objective.resolutions import ResolutionTrial
+from tests.helpers.oracle import kept_entries, randomised, relative_error, zeroed
+from tests.helpers.outside import Outside
 
 SMALL = [
     "crossvit_tiny_240",

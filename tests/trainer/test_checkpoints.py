@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from gradaug_hf.resuming.checkpoints import CheckpointError, ResumeError, check_weights
-from tests.small_training import checkpoints, make_trainer
+from gradaug_hf.trainer.checkpoints import CheckpointError, ResumeError, check_weights
+from tests.helpers.small_training import checkpoints, make_trainer
 
 # ---- a disk that is full ----
 

@@ -6,14 +6,14 @@ import torch
 from accelerate.parallelism_config import ParallelismConfig
 from transformers import default_data_collator
 
-from gradaug_hf.checks import (
+from gradaug_hf.trainer.checks import (
     LabelCheckingCollator,
     check_checkpointing,
     check_launch,
     check_output_dir,
     check_sharding,
 )
-from gradaug_hf.config import GradAugConfig
+from gradaug_hf.trainer.config import GradAugConfig
 
 
 @pytest.fixture

@@ -4,12 +4,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
-from gradaug_hf.config import GradAugConfig
-from gradaug_hf.objective import GradAug
+from gradaug_hf.objective.objective import GradAug
+from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 from gradaug_hf.slimming import at_width, make_slimmable
-from gradaug_hf.subnets import Subnet, SubnetSampler
-from gradaug_hf.trainer import GradAugTrainer
-from tests.residual_network import make_network
+from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.trainer.trainer import GradAugTrainer
+from tests.helpers.residual_network import make_network
 
 CPU = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from gradaug_hf.config import GradAugConfig, as_gradaug_config
+from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
 
 OWN_FIELDS = {
     "num_subnets": 3,

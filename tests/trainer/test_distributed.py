@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gradaug_hf.subnets import SubnetSampler
-from tests.residual_network import gradients_by_hand
-from tests.train_in_processes import train, with_batchnorm
+from gradaug_hf.objective.sampling import SubnetSampler
+from tests.helpers.residual_network import gradients_by_hand
+from tests.helpers.train_in_processes import train, with_batchnorm
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = str(ROOT / "tests/train_in_processes.py")
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "tests/helpers/train_in_processes.py")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu_2.yaml"]
 STEPS = 10
 LEARNING_RATE = 0.2
@@ -291,7 +291,7 @@ def test_two_machines_train_like_two_processes_of_one(tmp_path, two_processes):
 
 
 def train_with_deepspeed(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    script = [str(ROOT / "tests/train_with_deepspeed.py"), str(folder), *arguments]
+    script = [str(ROOT / "tests/helpers/train_with_deepspeed.py"), str(folder), *arguments]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
 

@@ -11,7 +11,7 @@ import pytest
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-from tests.small_training import (
+from tests.helpers.small_training import (
     END,
     Slow,
     checkpoints,

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from gradaug_hf.resuming.loss_watch import LossWatch, NonFiniteLossError
-from gradaug_hf.subnets import Subnet
-from tests.small_training import checkpoints, make_trainer
+from gradaug_hf.objective.sampling import Subnet
+from gradaug_hf.trainer.loss_watch import LossWatch, NonFiniteLossError
+from tests.helpers.small_training import checkpoints, make_trainer
 
 
 def losses(*values: float) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
-from gradaug_hf.metrics import RunningMeans, topk_accuracy
+from gradaug_hf.trainer.metrics import RunningMeans, topk_accuracy
 
 
 def test_top1_and_top5_count_the_labels_among_the_largest_logits():

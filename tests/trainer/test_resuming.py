@@ -18,8 +18,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.resuming.checkpoints import ResumeError
-from tests.small_training import END, KillAtStep, checkpoints, end_of, make_trainer, start, status_of, train
+from gradaug_hf.trainer.checkpoints import ResumeError
+from tests.helpers.small_training import END, KillAtStep, checkpoints, end_of, make_trainer, start, status_of, train
 
 CASES = [(0, 1), (0, 2), (2, 1), (2, 2)]
 

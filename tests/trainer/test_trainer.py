@@ -16,13 +16,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from gradaug_hf.config import GradAugConfig
-from gradaug_hf.metrics import topk_accuracy
+from gradaug_hf.objective.sampling import Subnet, SubnetSampler
+from gradaug_hf.objective.transforms import RandomQuarterTurn
 from gradaug_hf.slimming import extract_subnet, make_slimmable, slicing_report
-from gradaug_hf.subnets import Subnet, SubnetSampler
-from gradaug_hf.trainer import GradAugTrainer
-from gradaug_hf.transforms import RandomQuarterTurn
-from tests.residual_network import gradients_by_hand, make_network
+from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.trainer.metrics import topk_accuracy
+from gradaug_hf.trainer.trainer import GradAugTrainer
+from tests.helpers.residual_network import gradients_by_hand, make_network
 
 CPU = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
 

@@ -10,11 +10,11 @@ from transformers import EarlyStoppingCallback, TrainerCallback, ViTConfig, ViTF
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
+from gradaug_hf.objective.sampling import SubnetSampler
 from gradaug_hf.slimming import slicing_report
-from gradaug_hf.subnets import SubnetSampler
-from gradaug_hf.trainer import GradAugTrainer
-from tests.residual_network import gradients_by_hand, make_network
-from tests.test_trainer import NETWORKS, assert_equal, config, rows, weights
+from gradaug_hf.trainer.trainer import GradAugTrainer
+from tests.helpers.residual_network import gradients_by_hand, make_network
+from tests.trainer.test_trainer import NETWORKS, assert_equal, config, rows, weights
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0}
 

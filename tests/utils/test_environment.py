@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gradaug_hf
-from gradaug_hf.environment import device_name, launched_script, public_command, versions
+from gradaug_hf.utils.environment import device_name, launched_script, public_command, versions
 
 TOKEN = "hf_" + "aB3" * 11
 

@@ -6,8 +6,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.launch import RANKS, meets_on_cpu
-from tests.residual_network import make_network
+from gradaug_hf.utils.launch import RANKS, meets_on_cpu
+from tests.helpers.residual_network import make_network
 
 
 @pytest.fixture(autouse=True)

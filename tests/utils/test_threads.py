@@ -3,7 +3,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from gradaug_hf.threads import LAUNCHERS, use_all_cores
+from gradaug_hf.utils.threads import LAUNCHERS, use_all_cores
 
 
 @pytest.mark.skipif(PartialState().device.type != "cpu", reason="cores are shared on machines without an accelerator")

@@ -13,10 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from gradaug_hf.checks import check_writable
-from gradaug_hf.data import class_names, load_image_data, take_images, with_pixels
-from gradaug_hf.evaluation.measurements import Measurements
-from gradaug_hf.evaluation.pixels import (
+from gradaug_hf.data.loading import class_names, load_image_data, take_images, with_pixels
+from gradaug_hf.experiments.evaluation.measurements import Measurements
+from gradaug_hf.experiments.evaluation.pixels import (
     PixelNetwork,
     load_pixel_network,
     native_side,
@@ -24,9 +23,10 @@ from gradaug_hf.evaluation.pixels import (
     to_unit,
     weights_digest,
 )
-from gradaug_hf.experiment import first_on_main_process
-from gradaug_hf.plots import NEEDS_MATPLOTLIB, can_plot
-from gradaug_hf.threads import use_all_cores
+from gradaug_hf.experiments.run import first_on_main_process
+from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot
+from gradaug_hf.trainer.checks import check_writable
+from gradaug_hf.utils.threads import use_all_cores
 
 # Settings on which what is measured does not depend.
 WITHOUT_EFFECT = ("model", "output_dir", "batch_size", "num_workers")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gradaug_hf.randomness import seeded
+from gradaug_hf.utils.randomness import seeded
 
 CORRUPTIONS = (
     *("gaussian_noise", "shot_noise", "impulse_noise"),

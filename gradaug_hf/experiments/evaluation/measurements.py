@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gradaug_hf.results import run_context
+from gradaug_hf.experiments.results import run_context
 
 
 class Measurements:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gradaug_hf.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from gradaug_hf.plots import line_style
-from gradaug_hf.tables import markdown_table
+from gradaug_hf.experiments.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from gradaug_hf.reports.plots import line_style
+from gradaug_hf.utils.tables import markdown_table
 
 CLEAN = "clean"
 Errors = Mapping[str, float]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from gradaug_hf.plots import line_style
-from gradaug_hf.tables import markdown_table
+from gradaug_hf.reports.plots import line_style
+from gradaug_hf.utils.tables import markdown_table
 
 # Seconds for which a network is run to time it.
 TIMED = 1.0

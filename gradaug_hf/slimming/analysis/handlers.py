@@ -7,7 +7,7 @@ import torch
 from timm import layers
 from torch import nn
 
-from gradaug_hf.slimming.axes import (
+from gradaug_hf.slimming.analysis.axes import (
     Axis,
     Unit,
     axis_of,
@@ -21,8 +21,8 @@ from gradaug_hf.slimming.axes import (
     tie,
     unflatten,
 )
-from gradaug_hf.slimming.layers import register_layer
-from gradaug_hf.slimming.tracing import Axes, Call, Product, Trace, refuse, tensors_in
+from gradaug_hf.slimming.analysis.layers import register_layer
+from gradaug_hf.slimming.analysis.tracing import Axes, Call, Product, Trace, refuse, tensors_in
 
 aten = torch.ops.aten
 Handler = Callable[[Trace, Call], None]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from gradaug_hf.slimming.tracing import Trace
+    from gradaug_hf.slimming.analysis.tracing import Trace
 
 LayerHandler = Callable[..., None]
 LAYER_HANDLERS: dict[type[nn.Module], LayerHandler] = {}

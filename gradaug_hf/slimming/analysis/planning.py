@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from math import gcd, prod
 
-from gradaug_hf.slimming.axes import Axis, Segment, Unit, free_units, resolve
+from gradaug_hf.slimming.analysis.axes import Axis, Segment, Unit, free_units, resolve
+from gradaug_hf.slimming.analysis.tracing import Trace
 from gradaug_hf.slimming.patching import Slices
 from gradaug_hf.slimming.patterns import Kept, Pattern, Whole, is_sliced
-from gradaug_hf.slimming.tracing import Trace
 
 
 class Plan:

@@ -14,13 +14,22 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradaug_hf.slimming.axes import Axis, Unit, axis_size, fix, product, tie
+from gradaug_hf.slimming.analysis.axes import Axis, Unit, axis_size, fix, product, tie
+from gradaug_hf.slimming.analysis.layers import watch_layers
+from gradaug_hf.slimming.analysis.planning import Plan
+from gradaug_hf.slimming.analysis.tracing import (
+    COPIES,
+    Axes,
+    Call,
+    Run,
+    constants_in,
+    operation_name,
+    tensors_in,
+    to_meta,
+)
 from gradaug_hf.slimming.extraction import narrow
-from gradaug_hf.slimming.layers import watch_layers
 from gradaug_hf.slimming.meta import meta_copy
 from gradaug_hf.slimming.patterns import Width, pattern_size
-from gradaug_hf.slimming.planning import Plan
-from gradaug_hf.slimming.tracing import COPIES, Axes, Call, Run, constants_in, operation_name, tensors_in, to_meta
 
 # Widths at which sizes that only happen to agree (half of twelve heads and half of their channels) do not.
 PROOF_WIDTHS = {True: Width(0.69), False: Width(0.53)}

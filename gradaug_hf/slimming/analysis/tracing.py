@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gradaug_hf.slimming.axes import Axis, Unit, axis_of, axis_size, fix, fixed, resolve, tie
-from gradaug_hf.slimming.layers import tie_layer, watch_layers
+from gradaug_hf.slimming.analysis.axes import Axis, Unit, axis_of, axis_size, fix, fixed, resolve, tie
+from gradaug_hf.slimming.analysis.layers import tie_layer, watch_layers
 from gradaug_hf.slimming.meta import meta_copy
 
 Axes = tuple[Axis, ...]

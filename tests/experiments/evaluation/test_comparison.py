@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gradaug_hf.evaluation.comparison import (
+from gradaug_hf.experiments.evaluation.comparison import (
     Evaluation,
     EvaluationArguments,
     check_plots,
@@ -9,7 +9,7 @@ from gradaug_hf.evaluation.comparison import (
     short_names,
     topk_hits,
 )
-from tests.checkpoints import save_images, save_network
+from tests.helpers.checkpoints import save_images, save_network
 
 
 def test_hits_are_those_of_the_best_and_of_the_five_best():
@@ -48,6 +48,6 @@ def test_accuracy_counts_each_image_once_whatever_the_batches(tmp_path):
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("gradaug_hf.evaluation.comparison.can_plot", lambda: False)
+    monkeypatch.setattr("gradaug_hf.experiments.evaluation.comparison.can_plot", lambda: False)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         check_plots()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradaug_hf.evaluation.corruptions import (
+from gradaug_hf.experiments.evaluation.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
     CorruptedImages,

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradaug_hf.evaluation.measurements import Measurements
+from gradaug_hf.experiments.evaluation.measurements import Measurements
 
 CPU = torch.device("cpu")
 SETTINGS = {"seed": 0, "dataset_name": "photos"}

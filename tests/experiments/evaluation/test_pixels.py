@@ -7,8 +7,8 @@ import timm
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, TimmWrapperForImageClassification
 
-from gradaug_hf.data import cifar_transform, imagenet_transform
-from gradaug_hf.evaluation.pixels import (
+from gradaug_hf.data.loading import cifar_transform, imagenet_transform
+from gradaug_hf.experiments.evaluation.pixels import (
     PixelNetwork,
     load_pixel_network,
     native_side,
@@ -17,7 +17,7 @@ from gradaug_hf.evaluation.pixels import (
     weights_digest,
 )
 from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
-from tests.checkpoints import save_network
+from tests.helpers.checkpoints import save_network
 
 
 def image(width: int, height: int) -> PIL.Image.Image:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradaug_hf.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from gradaug_hf.evaluation.pixels import PixelNetwork
-from gradaug_hf.evaluation.robustness import (
+from gradaug_hf.experiments.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from gradaug_hf.experiments.evaluation.pixels import PixelNetwork
+from gradaug_hf.experiments.evaluation.robustness import (
     CLEAN,
     corruption_condition,
     corruption_errors,

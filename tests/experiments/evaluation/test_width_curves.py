@@ -5,8 +5,8 @@ import PIL.Image
 import torch
 from torch import nn
 
-from gradaug_hf.evaluation import width_curves
-from gradaug_hf.evaluation.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
+from gradaug_hf.experiments.evaluation import width_curves
+from gradaug_hf.experiments.evaluation.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
 
 RESULTS = {
     "plain": {

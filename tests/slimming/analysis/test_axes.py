@@ -1,6 +1,6 @@
 import pytest
 
-from gradaug_hf.slimming.axes import (
+from gradaug_hf.slimming.analysis.axes import (
     Unit,
     axis_of,
     axis_size,

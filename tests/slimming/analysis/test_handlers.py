@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradaug_hf
-from tests.slimming.oracle import kept_entries, relative_error, zeroed
+from tests.helpers.oracle import kept_entries, relative_error, zeroed
 
 NARROW, WIDE = 10, 23
 

@@ -1,0 +1,1 @@
+"""Settings, runs, sweeps and tables that the recipes share."""

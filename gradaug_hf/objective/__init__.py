@@ -1,0 +1,1 @@
+"""The paper on one page: the objective, its losses, and how sub-networks and their images are sampled."""

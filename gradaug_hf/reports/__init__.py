@@ -1,0 +1,1 @@
+"""Model card, plots and training history, made from data alone."""

@@ -1,0 +1,1 @@
+"""The Trainer of transformers with the GradAug objective, its settings, checks, callbacks and checkpoints."""
