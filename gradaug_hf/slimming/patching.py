@@ -89,6 +89,36 @@ class DroppableBlock(SlimModule):
         return with_zero_gradients(out, self) if dist.is_available() and dist.is_initialized() else out
 
 
+class StridedConvolution(SlimModule):
+    """Base of the classes that strided 1 x 1 convolutions are given. Never instantiated by itself.
+
+    With fewer input channels than oneDNN's block (8 or 16, by instruction set) and a channels-last input, the weight
+    gradient of such a convolution writes past its workspace: wrong gradients, a crash or a hang
+    (https://github.com/uxlfoundation/oneDNN/issues/6035). The workspace serves only an input whose sides are those of
+    the output times the stride; without its last rows and columns, which no output reads, the input has other sides.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.in_channels < 16 and x.device.type == "cpu":
+            space = x.shape[-len(self.stride) :]
+            read = [(size - 1) // stride * stride + 1 for size, stride in zip(space, self.stride, strict=True)]
+            x = x[(..., *(slice(size) for size in read))]
+        return super().forward(x, *args, **kwargs)
+
+
+def _is_strided_pointwise(module: nn.Module) -> bool:
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return False
+    unpadded = module.padding == "valid" or set(module.padding) == {0}
+    return unpadded and set(module.kernel_size) == {1} and max(module.stride) > 1
+
+
+def _kind(module: nn.Module, is_droppable: bool) -> type[SlimModule]:
+    if is_droppable:
+        return DroppableBlock
+    return StridedConvolution if _is_strided_pointwise(module) else SlimModule
+
+
 def _rebuild(*made_of: Any) -> nn.Module:
     cls = _slim_class(*made_of)
     return cls.__new__(cls)
@@ -197,7 +227,7 @@ def patch(
         if name not in slices and name not in shortcuts and not isinstance(module, _BatchNorm):
             continue
         own = slices.get(name) or Slices()
-        kind = DroppableBlock if name in shortcuts else SlimModule
+        kind = _kind(module, name in shortcuts)
         tensors = tuple(sorted({*own.tensors, *own.written}))
         module.__class__ = _slim_class(
             kind, type(module), tensors, tuple(sorted(own.attributes)), tuple(sorted(own.caches))
