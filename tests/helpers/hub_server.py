@@ -8,7 +8,9 @@ import base64
 import hashlib
 import json
 import re
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
@@ -98,6 +100,31 @@ class Failure:
     times: float
 
 
+class _Server(ThreadingHTTPServer):
+    """Ends the connections that clients keep open when it is closed, and waits for their threads."""
+
+    daemon_threads = False
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.connections: set[socket.socket] = set()
+        super().__init__(("127.0.0.1", 0), handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, address = super().get_request()
+        self.connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        for connection in list(self.connections):
+            with suppress(OSError):  # the client was faster
+                connection.shutdown(socket.SHUT_RDWR)
+        super().server_close()
+
+
 class HubServer:
     """A Hub, whose repositories and requests a test can look into; runs as a context manager.
 
@@ -115,8 +142,7 @@ class HubServer:
         self.requests: list[str] = []
         self.failures: list[Failure] = []
         self.lock = Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(type("Handler", (_Handler,), {"hub": self}))
         self._thread = Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     @property
