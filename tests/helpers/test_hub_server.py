@@ -2,7 +2,7 @@ import threading
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
-from tests.hub_server import HubServer
+from tests.helpers.hub_server import HubServer
 
 
 def test_no_thread_of_the_server_outlives_it_though_a_client_keeps_its_connection():
