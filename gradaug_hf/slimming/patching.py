@@ -99,7 +99,7 @@ class StridedConvolution(SlimModule):
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.in_channels < 16 and x.device.type == "cpu":
+        if self.in_channels // self.groups < 16 and x.device.type == "cpu":
             space = x.shape[-len(self.stride) :]
             read = [(size - 1) // stride * stride + 1 for size, stride in zip(space, self.stride, strict=True)]
             x = x[(..., *(slice(size) for size in read))]
