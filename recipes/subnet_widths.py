@@ -37,7 +37,7 @@ from gradaug_hf.experiments.run import errors_as_messages
 from gradaug_hf.hub.folders import check_new
 from gradaug_hf.hub.networks import image_processor
 from gradaug_hf.hub.subnet_folder import save_subnet
-from gradaug_hf.trainer.trainer import CALIBRATION_IMAGES
+from gradaug_hf.trainer.width_evaluation import CALIBRATION_IMAGES
 
 JSON, PLOT = "subnet_widths.json", "subnet_widths.png"
 # The mean of the variances of batches depends on their size.

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments
@@ -91,6 +92,17 @@ def put_in_place(checkpoint: Path, place: Path) -> None:
     if place.exists():
         place.rename(checkpoint.parent / f"replaced-{place.name}")
     checkpoint.rename(place)
+
+
+def place_once(checkpoint: Path, place: Path, accelerator: Accelerator) -> None:
+    """Put a checkpoint that is whole in its place, once for all processes that share the folder; on all processes."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        put_in_place(checkpoint, place)
+    accelerator.wait_for_everyone()
+    if accelerator.is_local_main_process and checkpoint.exists():  # on a machine that does not share the folder
+        put_in_place(checkpoint, place)
+    accelerator.wait_for_everyone()
 
 
 def remove_partial(run_dir: Path) -> None:

@@ -50,6 +50,8 @@ class GradAugConfig(TrainingArguments):
         mix_prob: Probability with which a batch is mixed, in [0, 1].
         eval_widths: Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in
             (0, 1].
+        seed_train_data: Whether the random numbers that a map-style training set takes from Python, NumPy and torch
+            are a function of seed, epoch and index, so that a training can be resumed exactly.
         ignore_config_change: Whether to resume from a checkpoint that was trained with other settings.
 
     Raises:
@@ -175,6 +177,15 @@ class GradAugConfig(TrainingArguments):
         metadata={
             "help": (
                 "Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in (0, 1]."
+            )
+        },
+    )
+    seed_train_data: bool = field(
+        default=True,
+        metadata={
+            "help": (
+                "Whether the random numbers that a map-style training set takes from Python, NumPy and torch are a "
+                "function of seed, epoch and index, so that a training can be resumed exactly."
             )
         },
     )

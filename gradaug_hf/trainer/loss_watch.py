@@ -3,9 +3,11 @@
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gradaug_hf.objective.sampling import Subnet
 
@@ -30,13 +32,13 @@ class _Losses:
             )
 
 
-class LossWatch:
+class LossWatch(TrainerCallback):
     """Looks at the losses of each step as soon as they can be had.
 
     An accelerator runs behind the Python program, which `.item()` in every step would make wait for it. So losses are
     copied to the host behind the kernels that compute them, and looked at once the device has come that far: on a
-    CPU at once, else a step or two later, when the step that went wrong is still known. `finish` waits for the rest; a
-    checkpoint is written after it, so that none holds weights from after such a step.
+    CPU at once, else a step or two later, when the step that went wrong is still known. The rest is waited for before
+    losses are logged and the model is evaluated or saved, so that no checkpoint holds weights from after such a step.
     """
 
     def __init__(self) -> None:
@@ -65,6 +67,25 @@ class LossWatch:
         self._under_way.append(_Losses(step, values, subnets, copied))
         while self._under_way and (self._under_way[0].copied is None or self._under_way[0].copied.query()):
             self._under_way.popleft().check()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the losses of a training that was broken off."""
+        self._under_way.clear()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for all losses, if something comes after the step."""
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.finish()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for all losses."""
+        self.finish()
 
     def finish(self) -> None:
         """Wait for all losses.

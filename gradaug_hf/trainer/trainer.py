@@ -1,23 +1,36 @@
 """GradAugTrainer: the Trainer of transformers with the GradAug objective."""
 
-import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import PreTrainedModel, TrainingArguments
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import (
+    BaseImageProcessor,
+    DataCollator,
+    EvalPrediction,
+    FeatureExtractionMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length, rotate_checkpoints
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
+from gradaug_hf.data.seeded import EpochCallback, SeededDataset
 from gradaug_hf.hub.configs import (
     label_names,
     plain_state,
@@ -26,18 +39,30 @@ from gradaug_hf.hub.configs import (
     why_not_rebuilt,
 )
 from gradaug_hf.hub.networks import image_processor, load_checkpoint
-from gradaug_hf.hub.pushing import PushingTrainer
+from gradaug_hf.hub.pushing import make_branch, push_errors
 from gradaug_hf.objective.losses import cross_entropy
 from gradaug_hf.objective.mixing import BatchMixer
 from gradaug_hf.objective.objective import GradAug, Pass, logits_of
 from gradaug_hf.objective.resolutions import ResolutionTrial
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.objective.transforms import ImageTransform
-from gradaug_hf.reports.plots import IMAGES_SHOWN, SeenBatch
-from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_report
+from gradaug_hf.reports.history import Evaluation
+from gradaug_hf.reports.model_card import as_metadata, write_model_card
+from gradaug_hf.reports.plots import IMAGES_SHOWN, NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
+from gradaug_hf.slimming import make_slimmable, slicing_report
 from gradaug_hf.slimming.depth import make_droppable
-from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
+from gradaug_hf.slimming.patching import num_droppable_blocks
 from gradaug_hf.slimming.sync_batchnorm import synchronise_batchnorm
+from gradaug_hf.trainer.batches import IMAGES, LABELS, images_of, split_batch
+from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback
+from gradaug_hf.trainer.card_facts import model_facts
+from gradaug_hf.trainer.checkpoints import (
+    describe_last,
+    place_once,
+    remove_partial,
+    settings_of_training,
+    written_whole,
+)
 from gradaug_hf.trainer.checks import (
     LabelCheckingCollator,
     check_checkpointing,
@@ -47,18 +72,16 @@ from gradaug_hf.trainer.checks import (
 )
 from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
-from gradaug_hf.trainer.reporting import ReportingTrainer
-from gradaug_hf.trainer.resuming import ResumableTrainer
+from gradaug_hf.trainer.interruption import Interruption
+from gradaug_hf.trainer.loss_watch import LossWatch, NonFiniteLossError
+from gradaug_hf.trainer.resuming import ProgressCallback, checkpoint_to_resume
+from gradaug_hf.trainer.width_evaluation import evaluate_at_width
 from gradaug_hf.utils.randomness import random_states_kept
 
 logger = logging.get_logger(__name__)
 
-IMAGES, LABELS = "pixel_values", "labels"
-# Training images of which batch norm is recalibrated before a sub-network is evaluated.
-CALIBRATION_IMAGES = 1024
 
-
-class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
+class GradAugTrainer(Trainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
     Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
@@ -67,20 +90,35 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
     `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log,
     of `loss_full` over all batches, of the others over those with sub-networks.
 
+    A training can be killed at any time, and once resumed ends as if it had not been. SIGTERM and Ctrl-C end it with a
+    checkpoint, a loss that is not finite without one. Checkpoints are written whole or not at all.
+
     Args:
-        model: a timm network, a `TimmWrapperForImageClassification` or any transformers image classifier; made
+        model: a timm model, a `TimmWrapperForImageClassification` or any transformers image classifier; made
             slimmable and droppable in place, as `args.subnet_mode` needs it. Or the Hub id, as `user/name` or
             `user/name@revision`, or the folder of one, which is loaded with its image processor.
         args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
-        trainer_args: further positional arguments of `transformers.Trainer`.
-        subnet_sampler: draws the sub-networks; what `args` says about them then has no effect.
+        data_collator: as in `Trainer`, like all arguments up to `preprocess_logits_for_metrics`.
+        train_dataset: with `args.seed_train_data`, the random numbers that a map-style dataset takes from Python,
+            NumPy and torch to read an image are a function of seed, epoch and index.
+        eval_dataset: of `Trainer`.
+        processing_class: the image processor, which is saved with the model.
+        model_init: of `Trainer`.
+        compute_loss_func: of `Trainer`; for `num_subnets=0` alone.
+        compute_metrics: of `Trainer`, `topk_accuracy` for example.
+        callbacks: of `Trainer`.
+        optimizers: of `Trainer`.
+        optimizer_cls_and_kwargs: of `Trainer`.
+        preprocess_logits_for_metrics: of `Trainer`.
+        subnet_sampler: samples the sub-networks; what `args` says about them then has no effect.
         subnet_transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized, for
-            example `RandomQuarterTurn` or a `torchvision.transforms.v2` module; what it draws at random from Python,
-            NumPy and torch is seeded by the sampler.
-        kwargs: further keyword arguments of `transformers.Trainer`.
+            example `RandomQuarterTurn` or a `torchvision.transforms.v2` module; the random numbers that it takes from
+            Python, NumPy and torch are seeded by the sampler.
+        card_metadata: what a trainer cannot know of the model card: arguments of `create_model_card` by name, such as
+            `dataset`, `license` and `finetuned_from`.
 
     Raises:
-        ValueError: the settings do not fit each other, the network, or how the processes were launched,
+        ValueError: the settings do not fit each other, the model, or how the processes were launched,
             `args.output_dir` cannot be written, or `model` cannot be loaded.
         PushError: `args.push_to_hub` is True, and the Hub refuses or cannot be reached.
     """
@@ -91,12 +129,29 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         self,
         model: PreTrainedModel | nn.Module | str | None = None,
         args: TrainingArguments | None = None,
-        *trainer_args: Any,
+        data_collator: DataCollator | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase
+        | BaseImageProcessor
+        | FeatureExtractionMixin
+        | ProcessorMixin
+        | None = None,
+        model_init: Callable[..., PreTrainedModel | nn.Module] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
         subnet_sampler: SubnetSampler | None = None,
         subnet_transform: ImageTransform | None = None,
-        **kwargs: Any,
+        card_metadata: Mapping[str, Any] | None = None,
     ) -> None:
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
+        self.card_metadata = dict(card_metadata or {})
+        as_metadata(self.card_metadata)
         check_output_dir(args)
         if args.num_subnets > 0:
             check_sharding(args)  # which the Trainer's constructor may not stand
@@ -110,8 +165,31 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         self._step_stack: ExitStack | None = None
         self._mixer: BatchMixer | None = None
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
+        self._partial_folder: Path | None = None  # while a checkpoint is written
         with _label_smoothing_set_aside(args, model):
-            super().__init__(model, args, *trainer_args, **kwargs)
+            super().__init__(
+                model,
+                args,
+                data_collator,
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                model_init,
+                compute_loss_func,
+                compute_metrics,
+                callbacks,
+                optimizers,
+                optimizer_cls_and_kwargs,
+                preprocess_logits_for_metrics,
+            )
+        self._loss_watch = LossWatch()
+        self._interruption = Interruption()
+        self._progress = ProgressCallback(self)
+        self._report = ReportCallback()
+        self._pushes = PushCallback(self)
+        own_callbacks = (self._loss_watch, EpochCallback(), self._interruption, LastStepCallback())
+        for callback in (*own_callbacks, self._progress, self._report, self._pushes):
+            self.add_callback(callback)
         if checkpoint and self.processing_class is None:
             self.processing_class = image_processor(checkpoint)
         if args.label_smoothing_factor > 0 and model is None and isinstance(self.model, PreTrainedModel):
@@ -165,15 +243,49 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
 
     # ---- the network and its sub-networks ----
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """`Trainer.train`, which makes the network slimmable first where that was not done yet."""
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """`Trainer.train`, interrupted by SIGTERM and Ctrl-C with a checkpoint.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint; True: the last one in `args.output_dir`.
+            trial: of `Trainer.train`.
+            ignore_keys_for_eval: of `Trainer.train`.
+
+        Raises:
+            ResumeError: the checkpoint cannot be read, is of another model, or was trained with other settings.
+            NonFiniteLossError: the loss is not finite.
+            CheckpointError: a checkpoint cannot be written.
+            KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; SIGTERM ends the process with status 143.
+        """
         self._mixed_batches = (-1, 0)
-        self._objective = None  # network and settings may be others than in an earlier training
-        self._seen_batch = None
+        self._objective = None  # model and settings may be others than in an earlier training
         if self.args.num_subnets > 0 and self.model_init is None and self._resolution_trial is None:
             self._prepare_network(self.model)
-        with compiling(self.subnet_sampler, self.args):
-            return super().train(*args, **kwargs)
+        own_files = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        folder = checkpoint_to_resume(resume_from_checkpoint, self.args, self.settings(), self.model, own_files)
+        self._progress.begin(folder)
+        run_dir = Path(self.args.output_dir)
+        if self.args.should_save:
+            remove_partial(run_dir)
+        try:
+            with compiling(self.subnet_sampler, self.args), self._interruption.listening(self.args):
+                output = super().train(folder, trial, ignore_keys_for_eval)
+        except Exception as error:
+            self._pushes.finish()
+            if isinstance(error, NonFiniteLossError):
+                raise NonFiniteLossError(f"{error}; {describe_last(run_dir)}") from error
+            raise
+        self._interruption.end_process(
+            f"training stopped after step {self.state.global_step} of {self.state.max_steps}, and "
+            f"{describe_last(run_dir)}. To go on: trainer.train(resume_from_checkpoint=True), or a "
+            "recipe's command line with --resume_from_checkpoint last"
+        )
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer.call_model_init`; a network that is about to be trained is made slimmable."""
@@ -212,7 +324,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):
             with random_states_kept():
                 batch = self.data_collator([self.train_dataset[0]])
-            self._settle_resolutions(network, self._side(_split(batch)[0]))
+            self._settle_resolutions(network, self._side(split_batch(batch)[0]))
 
     def _settle_resolutions(self, network: nn.Module, side: int) -> None:
         """Choose the resolutions of a network's sub-networks, for images of a side in pixels."""
@@ -262,6 +374,30 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
             transform=self.subnet_transform,
         )
 
+    # ---- the data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """`Trainer.get_train_dataloader`, which seeds the random augmentation of a map-style dataset."""
+        data, args = self.train_dataset, self.args
+        if args.seed_train_data and not isinstance(data, (SeededDataset, IterableDataset)) and has_length(data):
+            seed = args.seed if args.data_seed is None else args.data_seed
+            loader = self._get_dataloader(
+                SeededDataset(data, seed),
+                "Training",
+                self._train_batch_size,
+                lambda _: self._get_train_sampler(data),  # which may look into the dataset itself
+                is_training=True,
+            )
+        else:
+            loader = super().get_train_dataloader()
+        return self._progress.start_workers_aside(loader, was_started=True)
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """`Trainer.get_eval_dataloader`, whose kept workers leave the random numbers of a resumed training alone."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        was_evaluated = any(key.startswith("eval_") for entry in self.state.log_history for key in entry)
+        return self._progress.start_workers_aside(loader, was_evaluated)
+
     # ---- the loss ----
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -290,7 +426,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
             if model.training:
                 self._loss_watch.add(self.state.global_step + 1, [found[0] if return_outputs else found])
             return found
-        images, labels, others = _split(inputs)
+        images, labels, others = split_batch(inputs)
         if self._objective is None:
             self._objective = self._make_objective(model, images)
         subnets = self._objective.sampler.sample(self.state.global_step)
@@ -320,7 +456,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         batch = batch + 1 if step == self.state.global_step else 0
         self._mixed_batches = (self.state.global_step, batch)
         draw = random.Random(f"{self.args.seed} {self.state.global_step} {batch} {self.args.process_index}")
-        images, labels, others = _split(inputs)
+        images, labels, others = split_batch(inputs)
         images, labels = self._mixer(images, labels, draw.getrandbits(32))
         return {IMAGES: images, LABELS: labels, **others}
 
@@ -330,7 +466,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         soft_labels = isinstance(inputs.get(LABELS), Tensor) and inputs[LABELS].is_floating_point()
         if self._network_has_loss and not soft_labels:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        images, labels, others = _split(inputs)
+        images, labels, others = split_batch(inputs)
         logits = logits_of(model(images, **others), len(labels))
         loss = cross_entropy(logits, labels, self.args.label_smoothing_factor)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
@@ -347,7 +483,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = logits_of(model(_images(inputs)), len(_images(inputs)))
+            logits = logits_of(model(images_of(inputs)), len(images_of(inputs)))
         return None, None if prediction_loss_only else logits, None
 
     def evaluate(
@@ -368,40 +504,12 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         if isinstance(eval_dataset, dict):  # each was evaluated by a call of its own
             return metrics
         for width in self.args.eval_widths:
-            found = self._evaluate_at_width(width, eval_dataset, ignore_keys, f"{metric_key_prefix}_width{width:g}")
+            found = evaluate_at_width(self, width, eval_dataset, ignore_keys, f"{metric_key_prefix}_width{width:g}")
             self.log(found)
             metrics.update(found)
         if not is_own:
-            self._measured_elsewhere += self.state.log_history[logged_before:]
+            self._report.set_aside(self.state.log_history[logged_before:])
         return metrics
-
-    def _evaluate_at_width(
-        self, width: float, eval_dataset: Any, ignore_keys: list[str] | None, prefix: str
-    ) -> dict[str, float]:
-        if not is_slimmable(self.model):
-            make_slimmable(self.model, width_divisor=self.args.width_divisor)
-        with random_states_kept(), recalibrate_batchnorm(self.model, width, self._calibration_batches()):
-            return self.evaluation_loop(
-                self.get_eval_dataloader(eval_dataset),
-                description=f"Evaluation at width {width:g}",
-                prediction_loss_only=True if self.compute_metrics is None else None,
-                ignore_keys=ignore_keys,
-                metric_key_prefix=prefix,
-            ).metrics
-
-    def _calibration_batches(self) -> Iterator[Tensor]:
-        """Images of the training set, the same on every rank."""
-        if self.train_dataset is None:
-            raise ValueError("eval_widths needs a train_dataset, of which batch norm is recalibrated")
-        torch.default_generator.manual_seed(self.args.seed)  # the images are augmented alike at every evaluation
-        images = self.train_dataset
-        if not isinstance(images, IterableDataset):
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.args.seed))
-            images = Subset(images, order[:CALIBRATION_IMAGES].tolist())
-        size = self.args.per_device_train_batch_size
-        loader = DataLoader(images, size, collate_fn=self.data_collator, num_workers=self.args.dataloader_num_workers)
-        for batch in islice(loader, math.ceil(CALIBRATION_IMAGES / size)):
-            yield _images(self._prepare_inputs(batch))
 
     # ---- log and checkpoint ----
 
@@ -426,35 +534,136 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
         self._loss_watch.add(self.state.global_step + 1, [p.loss for p in passes], [p.subnet for p in others])
-        self._means.add(loss_full=full.loss.detach())
+        means = self._progress.means
+        means.add(loss_full=full.loss.detach())
         if others:
-            self._means.add(loss_subnets=sum(p.loss.detach() for p in others))
+            means.add(loss_subnets=sum(p.loss.detach() for p in others))
         num_blocks = num_droppable_blocks(self.model)
-        if self._seen_batch is None and others:
-            self._seen_batch = self._see(images, [p.subnet for p in others])
+        if self._report.seen is None and others:
+            self._report.seen = self._see(images, [p.subnet for p in others])
         for p in others:
             side = p.subnet.resolution or self._side(images)
-            self._means.add(subnet_width=p.subnet.width, subnet_resolution=side)
+            means.add(subnet_width=p.subnet.width, subnet_resolution=side)
             if num_blocks:
-                self._means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
+                means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
 
     def _see(self, images: Tensor, subnets: list[Subnet]) -> SeenBatch | None:
-        """What is drawn of a batch; None draws nothing."""
+        """Return the images to plot, or None to skip the plot."""
         num_blocks = num_droppable_blocks(self.model)
         return SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self.subnet_transform, num_blocks)
 
-    def settings(self) -> dict[str, Any]:
-        """What has to be the same when a training is resumed."""
-        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self.subnet_transform}
-        return super().settings() | {name: None if x is None else type(x).__name__ for name, x in own.items()}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training."""
+        """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training.
+
+        The `train_loss` of a resumed training is that of all its steps.
+        """
         if "loss" in logs:
-            for name, mean in self._means.take().items():
+            for name, mean in self._progress.means.take().items():
                 logs[name] = self.accelerator.reduce(mean, "mean").item() if isinstance(mean, Tensor) else mean
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
 
+    # ---- plots and model card ----
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """The evaluations on `eval_dataset` so far."""
+        names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else ()
+        return self._report.evaluations(self.state, names)
+
+    def plot(self, folder: str | Path | None = None) -> list[Path]:
+        """Plot the training so far: loss and accuracy over the epochs, accuracy against width, a batch as it was seen.
+
+        Args:
+            folder: where the PNG files go; None: `plots` in `args.output_dir`.
+
+        Returns:
+            The files, one for each of the three for which there is something to plot.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        folder = Path(self.args.output_dir) / PLOTS if folder is None else Path(folder)
+        return plot_training(self.state.log_history, self.evaluations, self._report.seen, folder)
+
+    def create_model_card(self, **metadata: Any) -> None:
+        """Write the model card, `README.md`, to `args.output_dir`; one whose comment was removed is left as it is.
+
+        Args:
+            metadata: keyword arguments of `Trainer.create_model_card`; they win over `card_metadata`.
+        """
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir), {**self.card_metadata, **metadata})
+
+    def _write_card(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+        write_model_card(folder, model_facts(self), as_metadata(metadata))
+
+    # ---- checkpoint ----
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that have to be the same when a training is resumed, by name."""
+        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self.subnet_transform}
+        kinds = {name: None if value is None else type(value).__name__ for name, value in own.items()}
+        return settings_of_training(self.args) | kinds
+
+    def training_seconds(self) -> float:
+        """Return the seconds that the training took so far, with those before the checkpoint it was resumed from."""
+        return self._progress.seconds()
+
+    # A stream is resumed in the epoch and after the batch where it was, and no step is done after the last.
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        return self._progress.place(*super()._init_training_state(*args, **kwargs))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """`Trainer.get_batch_samples`; nothing more if a signal that ends the training has ended the workers."""
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except RuntimeError:
+            if not self._interruption.take_lost_workers():
+                raise
+            return [], None
+
+    # A process that is killed leaves no half-written checkpoint, and what is resumed goes on with all its sums.
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._loss_watch.finish()
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        push, self.args.push_to_hub = self.args.push_to_hub, False  # what is pushed has to stay in its place
+        try:
+            with written_whole(run_dir) as folder:
+                self._partial_folder = folder
+                super()._save_checkpoint(model, trial)
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(run_dir / name)
+                self._progress.complete_checkpoint(folder / name, self.settings())
+                place_once(folder / name, run_dir / name, self.accelerator)
+        finally:
+            self._partial_folder = None
+            self.args.push_to_hub = push
+        if push:
+            self._push_from_checkpoint(str(run_dir / name))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=True)
+
+    # The Trainer writes a checkpoint where it is not taken for a whole one.
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial_folder is None else str(self._partial_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`Trainer.save_model`, with the model card and, unless it is for a checkpoint, `plots`."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            is_checkpoint = _internal_call and output_dir is not None
+            if not is_checkpoint and can_plot():
+                self.plot(folder / PLOTS)
+            elif not is_checkpoint:
+                warnings.warn(f"{folder / PLOTS} is not written: {NEEDS_MATPLOTLIB}", stacklevel=2)
+            self._write_card(folder, self.card_metadata)
+
+    # Every folder that is saved loads in timm and in transformers, whatever wraps the model.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         network = timm_network(model)
@@ -486,20 +695,39 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         finally:
             self.model, self.processing_class = kept
 
+    # ---- the Hub ----
 
-def _images(batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping) or IMAGES not in batch:
-        found = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"a batch holds {found}; expected {IMAGES!r} (N, C, H, W) and {LABELS!r}")
-    return batch[IMAGES]
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """`Trainer.init_hf_repo`, which also makes the branch `args.hub_revision`.
 
+        Raises:
+            PushError: the Hub refuses, or cannot be reached.
+        """
+        with push_errors(self.args, self.hub_model_id, "cannot be pushed to"):
+            super().init_hf_repo(token, private)
+        if self.is_world_process_zero():
+            make_branch(self.args, self.hub_model_id, self.args.hub_revision, token)
 
-def _split(batch: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Images, labels and the rest of a batch."""
-    images = _images(batch)
-    if batch.get(LABELS) is None:
-        raise ValueError(f"a batch holds {list(batch)}; expected {IMAGES!r} and {LABELS!r}, (N,) or (N, classes)")
-    return images, batch[LABELS], {name: value for name, value in batch.items() if name not in (IMAGES, LABELS)}
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """`Trainer.push_to_hub`; a branch that `revision` names is made where there is none.
+
+        Raises:
+            PushError: the Hub refuses, or cannot be reached.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if self.is_world_process_zero():
+            make_branch(self.args, self.hub_model_id, revision, token)
+        with push_errors(self.args, self.hub_model_id, "was not pushed to", revision):
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
 
 
 @contextmanager

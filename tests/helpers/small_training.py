@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import signal
 import time
 import traceback
@@ -15,6 +16,7 @@ import PIL.Image
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
@@ -47,7 +49,11 @@ def network(channels: int = 4) -> nn.Sequential:
 
 
 def make_trainer(
-    folder: Path, callbacks: list[TrainerCallback] | None = None, stream: bool = False, **settings: object
+    folder: Path,
+    callbacks: list[TrainerCallback] | None = None,
+    stream: bool = False,
+    train_dataset: Dataset | None = None,
+    **settings: object,
 ) -> GradAugTrainer:
     """Augmentation, dropout, Mixup, batch norm and an adaptive optimiser; logs, checkpoints and epochs out of step."""
     workers = settings.get("dataloader_num_workers", 0)
@@ -69,7 +75,7 @@ def make_trainer(
         "disable_tqdm": True,
     }
     args = GradAugConfig(str(folder), **{**values, **settings})
-    train = seeded_images(args.seed, stream)
+    train = seeded_images(args.seed, stream) if train_dataset is None else train_dataset
     test = with_pixels(images(4, 2), cifar_transform(False, size=16))
     return GradAugTrainer(network(), args, train_dataset=train, eval_dataset=test, callbacks=callbacks)
 
@@ -81,6 +87,21 @@ def seeded_images(seed: int, stream: bool) -> SeededDataset | SeededStream:
         return SeededDataset(with_pixels(images(20, 1), transform), seed)
     split = images(20, 1).remove_columns("row").to_iterable_dataset(num_shards=2).shuffle(seed, buffer_size=8)
     return SeededStream(with_pixels(split, transform), seed)
+
+
+class Jittered(Dataset):
+    """20 images, each of them changed by random numbers of Python, NumPy and torch when it is read."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.rand(20, 3, 16, 16, generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        noise = random.random() + np.random.random() + 0.1 * torch.randn(3, 16, 16)
+        return {"pixel_values": self.images[index] + noise, "labels": index % 3}
 
 
 def checkpoints(folder: Path) -> list[int]:

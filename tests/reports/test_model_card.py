@@ -136,7 +136,7 @@ def test_card_shows_settings_and_measurements_of_the_run(trained):
     seconds = next(entry["train_runtime"] for entry in trained.state.log_history if "train_runtime" in entry)
     for cells in (
         ("sub-networks of a step", "2"),
-        ("width multipliers", r"0\.5, and 1 drawn in \[0\.5, 1\]"),
+        ("width multipliers", r"0\.5, and 1 sampled in \[0\.5, 1\]"),
         ("resolutions", "32 24"),
         ("images", "8 of some/flowers"),
         ("steps", "2"),
@@ -284,7 +284,7 @@ def test_sampler_of_the_caller_is_named_instead_of_settings_that_had_no_effect(t
     trainer.train()
     trainer.save_model()
     text = card_in(tmp_path / "run").text
-    assert re.search(r"\| sub-networks +\| drawn by a Narrow +\|", text)
+    assert re.search(r"\| sub-networks +\| sampled by a Narrow +\|", text)
     assert "width multipliers" not in text
 
 

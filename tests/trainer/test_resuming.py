@@ -8,18 +8,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     Trainer,
+    TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
 from gradaug_hf.trainer.checkpoints import ResumeError
-from tests.helpers.small_training import END, KillAtStep, checkpoints, end_of, make_trainer, start, status_of, train
+from tests.helpers.small_training import (
+    END,
+    Jittered,
+    KillAtStep,
+    checkpoints,
+    digest,
+    end_of,
+    make_trainer,
+    network,
+    start,
+    status_of,
+    train,
+)
 
 CASES = [(0, 1), (0, 2), (2, 1), (2, 2)]
 
@@ -114,6 +128,55 @@ def test_a_stream_is_resumed_where_it_was(tmp_path, saving, workers, steps):
         resumed = make_trainer(tmp_path / "resumed", **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert end_of(resumed) == end_of(whole), step
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_augmentation_of_any_dataset_is_resumed_where_it_was(tmp_path, workers):
+    def jittered(folder: Path) -> GradAugTrainer:
+        return make_trainer(folder, train_dataset=Jittered(), max_steps=7, dataloader_num_workers=workers)
+
+    whole = jittered(tmp_path)
+    whole.train()
+    for step in (4, 6):  # amid the first epoch and amid the second
+        resumed = jittered(tmp_path / "resumed")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert end_of(resumed) == end_of(whole), step
+
+
+class WithLoss(nn.Module):
+    """Returns its loss, as the models of transformers do."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.layers(pixel_values)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_without_subnets_and_seeding_random_augmentation_is_that_of_the_plain_trainer(tmp_path, seeded):
+    def weights(cls: type[Trainer], args: TrainingArguments) -> str:
+        model = network()
+        if cls is Trainer:
+            model = WithLoss(model)
+        trainer = cls(model, args, train_dataset=Jittered())
+        trainer.train()
+        return digest([*model.state_dict().values()])
+
+    settings = {"max_steps": 3, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    plain = weights(Trainer, TrainingArguments(str(tmp_path), **settings))
+    ours = weights(GradAugTrainer, GradAugConfig(str(tmp_path), num_subnets=0, seed_train_data=seeded, **settings))
+    assert (ours == plain) == (not seeded)
+
+
+def test_datasets_that_are_seeded_already_and_streams_are_left_as_they_are(tmp_path):
+    for stream in (False, True):
+        trainer = make_trainer(tmp_path, stream=stream)
+        assert trainer.get_train_dataloader().dataset is trainer.train_dataset
+    trainer = make_trainer(tmp_path, train_dataset=(data := Jittered()))
+    assert trainer.get_train_dataloader().dataset.dataset is trainer.train_dataset is data
 
 
 def test_a_resumed_training_counts_the_time_and_the_loss_of_all_its_steps(tmp_path):

@@ -1,0 +1,32 @@
+"""The parts of a batch, by their names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+IMAGES, LABELS = "pixel_values", "labels"
+
+
+def images_of(batch: Any) -> Tensor:
+    """Return the images (N, C, H, W) of a batch.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not isinstance(batch, Mapping) or IMAGES not in batch:
+        found = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"a batch holds {found}; expected {IMAGES!r} (N, C, H, W) and {LABELS!r}")
+    return batch[IMAGES]
+
+
+def split_batch(batch: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return the images (N, C, H, W), the labels, (N,) or (N, classes), and the rest of a batch.
+
+    Raises:
+        ValueError: it has no images or no labels.
+    """
+    images = images_of(batch)
+    if batch.get(LABELS) is None:
+        raise ValueError(f"a batch holds {list(batch)}; expected {IMAGES!r} and {LABELS!r}, (N,) or (N, classes)")
+    return images, batch[LABELS], {name: value for name, value in batch.items() if name not in (IMAGES, LABELS)}

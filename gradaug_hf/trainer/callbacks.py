@@ -1,0 +1,110 @@
+"""Side work of a training: facts for plots and model card, pushes that fail, checkpoints at the end of an epoch."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from gradaug_hf.hub.configs import PREPROCESSOR
+from gradaug_hf.hub.pushing import warn_of_failed_push
+from gradaug_hf.reports.history import Entry, Evaluation, evaluations
+from gradaug_hf.reports.model_card import CARD, may_be_written
+from gradaug_hf.reports.plots import SeenBatch
+from gradaug_hf.trainer.interruption import ends_epoch
+
+
+class ReportCallback(TrainerCallback):
+    """Keeps what plots and the model card show and the Trainer's log does not say.
+
+    Nothing is written at an event: a checkpoint has to have its card before it is put in its place and pushed.
+    """
+
+    def __init__(self) -> None:
+        self.seen: SeenBatch | None = None
+        self._elsewhere: list[Entry] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the batch of the training before."""
+        self.seen = None
+
+    def set_aside(self, entries: Sequence[Entry]) -> None:
+        """Leave entries of the log out of the evaluations, since they are of other data than `eval_dataset`."""
+        self._elsewhere += entries
+
+    def evaluations(self, state: TrainerState, names: Sequence[str] = ()) -> list[Evaluation]:
+        """Return the evaluations on `eval_dataset` so far.
+
+        Args:
+            state: of the Trainer.
+            names: of the evaluation sets, where there are several.
+        """
+        own = [entry for entry in state.log_history if not any(entry is other for other in self._elsewhere)]
+        return evaluations(own, names)
+
+
+class PushCallback(TrainerCallback):
+    """Warns of each push of a checkpoint that fails, which the Trainer does not, and completes what is pushed.
+
+    Args:
+        trainer: whose checkpoints are pushed while training goes on.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for the push before, which reads the same files, and add those that the Trainer does not copy."""
+        self.finish()
+        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        for name in (PREPROCESSOR, CARD) if state.is_world_process_zero else ():
+            edited = name == CARD and not may_be_written(Path(args.output_dir) / CARD)
+            if (checkpoint / name).is_file() and not edited:
+                shutil.copy(checkpoint / name, args.output_dir)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Wait for the last push."""
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait for the push under way, and warn if it fails."""
+        self._trainer._finish_current_push()
+        push = getattr(self._trainer, "push_in_progress", None)
+        if push is None:
+            return
+        self._trainer.push_in_progress = None
+        for error in filter(None, (job.exception() for job in push.jobs)):
+            warn_of_failed_push(self._trainer.args, self._trainer.hub_model_id, error)
+
+
+class LastStepCallback(TrainerCallback):
+    """Puts the checkpoint of the last step of an epoch off until the epoch was logged and evaluated.
+
+    Else a training that is resumed from it would start with the next epoch, without that evaluation.
+    """
+
+    def __init__(self) -> None:
+        self._put_off = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the checkpoint off, if the step ends an epoch."""
+        self._put_off = control.should_save and ends_epoch(state)
+        if self._put_off:
+            control.should_save = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the checkpoint that was put off."""
+        control.should_save = control.should_save or self._put_off
+        self._put_off = False

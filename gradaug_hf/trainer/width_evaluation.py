@@ -1,0 +1,61 @@
+"""Evaluation of the sub-network of a width, with batch norm recalibrated on training images."""
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers import Trainer
+
+from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm
+from gradaug_hf.slimming.patching import is_slimmable
+from gradaug_hf.trainer.batches import images_of
+from gradaug_hf.utils.randomness import random_states_kept, seed_everything
+
+# Training images of which batch norm is recalibrated before a sub-network is evaluated.
+CALIBRATION_IMAGES = 1024
+
+
+def evaluate_at_width(
+    trainer: Trainer, width: float, eval_dataset: Any, ignore_keys: list[str] | None, prefix: str
+) -> dict[str, float]:
+    """Return the metrics of a trainer's model at a width.
+
+    Args:
+        trainer: a GradAugTrainer; its model is made slimmable if it is not yet.
+        width: width multiplier, in (0, 1].
+        eval_dataset: the images to evaluate on.
+        ignore_keys: as in `Trainer.evaluate`.
+        prefix: of the metrics' names.
+
+    Raises:
+        ValueError: the trainer has no `train_dataset`.
+    """
+    if not is_slimmable(trainer.model):
+        make_slimmable(trainer.model, width_divisor=trainer.args.width_divisor)
+    with random_states_kept(), recalibrate_batchnorm(trainer.model, width, _calibration_batches(trainer)):
+        return trainer.evaluation_loop(
+            trainer.get_eval_dataloader(eval_dataset),
+            description=f"Evaluation at width {width:g}",
+            prediction_loss_only=True if trainer.compute_metrics is None else None,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=prefix,
+        ).metrics
+
+
+def _calibration_batches(trainer: Trainer) -> Iterator[Tensor]:
+    """Yield images of the training set, the same on every rank."""
+    args, images = trainer.args, trainer.train_dataset
+    if images is None:
+        raise ValueError("eval_widths needs a train_dataset, of which batch norm is recalibrated")
+    seed_everything(args.seed)  # the images are augmented alike at every evaluation
+    if not isinstance(images, IterableDataset):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+        images = Subset(images, order[:CALIBRATION_IMAGES].tolist())
+    size = args.per_device_train_batch_size
+    loader = DataLoader(images, size, collate_fn=trainer.data_collator, num_workers=args.dataloader_num_workers)
+    for batch in islice(loader, math.ceil(CALIBRATION_IMAGES / size)):
+        yield images_of(trainer._prepare_inputs(batch))
