@@ -1,4 +1,4 @@
-"""What `trainer.state.log_history` says was measured, read for plots and the model card."""
+"""The measurements in `trainer.state.log_history`, read for plots and the model card."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,13 +15,13 @@ Entry = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation of the network at one width.
+    """One evaluation of the model at one width.
 
     Args:
         step: steps of the optimiser before it.
         epoch: passes over the training images before it.
         metrics: `loss` and what `compute_metrics` returned, by name.
-        width: width multiplier of the network.
+        width: width multiplier of the model.
         data: name of the evaluation set, where there are several.
     """
 
@@ -33,12 +33,12 @@ class Evaluation:
 
 
 def training_log(history: Iterable[Entry]) -> list[Entry]:
-    """The entries of a history that training logged."""
+    """Return the entries of a history that training logged."""
     return [entry for entry in history if LOSS in entry]
 
 
 def evaluations(history: Iterable[Entry], data: Sequence[str] = ()) -> list[Evaluation]:
-    """The evaluations of a history in their order; of several at one step the last.
+    """Return the evaluations of a history in their order, and the last one where there are several at a step.
 
     Args:
         history: of a Trainer whose metrics start with `eval`.
@@ -60,22 +60,22 @@ def evaluations(history: Iterable[Entry], data: Sequence[str] = ()) -> list[Eval
 
 
 def at_step(measured: Iterable[Evaluation], step: int) -> list[Evaluation]:
-    """The evaluations after a number of steps; each set from the full width to the narrowest."""
+    """Return the evaluations after a number of steps, for each set from the full width to the narrowest."""
     return sorted((e for e in measured if e.step == step), key=lambda e: (e.data or "", -e.width))
 
 
 def shares(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that are shares in 0..1, such as accuracies."""
+    """Return the metrics that are shares in 0..1, such as accuracies."""
     return {name: value for name, value in metrics.items() if name != LOSS and 0 <= value <= 1}
 
 
 def title(metric: str) -> str:
-    """A metric's name as it is shown."""
+    """Return a metric's name as it is shown."""
     return TITLES.get(metric, metric.replace("_", " "))
 
 
 def _split_name(name: str, data: Sequence[str]) -> tuple[tuple[str | None, float], str]:
-    """Evaluation set and width, and the metric."""
+    """Return the evaluation set and the width that a name stands for, and the metric."""
     found = next((s for s in sorted(data, key=len, reverse=True) if name.startswith(f"{s}_")), None)
     name = name if found is None else name.removeprefix(f"{found}_")
     narrower = re.fullmatch(r"width([\d.e-]+)_(.+)", name)

@@ -1,4 +1,4 @@
-"""The model card: `README.md` next to the weights, with what the run did and what it measured, and nothing else."""
+"""The model card: `README.md` next to the weights, which tells what the run did and measured, and nothing else."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ class DataName:
 
 @dataclass(frozen=True)
 class CardMetadata:
-    """What the author says of a model, as in `Trainer.create_model_card`.
+    """The statements of an author on a model, as in `Trainer.create_model_card`.
 
     Args:
         model_name: shown and listed; None: the name of the output folder.
@@ -80,7 +80,7 @@ class CardMetadata:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model, its training and its evaluation.
+    """The known facts of a model, its training and its evaluation.
 
     Args:
         name: of the model, where its author gives none.
@@ -114,7 +114,7 @@ class ModelFacts:
 
 
 def as_metadata(metadata: Mapping[str, Any]) -> CardMetadata:
-    """Return what the author of a model says by name as `CardMetadata`.
+    """Return the statements of an author, given by name, as `CardMetadata`.
 
     Raises:
         ValueError: a name is not one of its fields.
@@ -180,7 +180,7 @@ def may_be_written(card: Path) -> bool:
     return not card.exists() or GENERATED in card.read_text(encoding="utf-8")
 
 
-# ---- what it is ----
+# ---- the model ----
 
 
 def _tags(facts: ModelFacts, load: Mapping[str, Any], tags: str | Sequence[str] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Pictures of runs. They are read without colour: curves differ in line style, marker and lightness."""
+"""Plots of runs. They are read without colour: curves differ in line style, marker and lightness."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DPI = 150
 # Points of a curve that are marked, at most.
 MOST_MARKERS = 20
 LOSS_PARTS = {"loss": "whole objective", "loss_full": "full network", "loss_subnets": "sub-networks"}
-# Images of a batch that are kept and drawn.
+# Images of a batch that are kept and plotted.
 IMAGES_SHOWN = 8
 
 
@@ -44,7 +44,7 @@ class SeenBatch:
         images: (N, C, H, W), as the full network saw them.
         subnets: the sub-networks, in the order of their passes.
         transform: what changed the images of a sub-network before they were resized.
-        num_blocks: number of residual blocks of the network that can be dropped.
+        num_blocks: number of residual blocks of the model that can be dropped.
     """
 
     images: Tensor
@@ -54,19 +54,19 @@ class SeenBatch:
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Return True if matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def plot_training(
     history: Sequence[Entry], measured: Sequence[Evaluation], batch: SeenBatch | None, folder: Path
 ) -> list[Path]:
-    """Draw what there is of a training: `curves.png`, `widths.png` and `subnets.png`.
+    """Plot the log, the evaluations and a batch of a training: `curves.png`, `widths.png` and `subnets.png`.
 
     Args:
         history: `trainer.state.log_history`.
-        measured: evaluations in their order; the narrower networks of the last step that has some are drawn.
-        batch: that of one step; None draws no `subnets.png`.
+        measured: evaluations in their order; those at several widths are plotted of the last step that has some.
+        batch: that of one step; None leaves out `subnets.png`.
         folder: made if it is missing.
 
     Returns:
@@ -89,13 +89,13 @@ def plot_training(
 
 
 def _last_widths(measured: Sequence[Evaluation]) -> list[Evaluation]:
-    """Evaluations at several widths of the last step and set that has them."""
+    """Return the evaluations at several widths of the last step and set that has them."""
     last = next((e for e in reversed(measured) if e.width != 1 and shares(e.metrics)), None)
     return [e for e in measured if last is not None and (e.step, e.data) == (last.step, last.data)]
 
 
 def draw_curves(history: Sequence[Entry], measured: Sequence[Evaluation]) -> Figure:
-    """Parts of the loss, and accuracies of the full network, over the epochs.
+    """Plot the parts of the loss, and the accuracies of the full network, over the epochs.
 
     Args:
         history: `trainer.state.log_history`.
@@ -127,10 +127,10 @@ def draw_curves(history: Sequence[Entry], measured: Sequence[Evaluation]) -> Fig
 
 
 def draw_widths(measured: Sequence[Evaluation]) -> Figure:
-    """Accuracies against the width multiplier.
+    """Plot accuracies against the width multiplier.
 
     Args:
-        measured: evaluations of one network at several widths.
+        measured: evaluations of one model at several widths.
     """
     figure = _figure(figsize=(6, 4))
     axes = figure.add_subplot(
@@ -146,10 +146,10 @@ def draw_widths(measured: Sequence[Evaluation]) -> Figure:
 
 
 def draw_batch(batch: SeenBatch) -> Figure:
-    """Images of a batch as the full network and each sub-network see them, a row each and all pixels of one size.
+    """Plot images as the full network and each sub-network see them, a row each and all pixels of one size.
 
     Args:
-        batch: of which the first eight images are drawn. Their values are stretched to the range of the full images.
+        batch: its first eight images are plotted, their values stretched to the range of the full images.
     """
     images = batch.images[:IMAGES_SHOWN].float().cpu()
     rows = [(f"full network: width 1, {_size(images)}", images)]
@@ -173,7 +173,7 @@ def draw_batch(batch: SeenBatch) -> Figure:
 
 
 def plot_comparison(groups: Sequence[Sequence[Run]], file: Path) -> None:
-    """Draw top-1 accuracy of each seed of each group, with mean and sample deviation.
+    """Plot top-1 accuracy of each seed of each group, with mean and sample deviation.
 
     Args:
         groups: Runs that differ in their seed.
@@ -184,7 +184,7 @@ def plot_comparison(groups: Sequence[Sequence[Run]], file: Path) -> None:
 
 
 def plot_spreads(labels: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]], file: Path) -> None:
-    """Draw top-1 accuracies of several seeds, a row for each label, with mean and sample deviation.
+    """Plot top-1 accuracies of several seeds, a row for each label, with mean and sample deviation.
 
     Args:
         labels: Of the rows.
@@ -208,7 +208,7 @@ def plot_spreads(labels: Sequence[str], panels: Mapping[str, Sequence[Sequence[f
 
 
 def plot_curves(results: Sequence[Result], file: Path, title: str) -> None:
-    """Draw top-1 accuracy against the share of the training, a curve for each run.
+    """Plot top-1 accuracy against the share of the training, a curve for each run.
 
     Args:
         results: Results of at most five runs.
@@ -238,7 +238,7 @@ def _figure(**settings: Any) -> Figure:
 
 
 def line_style(index: int, total: int) -> dict[str, str]:
-    """Lightness, line and marker that tell a curve from others without colour.
+    """Return lightness, line and marker that tell a curve from others without colour.
 
     Args:
         index: of the curve.
@@ -252,7 +252,7 @@ def line_style(index: int, total: int) -> dict[str, str]:
 
 
 def _draw_lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Curves by their label, told apart without colour."""
+    """Plot curves by their label, told apart without colour."""
     curves = {label: points for label, points in curves.items() if points}
     for index, (label, points) in enumerate(curves.items()):
         x, y = zip(*points, strict=True)
@@ -284,6 +284,6 @@ def _drop(subnet: Subnet, num_blocks: int) -> str:
 
 
 def _displayed(images: Tensor, low: Tensor, high: Tensor) -> np.ndarray:
-    """Images (N, H, W, 3) or (N, H, W) in 0..1, with the given values of black and white."""
+    """Return images (N, H, W, 3) or (N, H, W) in 0..1, with the given values of black and white."""
     images = ((images - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     return (images.permute(0, 2, 3, 1) if images.shape[1] == 3 else images.mean(1)).numpy()

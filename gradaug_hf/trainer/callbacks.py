@@ -17,7 +17,7 @@ from gradaug_hf.trainer.interruption import ends_epoch
 
 
 class ReportCallback(TrainerCallback):
-    """Keeps what plots and the model card show and the Trainer's log does not say.
+    """Keep the facts of plots and model card that the Trainer's log lacks.
 
     Nothing is written at an event: a checkpoint has to have its card before it is put in its place and pushed.
     """
@@ -48,7 +48,7 @@ class ReportCallback(TrainerCallback):
 
 
 class PushCallback(TrainerCallback):
-    """Warns of each push of a checkpoint that fails, which the Trainer does not, and completes what is pushed.
+    """Warn of each push of a checkpoint that fails, which the Trainer does not, and complete the pushed files.
 
     Args:
         trainer: whose checkpoints are pushed while training goes on.
@@ -86,7 +86,7 @@ class PushCallback(TrainerCallback):
 
 
 class LastStepCallback(TrainerCallback):
-    """Puts the checkpoint of the last step of an epoch off until the epoch was logged and evaluated.
+    """Put the checkpoint of the last step of an epoch off until the epoch was logged and evaluated.
 
     Else a training that is resumed from it would start with the next epoch, without that evaluation.
     """

@@ -20,7 +20,7 @@ TARGETS = {"soft": "the full network's predictions", "label": "the labels"}
 
 
 def model_facts(trainer: Trainer) -> ModelFacts:
-    """Return what a model card shows of the model of a GradAugTrainer and its training."""
+    """Return the facts of a GradAugTrainer's model and training that a model card shows."""
     args, state = trainer.args, trainer.state
     best_was_loaded = args.load_best_model_at_end and not trainer.is_in_train and state.best_model_checkpoint
     step = state.best_global_step if best_was_loaded else state.global_step

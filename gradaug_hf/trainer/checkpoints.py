@@ -24,7 +24,7 @@ STATE = "gradaug_state.json"
 # Starts the name of a folder in which a checkpoint is being written. Nothing takes it for a checkpoint, and what
 # begins with an underscore is never pushed.
 PARTIAL = "_tmp-"
-# What of `TrainingArguments` changes the weights that a training ends with.
+# Fields of `TrainingArguments` that change the weights that a training ends with.
 SETTINGS_OF_TRAINING = (
     "adam_beta1",
     "adam_beta2",
@@ -66,7 +66,7 @@ class ResumeError(ValueError):
 
 @contextmanager
 def written_whole(run_dir: Path) -> Iterator[Path]:
-    """A folder to write a checkpoint in, which is gone afterwards, whatever happens.
+    """Give a folder to write a checkpoint in, and remove it afterwards, whatever happens.
 
     It lies in `run_dir`, so that a checkpoint can be renamed from it into its place: a process that is killed leaves
     either no checkpoint of that name or a whole one.
@@ -111,16 +111,16 @@ def remove_partial(run_dir: Path) -> None:
 
 
 def describe_last(run_dir: Path) -> str:
-    """Says which checkpoint a training can be resumed from."""
+    """Return a sentence on the checkpoint that a training can be resumed from."""
     last = get_last_checkpoint(run_dir) if run_dir.is_dir() else None
     return "there is no checkpoint before it" if last is None else f"the last checkpoint is {last}"
 
 
-# ---- what a checkpoint says of the training ----
+# ---- settings and progress in a checkpoint ----
 
 
 def settings_of_training(args: TrainingArguments) -> dict[str, Any]:
-    """What of the arguments changes the weights that a training ends with, as JSON has it."""
+    """Return the arguments that change the weights that a training ends with, as JSON has them."""
     inherited = {f.name for f in fields(TrainingArguments)}
     own = [f.name for f in fields(GradAugConfig) if f.name not in inherited and f.name not in OTHER_SETTINGS]
     values = {name: getattr(args, name) for name in (*own, *SETTINGS_OF_TRAINING)}
@@ -133,7 +133,7 @@ def write_state(folder: Path, settings: Mapping[str, Any], progress: Mapping[str
 
 
 def read_state(folder: Path) -> dict[str, dict[str, Any]]:
-    """The `settings` and the `progress` of a checkpoint; both are empty where another trainer wrote it.
+    """Return the `settings` and the `progress` of a checkpoint, both empty where another trainer wrote it.
 
     Raises:
         ResumeError: the file cannot be read.
@@ -145,7 +145,7 @@ def read_state(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a JSON file of a checkpoint holds by name.
+    """Return the values that a JSON file of a checkpoint holds by name.
 
     Raises:
         ResumeError: it cannot be read, or holds something else.
@@ -182,7 +182,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-# ---- whether it can be read ----
+# ---- checks of its files ----
 
 
 def check_whole(folder: Path) -> None:
@@ -205,7 +205,7 @@ def check_whole(folder: Path) -> None:
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in the safetensors files of a folder.
+    """Return names and shapes of the tensors in the safetensors files of a folder.
 
     Raises:
         ResumeError: a file is damaged or cut off, or lies elsewhere.
@@ -233,7 +233,7 @@ def _named_in_index(index: Path) -> list[str]:
 
 
 def check_weights(folder: Path, network: nn.Module, prefix: str = "") -> None:
-    """Make sure that the weights of a folder are of a network.
+    """Make sure that the weights of a folder are those of a model.
 
     Args:
         folder: with `model.safetensors`, in one file or several.

@@ -106,7 +106,7 @@ def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
 
 @dataclass
 class LabelCheckingCollator:
-    """Collates a batch and checks its labels while they lie on the CPU, where that costs nothing.
+    """Collate a batch and check its labels while they lie on the CPU, where that costs nothing.
 
     Args:
         collate: makes the batch.

@@ -12,10 +12,10 @@ from gradaug_hf.trainer.config import GradAugConfig
 
 
 def compile_statically(accelerator: Accelerator) -> None:
-    """Have a network compiled for each width and resolution by itself.
+    """Have a model compiled for each width and resolution by itself.
 
-    Otherwise the second width or resolution makes torch.compile turn widths and shapes into symbols, of which its
-    backend makes one graph for all, slowly: minutes for the smallest network.
+    Otherwise the second width or resolution makes torch.compile turn widths and shapes into symbols. Its backend then
+    makes one graph for all, slowly: minutes for the smallest model.
     """
     accelerator.state.dynamo_plugin.dynamic = False
 
@@ -24,7 +24,7 @@ def check_compilable(sampler: SubnetSampler) -> None:
     """Make sure that the sub-networks of a training are few enough to compile each.
 
     Args:
-        sampler: draws the sub-networks; one that is no SubnetSampler is not looked into.
+        sampler: samples the sub-networks; one that is no SubnetSampler is not looked into.
 
     Raises:
         ValueError: widths are continuous, or blocks are dropped at random.
@@ -44,20 +44,20 @@ def check_compilable(sampler: SubnetSampler) -> None:
 
 
 def number_of_widths(sampler: SubnetSampler) -> int | None:
-    """How many widths sub-networks can have; None if they are continuous."""
+    """Return the number of widths that sub-networks can have; None if they are continuous."""
     if not drops_channels(sampler.subnet_mode) or sampler.min_width == sampler.max_width or sampler.num_subnets == 1:
         return 1
     return sampler.width_levels
 
 
 def number_of_graphs(sampler: SubnetSampler, args: GradAugConfig) -> int:
-    """How many graphs a training and its evaluations compile at most.
+    """Return the number of graphs that a training and its evaluations compile at most.
 
     A graph is for one width, one resolution, one batch size, and either training or evaluation. Unless
     `dataloader_drop_last` is set, the last batch of an epoch may have another size, in training and in evaluation.
 
     Args:
-        sampler: draws the sub-networks, of a finite number of widths.
+        sampler: samples the sub-networks, of a finite number of widths.
         args: the settings.
     """
     resolutions = sampler.resolutions or default_resolutions(7)  # as many as of any side
@@ -74,7 +74,7 @@ def compiling(sampler: SubnetSampler, args: GradAugConfig) -> Iterator[None]:
     graphs stay in use.
 
     Args:
-        sampler: draws the sub-networks; with one that is no SubnetSampler the limit stays what it is.
+        sampler: samples the sub-networks; with one that is no SubnetSampler the limit stays what it is.
         args: the settings; without `torch_compile` nothing happens.
     """
     if not args.torch_compile or args.num_subnets == 0:

@@ -230,7 +230,7 @@ class GradAugConfig(TrainingArguments):
         super().__post_init__()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: all but the token, since `training_args.bin` is kept and pushed."""
+        """Return the fields to pickle: all but the token, since `training_args.bin` is kept and pushed."""
         return vars(self) | {"hub_token": None}
 
     def __copy__(self) -> "GradAugConfig":
@@ -240,7 +240,7 @@ class GradAugConfig(TrainingArguments):
         return self._with_state(deepcopy(vars(self), memo))
 
     def _with_state(self, state: dict[str, Any]) -> "GradAugConfig":
-        """A copy, which keeps the token that a pickle leaves out."""
+        """Return a copy, which keeps the token that a pickle leaves out."""
         other = object.__new__(type(self))
         vars(other).update(state)
         return other
@@ -251,7 +251,7 @@ class GradAugConfig(TrainingArguments):
 
 
 def as_gradaug_config(args: TrainingArguments) -> GradAugConfig:
-    """Training arguments as a GradAugConfig, whose defaults hold for what `TrainingArguments` does not have.
+    """Return training arguments as a GradAugConfig, with its defaults for the fields that they do not have.
 
     Args:
         args: returned as they are if they are a GradAugConfig already. Else the defaults in which the classes

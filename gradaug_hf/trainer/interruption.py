@@ -19,12 +19,12 @@ REPEAT_SECONDS = 2.0
 
 
 def ends_epoch(state: TrainerState) -> bool:
-    """Whether the step that is over was the last of an epoch or of the training."""
+    """Return True if the step that is over was the last of an epoch or of the training."""
     return state.epoch == round(state.epoch) or state.global_step >= state.max_steps
 
 
 class Interruption(TrainerCallback):
-    """Ends a training that is to stop, with a checkpoint.
+    """End a training on SIGTERM or Ctrl-C, with a checkpoint.
 
     Several processes agree on the step without waiting for their devices: each learns after a step what the others
     knew after the step before.
@@ -78,13 +78,13 @@ class Interruption(TrainerCallback):
             signal.default_int_handler(number, frame)
 
     def _receive_in_child(self, number: int) -> None:
-        """A forked process, of a data loader for example, is left to the one that forked it."""
+        """Leave a forked process, of a data loader for example, to the one that forked it."""
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     def take_lost_workers(self) -> bool:
-        """Whether a data loader that failed has lost its workers to the signal, which went to all of a group.
+        """Return True if the workers of a data loader died from the signal that the whole process group received.
 
         Training then ends as after a step. One of several processes cannot do that alone.
         """
@@ -114,7 +114,7 @@ class Interruption(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """An epoch that is broken off is neither logged nor evaluated as one that is over."""
+        """Neither log nor evaluate an epoch that is broken off as one that is over."""
         if self._lost_workers:
             self.signal = self._received
             control.should_training_stop = True
@@ -131,7 +131,7 @@ class Interruption(TrainerCallback):
             self._work = None
 
     def _agreed(self) -> int:
-        """The signal that any process had after the step before; 0 if none."""
+        """Return the signal that any process had after the step before; 0 if none."""
         number = 0
         if self._work is not None:
             self._work.wait()

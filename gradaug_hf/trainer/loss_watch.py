@@ -1,4 +1,4 @@
-"""Stops a training whose loss is not finite, without a device that waits for it."""
+"""Stop a training whose loss is not finite, without a device that waits for it."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class _Losses:
 
 
 class LossWatch(TrainerCallback):
-    """Looks at the losses of each step as soon as they can be had.
+    """Look at the losses of each step as soon as they can be had.
 
     An accelerator runs behind the Python program, which `.item()` in every step would make wait for it. So losses are
     copied to the host behind the kernels that compute them, and looked at once the device has come that far: on a

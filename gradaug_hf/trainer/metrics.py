@@ -9,7 +9,7 @@ from transformers import EvalPrediction
 
 
 def topk_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 and top-5 accuracy, to be given to a Trainer as `compute_metrics`.
+    """Return top-1 and top-5 accuracy; to be given to a Trainer as `compute_metrics`.
 
     Args:
         prediction: logits (N, classes), or a tuple that starts with them, and class indices (N,).
@@ -44,13 +44,13 @@ class RunningMeans:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, Tensor | float]:
-        """The means, after which counting starts again."""
+        """Return the means, and start counting again."""
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         return means
 
     def state(self) -> dict[str, list[Any]]:
-        """What `load` needs to go on counting, for JSON: the sum, its dtype if it is a tensor, and the count."""
+        """Return the sum, its dtype if it is a tensor, and the count of each name, for JSON and `load`."""
         return {
             name: [
                 float(total),

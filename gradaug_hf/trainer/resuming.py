@@ -59,7 +59,7 @@ def checkpoint_to_resume(
 
 
 class ProgressCallback(TrainerCallback):
-    """Keeps the sums of what is logged next, the time and the place in a stream, which the Trainer's checkpoints lack.
+    """Keep the sums of the next log, the time and the place in a stream, which the Trainer's checkpoints lack.
 
     Args:
         trainer: whose training is resumed.
@@ -102,7 +102,7 @@ class ProgressCallback(TrainerCallback):
         """Start the workers of a data loader without the global random number that each start takes, if it was taken.
 
         Args:
-            loader: of which the workers are kept, or not.
+            loader: of `Trainer`, whose workers are kept from epoch to epoch or not.
             was_started: whether they had been started before the checkpoint that the training was resumed from.
         """
         base = loader.base_dataloader

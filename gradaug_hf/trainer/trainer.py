@@ -241,7 +241,7 @@ class GradAugTrainer(Trainer):
         config = getattr(self.model, "config", None)
         return getattr(config, "num_labels", None) or getattr(self.model, "num_classes", None) or None
 
-    # ---- the network and its sub-networks ----
+    # ---- the model and its sub-networks ----
 
     def train(
         self,
@@ -288,7 +288,7 @@ class GradAugTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """`Trainer.call_model_init`; a network that is about to be trained is made slimmable."""
+        """`Trainer.call_model_init`; a model that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
         if not getattr(self, "is_in_train", False):
             return network
@@ -298,14 +298,14 @@ class GradAugTrainer(Trainer):
         return network
 
     def _lay_out(self, network: nn.Module) -> None:
-        """Give a network its memory format and its batch norm, before it is made slimmable."""
+        """Give a model its memory format and its batch norm, before it is made slimmable."""
         if self.args.channels_last:
             network.to(memory_format=torch.channels_last)
         if self.args.sync_batchnorm and self.args.world_size > 1:
             synchronise_batchnorm(network, self.args.device)
 
     def _prepare_network(self, network: nn.Module) -> None:
-        """Make a network slimmable, and settle what its sub-networks are before any long work."""
+        """Make a model slimmable, and settle its sub-networks before any long work."""
         check_checkpointing(network, self.args)
         if drops_channels(self._subnet_mode):
             make_slimmable(network, width_divisor=self.args.width_divisor)
@@ -327,7 +327,7 @@ class GradAugTrainer(Trainer):
             self._settle_resolutions(network, self._side(split_batch(batch)[0]))
 
     def _settle_resolutions(self, network: nn.Module, side: int) -> None:
-        """Choose the resolutions of a network's sub-networks, for images of a side in pixels."""
+        """Choose the resolutions of a model's sub-networks, for images of a side in pixels."""
         if self._subnet_sampler is not None:
             self._resolutions = []
             return
@@ -339,7 +339,7 @@ class GradAugTrainer(Trainer):
             )
 
     def _side(self, images: Any) -> int:
-        """Shorter side in pixels of a batch of images."""
+        """Return the shorter side in pixels of a batch of images."""
         return min(images.shape[2:])
 
     @property
@@ -347,7 +347,7 @@ class GradAugTrainer(Trainer):
         return getattr(self._subnet_sampler or self.args, "subnet_mode", "width")
 
     def _subnets_differ(self, network: nn.Module) -> bool:
-        """Whether sub-networks leave out anything of a network."""
+        """Return True if sub-networks leave out anything of a model."""
         mode, args = self.args.subnet_mode, self.args
         narrower = drops_channels(mode) and slicing_report(network).sliced_macs > 0 and args.min_width < 1
         return narrower or (drops_blocks(mode) and args.min_survival < 1)
@@ -414,7 +414,7 @@ class GradAugTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
-        """The GradAug objective while training, else the full network's loss.
+        """Return the GradAug objective while training, else the full network's loss.
 
         In a training step with `subnet_backward="sequential"` all passes but the last have had their backward when
         this returns: the loss has the value of the whole objective and the graph of the last pass.
@@ -455,9 +455,9 @@ class GradAugTrainer(Trainer):
         step, batch = self._mixed_batches
         batch = batch + 1 if step == self.state.global_step else 0
         self._mixed_batches = (self.state.global_step, batch)
-        draw = random.Random(f"{self.args.seed} {self.state.global_step} {batch} {self.args.process_index}")
+        generator = random.Random(f"{self.args.seed} {self.state.global_step} {batch} {self.args.process_index}")
         images, labels, others = split_batch(inputs)
-        images, labels = self._mixer(images, labels, draw.getrandbits(32))
+        images, labels = self._mixer(images, labels, generator.getrandbits(32))
         return {IMAGES: images, LABELS: labels, **others}
 
     def _plain_loss(
@@ -478,7 +478,7 @@ class GradAugTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`Trainer.prediction_step`, also for a network that takes images by position and without labels."""
+        """`Trainer.prediction_step`, also for a model that takes images by position and without labels."""
         if self._network_has_loss or inputs.get(LABELS) is not None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -515,7 +515,7 @@ class GradAugTrainer(Trainer):
 
     @property
     def subnet_sampler(self) -> SubnetSampler:
-        """What draws the sub-networks."""
+        """The sampler of the sub-networks."""
         if self._objective is not None:
             return self._objective.sampler
         args = self.args
@@ -687,7 +687,7 @@ class GradAugTrainer(Trainer):
 
     @contextmanager
     def _saving(self, network: nn.Module) -> Iterator[None]:
-        """Have `Trainer` save a network, of which it keeps the weights alone, rather than what wraps it."""
+        """Have `Trainer` save the weights of a timm model alone, rather than what wraps it."""
         kept = self.model, self.processing_class
         self.model, self.processing_class = network, None
         try:
@@ -732,7 +732,7 @@ class GradAugTrainer(Trainer):
 
 @contextmanager
 def _label_smoothing_set_aside(args: TrainingArguments, model: nn.Module | None) -> Iterator[None]:
-    """Hide label smoothing, for which Trainer's constructor asks any network for the config of a PreTrainedModel."""
+    """Hide label smoothing, for which Trainer's constructor asks any model for the config of a PreTrainedModel."""
     if isinstance(model, PreTrainedModel):
         yield
         return

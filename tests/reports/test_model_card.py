@@ -15,7 +15,8 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
 
 from gradaug_hf import GradAugConfig, GradAugTrainer, SubnetSampler
-from gradaug_hf.reports.model_card import CARD, GENERATED
+from gradaug_hf.reports.history import Evaluation
+from gradaug_hf.reports.model_card import CARD, GENERATED, CardMetadata, DataName, ModelFacts, write_model_card
 from gradaug_hf.trainer.metrics import topk_accuracy
 
 SIDE = 32
@@ -190,6 +191,32 @@ def test_code_for_timm_transformers_and_a_pipeline_gives_the_networks_probabilit
     assert torch.equal(by_transformers["probabilities"], expected)
 
 
+def test_card_of_another_loop_than_the_trainers_shows_the_facts_that_it_is_given(tmp_path):
+    facts = ModelFacts(
+        name="net",
+        architecture="resnet18",
+        num_parameters=1234,
+        data=DataName(hub_id="some/flowers", config="small", split="test"),
+        train_images=8,
+        eval_images=5,
+        measured=[Evaluation(7, 1.0, {"loss": 0.5, "top1": 0.25})],
+        steps=7,
+        subnets={"width multipliers": "0.5"},
+        training={"seed": "3"},
+    )
+    write_model_card(tmp_path, facts, CardMetadata(license="mit"))
+    card = card_in(tmp_path)
+    assert card.data.license == "mit"
+    assert [result.metric_value for result in card.data.eval_results] == [0.25]
+    assert (
+        "`resnet18` with 1,234 parameters, trained on "
+        "[some/flowers](https://huggingface.co/datasets/some/flowers) with [GradAug]" in card.text
+    )
+    assert "Measured on 5 images of some/flowers, split test, after 7 steps of training." in card.text
+    for cells in (("width multipliers", r"0\.5"), ("images", "8 of some/flowers"), ("seed", "3")):
+        assert re.search(r"^\| *" + r" *\| *".join(cells) + r" *\|$", card.text, flags=re.MULTILINE), cells
+
+
 def test_neither_tokens_nor_folders_of_the_machine_are_on_the_card(trained, tmp_path, monkeypatch):
     script = ModuleType("__main__")
     script.__file__ = str(tmp_path / "train.py")
@@ -325,7 +352,7 @@ def test_a_card_that_was_edited_is_kept_and_a_generated_one_is_renewed(tmp_path)
     assert file.read_text() == edited
 
 
-def test_data_set_is_named_as_it_remembers_its_download(tmp_path):
+def test_dataset_is_named_as_it_remembers_its_download(tmp_path):
     trainer = trainer_of(network(), tmp_path / "run")
     data = Dataset.from_list([{"labels": 0}] * 5, split="test")
     data.info.download_checksums = {"hf://datasets/some/flowers@0123abc/data/test.parquet": {}}
