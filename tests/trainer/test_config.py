@@ -27,6 +27,7 @@ OWN_FIELDS = {
     "cutmix_alpha": 0.0,
     "mix_prob": 1.0,
     "eval_widths": [],
+    "seed_train_data": True,
     "ignore_config_change": False,
     "channels_last": False,
 }
@@ -64,7 +65,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         "--width_divisor 8 --width_levels 4 --kl_weight 0.5 --subnet_backward joint --mixup_alpha 0.2 "
         "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width+depth --min_survival 0.7 "
         "--subnet_interval 2 --ignore_config_change --sync_batchnorm --channels_last "
-        "--subnet_target label"
+        "--subnet_target label --seed_train_data false"
     )
     (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(line.split())
     parsed = {name: getattr(args, name) for name in OWN_FIELDS}
@@ -86,6 +87,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         "cutmix_alpha": 1.0,
         "mix_prob": 0.5,
         "eval_widths": [0.9, 0.8],
+        "seed_train_data": False,
         "ignore_config_change": True,
         "channels_last": True,
     }
