@@ -23,6 +23,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from gradaug_hf.hub.configs import label_names
 from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
 from gradaug_hf.trainer.checkpoints import read_json, weight_shapes
 
@@ -171,6 +172,27 @@ def create_network(model: str, class_names: Sequence[str], arguments: Mapping[st
     if is_checkpoint(model):
         return load_checkpoint(model, class_names, arguments)
     return _create_timm_network(model, False, {"num_classes": len(class_names)}, dict(arguments))
+
+
+def network_to_train(model: str, *datasets: Any) -> nn.Module:
+    """Return the model of a checkpoint with its own classes, or a new one of timm with those that a dataset names.
+
+    Args:
+        model: as for `timm_name`.
+        datasets: asked for the names of their classes as by `label_names`.
+
+    Raises:
+        ValueError: there is no such model, it cannot be loaded, or no dataset names its classes.
+    """
+    if is_checkpoint(model):
+        return load_checkpoint(model)
+    classes = label_names(nn.Identity(), *datasets)
+    if classes is None:
+        raise ValueError(
+            f"model is {model!r}, but no dataset names its classes (by `features` or `classes`); give "
+            f"timm.create_model({model!r}, num_classes=...)"
+        )
+    return create_network(model, classes, {})
 
 
 def load_checkpoint(

@@ -27,17 +27,22 @@ class ResolutionTrial:
 
     Args:
         model: a timm network, a transformers classifier, or any module that maps images to logits.
+        single_image: whether a batch of one image can come, of which batch norm needs more than one position.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, single_image: bool = False) -> None:
         self._model = model
         self._copy = meta_copy(model).train()
+        self._num_images = 1 if single_image else 2
 
     def error_at(self, side: int) -> Exception | None:
-        """What the network raises for two images of this side in training mode, or None."""
+        """Return what the network raises for the smallest batch of this side in training mode, or None."""
+        return self._error(side, self._num_images)
+
+    def _error(self, side: int, num_images: int) -> Exception | None:
         try:
             with torch.no_grad():
-                self._copy(example_images(self._copy, 2, next(example_sizes(self._model, side))))
+                self._copy(example_images(self._copy, num_images, next(example_sizes(self._model, side))))
         except Exception as error:  # a network may raise anything at a size that it cannot take
             return error
         return None
@@ -55,9 +60,11 @@ class ResolutionTrial:
         for side in sides:
             if (error := self.error_at(side)) is not None:
                 reason = str(error).strip().split("\n")[0]
+                is_alone = self._num_images == 1 and self._error(side, 2) is None
                 raise ValueError(
-                    f"resolutions holds {side}, which {type(self._model).__name__} cannot take ({reason}); "
-                    f"{self._advice(side)}"
+                    f"resolutions holds {side}, which {type(self._model).__name__} cannot take"
+                    f"{' where the last batch of an epoch is one image' if is_alone else ''} ({reason}); "
+                    f"{'set dataloader_drop_last=True, or ' if is_alone else ''}{self._advice(side)}"
                 ) from error
 
     def default(self, side: int) -> list[int]:

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from transformers.utils.generic import find_labels
 
 IMAGES, LABELS = "pixel_values", "labels"
 
@@ -18,6 +20,20 @@ def images_of(batch: Any) -> Tensor:
         found = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"a batch holds {found}; expected {IMAGES!r} (N, C, H, W) and {LABELS!r}")
     return batch[IMAGES]
+
+
+def as_evaluated(batch: Mapping[str, Any], model: nn.Module, args: TrainingArguments) -> Mapping[str, Any]:
+    """Return a batch with images of the dtype that `fp16_full_eval` and `bf16_full_eval` give a model."""
+    images = batch.get(IMAGES)
+    if not (args.fp16_full_eval or args.bf16_full_eval) or not isinstance(images, Tensor):
+        return batch
+    return {**batch, IMAGES: images.to(next(model.parameters()).dtype)}
+
+
+def name_images(model: nn.Module) -> None:
+    """Tell the Trainer that a model which takes its input by position takes images, not tokens."""
+    if not find_labels(type(model)) and not hasattr(model, "main_input_name"):
+        model.main_input_name = IMAGES
 
 
 def split_batch(batch: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:

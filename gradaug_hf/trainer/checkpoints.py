@@ -51,7 +51,9 @@ SETTINGS_OF_TRAINING = (
     "weight_decay",
     "world_size",
 )
-# Own fields that do not.
+# Those that say how long a training is.
+LENGTHS = ("max_steps", "num_train_epochs")
+# Own fields that do not change them.
 OTHER_SETTINGS = ("eval_widths", "ignore_config_change")
 DIFFERENCES_SHOWN = 5
 
@@ -159,25 +161,27 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def check_settings(folder: Path, settings: Mapping[str, Any], may_be_longer: bool = False) -> None:
     """Make sure that a training goes on with the settings that it was begun with.
 
     Args:
         folder: the checkpoint.
         settings: of now; those that the checkpoint does not know are passed over.
+        may_be_longer: whether the steps do not depend on their number, so that there may be more than before.
 
     Raises:
         ResumeError: they differ; lists how.
     """
     saved = read_state(folder)["settings"]
-    differences = [
-        f"{name} was {saved[name]!r} and is {settings[name]!r}"
-        for name in sorted(saved.keys() & settings.keys())
-        if saved[name] != settings[name]
-    ]
-    if differences:
+    different = [name for name in sorted(saved.keys() & settings.keys()) if saved[name] != settings[name]]
+    longer = [name for name in different if name in LENGTHS and 0 < saved[name] < settings[name]]
+    if may_be_longer:
+        different = [name for name in different if name not in longer]
+    if different:
+        listed = "; ".join(f"{name} was {saved[name]!r} and is {settings[name]!r}" for name in different)
+        schedule = " In a longer training the learning rate falls later, from here on." if longer else ""
         raise ResumeError(
-            f"{folder} was trained with other settings: {'; '.join(differences)}. Set them as they were, or set "
+            f"{folder} was trained with other settings: {listed}.{schedule} Set them as they were, or set "
             "ignore_config_change to go on with those of now"
         )
 

@@ -9,9 +9,12 @@ from typing import Any
 
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import DataCollator, PreTrainedModel
+from transformers.trainer_utils import has_length
 
 from gradaug_hf.objective.losses import check_labels
+from gradaug_hf.trainer.batches import IMAGES
 from gradaug_hf.trainer.config import GradAugConfig
 
 
@@ -83,6 +86,60 @@ def check_launch(args: GradAugConfig, deepspeed: bool) -> None:
             f'optim is {args.optim.value!r}, which steps within the backward; set subnet_backward="joint" so that '
             "there is one in a step"
         )
+
+
+def check_even_batches(args: GradAugConfig, dataset: Any) -> None:
+    """Make sure that all processes have the same number of batches.
+
+    Args:
+        args: the settings.
+        dataset: to train on; the batches of a stream are always even.
+
+    Raises:
+        ValueError: one has fewer, for which the others would wait for ever.
+    """
+    if args.world_size == 1 or args.accelerator_config.even_batches or args.dataloader_drop_last:
+        return
+    size = args.train_batch_size * args.world_size
+    if not isinstance(dataset, IterableDataset) and len(dataset) % size:
+        raise ValueError(
+            f"accelerator_config has even_batches False, and {len(dataset)} images are no multiple of {size} "
+            f"({args.world_size} processes with {args.train_batch_size} each), so that processes would wait for each "
+            "other for ever; set even_batches=True or dataloader_drop_last=True"
+        )
+
+
+def has_single_image(args: GradAugConfig, dataset: Any) -> bool:
+    """Return True if some batch of an epoch holds one image alone.
+
+    Args:
+        args: the settings.
+        dataset: to train on; of a stream it is not known.
+    """
+    size = args.train_batch_size
+    if size == 1 or dataset is None or args.dataloader_drop_last or not has_length(dataset):
+        return size == 1
+    padded = args.world_size > 1 and args.accelerator_config.even_batches
+    return len(dataset) % size == 1 and not padded
+
+
+def check_columns(args: GradAugConfig, datasets: Mapping[str, Any]) -> None:
+    """Make sure that no column is removed that a dataset makes its images of.
+
+    Args:
+        args: the settings.
+        datasets: by their names.
+
+    Raises:
+        ValueError: `remove_unused_columns` is True, and the images of a dataset come from its transform.
+    """
+    for name, dataset in datasets.items():
+        columns = getattr(dataset, "column_names", None)
+        if args.remove_unused_columns and isinstance(columns, list) and IMAGES not in columns:
+            raise ValueError(
+                f"remove_unused_columns is True, which would remove the columns {columns} of {name} before its "
+                f"transform makes {IMAGES!r} of them; set remove_unused_columns=False"
+            )
 
 
 def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:

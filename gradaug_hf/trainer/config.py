@@ -255,13 +255,17 @@ def as_gradaug_config(args: TrainingArguments) -> GradAugConfig:
 
     Args:
         args: returned as they are if they are a GradAugConfig already. Else the defaults in which the classes
-            differ are GradAugConfig's, where `args` has those of `TrainingArguments`.
+            differ are GradAugConfig's, where `args` has those of `TrainingArguments`. What else a subclass of
+            `TrainingArguments` has stays readable by its name.
     """
     if isinstance(args, GradAugConfig):
         return args
-    plain = {f.name: f for f in fields(args) if f.init}
-    own = {f.name: f.default for f in fields(GradAugConfig) if f.name in plain and f.default != plain[f.name].default}
+    accepted = {f.name: f for f in fields(GradAugConfig) if f.init}
+    plain = {f.name: f for f in fields(args) if f.name in accepted}
+    own = [name for name, f in plain.items() if f.default != accepted[name].default]
     kept = {
         name: getattr(args, name) for name in plain if name not in own or getattr(args, name) != plain[name].default
     }
-    return GradAugConfig(**kept)
+    config = GradAugConfig(**kept)
+    vars(config).update({name: value for name, value in vars(args).items() if name not in vars(config)})
+    return config

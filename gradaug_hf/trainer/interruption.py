@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 # A launcher passes on the Ctrl-C that its processes have from the terminal as well; a later one is meant.
 REPEAT_SECONDS = 2.0
+AFTER_LAST_STEP = "all steps are done; the process ends once the model is evaluated and the checkpoint written"
 
 
 def ends_epoch(state: TrainerState) -> bool:
@@ -33,6 +34,8 @@ class Interruption(TrainerCallback):
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._lost_workers = False
+        self._is_listening = False
+        self._steps_are_left = True
         self._received: signal.Signals | None = None
         self._received_at = 0.0
         self._previous: dict[signal.Signals, Any] = {}
@@ -45,9 +48,10 @@ class Interruption(TrainerCallback):
     def listening(self, args: TrainingArguments) -> Iterator[None]:
         """Receive the signals while the block runs; only the main thread can."""
         self.signal = self._received = None
-        self._lost_workers = False
+        self._lost_workers, self._steps_are_left = False, True
         self._pid = os.getpid()
         self._is_first = args.process_index == 0
+        self._is_listening = True
         child_handler = signal.getsignal(signal.SIGCHLD)
         signals = [signal.SIGINT] if args.enable_jit_checkpoint else [signal.SIGINT, signal.SIGTERM]
         if threading.current_thread() is threading.main_thread():
@@ -61,6 +65,7 @@ class Interruption(TrainerCallback):
             if self._received is not None:
                 signal.signal(signal.SIGCHLD, child_handler)
             self._previous = {}
+            self._is_listening = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -69,11 +74,13 @@ class Interruption(TrainerCallback):
         now = time.monotonic()
         if self._received is None:
             self._received, self._received_at = signal.Signals(number), now
-            # The data loader's handler would raise an error amid a step, if its workers die of the same signal.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            # The data loader's handler would raise an error amid a step, if its workers die of the same signal. Python
+            # prints a traceback where a signal that has come already finds SIG_DFL instead of a function.
+            signal.signal(signal.SIGCHLD, _ignore)
             if self._is_first:
+                when = "training ends after this step" if self._steps_are_left else AFTER_LAST_STEP
                 again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-                os.write(2, f"\n{self._received.name}: training ends after this step{again}\n".encode())
+                os.write(2, f"\n{self._received.name}: {when}{again}\n".encode())
         elif number == signal.SIGINT and now - self._received_at > REPEAT_SECONDS:
             signal.default_int_handler(number, frame)
 
@@ -105,16 +112,15 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop with a checkpoint, if a signal has come."""
-        number = self._agreed() if self._group is not None else self._received
-        if number:
-            self.signal = signal.Signals(number)
-            control.should_training_stop = True
-            control.should_save = True
+        self._steps_are_left = state.global_step < state.max_steps
+        self._stop_if_received(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Neither log nor evaluate an epoch that is broken off as one that is over."""
+        if not self._steps_are_left:
+            self._stop_if_received(control)
         if self._lost_workers:
             self.signal = self._received
             control.should_training_stop = True
@@ -122,13 +128,29 @@ class Interruption(TrainerCallback):
             control.should_log = control.should_evaluate = False
             control.should_save = self._lost_workers and state.global_step > 0
 
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write a checkpoint, if a signal has come since the last step."""
+        if self._is_listening and not self._steps_are_left:
+            self._stop_if_received(control)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Finish what is under way between the processes."""
+        """Take up a signal that came after the last step, and finish what is under way between the processes."""
+        self._stop_if_received(control)
         if self._work is not None:
+            self._stop_if_received(control)
             self._work.wait()
             self._work = None
+
+    def _stop_if_received(self, control: TrainerControl) -> None:
+        number = self._agreed() if self._group is not None else self._received
+        if number:
+            self.signal = signal.Signals(number)
+            control.should_training_stop = True
+            control.should_save = True
 
     def _agreed(self) -> int:
         """Return the signal that any process had after the step before; 0 if none."""
@@ -140,7 +162,7 @@ class Interruption(TrainerCallback):
         self._work = dist.all_reduce(self._highest, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return number
 
-    # ---- after it ----
+    # ---- after the training ----
 
     def end_process(self, message: str) -> None:
         """Do what the signal would have done, if one has ended the training.
@@ -156,3 +178,7 @@ class Interruption(TrainerCallback):
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.signal)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing about a signal."""

@@ -1,17 +1,19 @@
 """Resuming: an interrupted training, once resumed, ends as if it had not been interrupted."""
 
 import time
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
 
 from gradaug_hf.trainer.checkpoints import (
     ResumeError,
@@ -22,6 +24,7 @@ from gradaug_hf.trainer.checkpoints import (
     write_state,
 )
 from gradaug_hf.trainer.metrics import RunningMeans
+from gradaug_hf.utils.randomness import random_states_kept
 
 
 def checkpoint_to_resume(
@@ -30,6 +33,7 @@ def checkpoint_to_resume(
     settings: Mapping[str, Any],
     model: nn.Module,
     own_files: bool,
+    may_be_longer: bool,
 ) -> str | None:
     """Return the folder of the checkpoint that a training goes on from, or None.
 
@@ -39,6 +43,7 @@ def checkpoint_to_resume(
         settings: those that have to be the same as before, by name.
         model: the model that is trained.
         own_files: whether the weights lie in files of DeepSpeed's or FSDP's own, which are not looked into.
+        may_be_longer: whether the steps do not depend on their number, so that there may be more than before.
 
     Raises:
         ResumeError: the checkpoint cannot be read, is of another model, or was trained with other settings.
@@ -51,11 +56,41 @@ def checkpoint_to_resume(
     if not own_files:
         check_whole(Path(folder))
     if not args.ignore_config_change:
-        check_settings(Path(folder), settings)
+        check_settings(Path(folder), settings, may_be_longer)
     if not own_files:
         prefix = getattr(model, "base_model_prefix", "")  # a timm model is saved without its wrapper's
         check_weights(Path(folder), model, f"{prefix}." if prefix else "")
     return folder
+
+
+def has_fixed_schedule(trainer: Trainer) -> bool:
+    """Return True if the learning rate of a step does not depend on the number of steps."""
+    args = trainer.args
+    is_constant = args.lr_scheduler_type in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+    is_own = type(trainer).create_scheduler is not Trainer.create_scheduler or trainer.lr_scheduler is not None
+    return is_constant and not is_own and not 0 < args.warmup_steps < 1  # below 1 it is a share of the steps
+
+
+def dataset_fingerprint(dataset: Any) -> str | None:
+    """Return the length of a map-style dataset and a hash of some of its labels; None for a stream.
+
+    The images are left out: their augmentation, and how they are decoded, may differ from machine to machine.
+    """
+    if dataset is None or not has_length(dataset):
+        return None
+    last = len(dataset) - 1
+    with random_states_kept():
+        examples = [dataset[index] for index in sorted({round(last * part / 4) for part in range(5)}) if last >= 0]
+    labels = [str(_label(example)) for example in examples]
+    return f"{last + 1} examples with labels {zlib.crc32(repr(labels).encode()):08x}"
+
+
+def _label(example: Any) -> Any:
+    if isinstance(example, Mapping):
+        label = next((example[name] for name in ("labels", "label") if name in example), None)
+    else:
+        label = example[-1] if isinstance(example, tuple) and example else None
+    return label.tolist() if isinstance(label, (Tensor, np.generic, np.ndarray)) else label
 
 
 class ProgressCallback(TrainerCallback):
@@ -71,6 +106,7 @@ class ProgressCallback(TrainerCallback):
         self._stored: dict[str, Any] = {}
         self._epoch_is_over = False
         self._started = time.perf_counter()
+        self.first_step = 0  # from which the Trainer's sum of losses counts
 
     def begin(self, checkpoint: str | None) -> None:
         """Begin a training, from the progress that a checkpoint holds or anew."""
@@ -117,9 +153,10 @@ class ProgressCallback(TrainerCallback):
         """Go on with the sums of the checkpoint, now that the Trainer has set its own to zero."""
         self._started = time.perf_counter()
         processes = self._stored.get("processes", [])
-        if len(processes) != args.world_size:  # none, or another number of processes
+        self.first_step = 0 if processes else state.global_step
+        if not processes:
             return
-        own = processes[args.process_index]
+        own = processes[args.process_index] if len(processes) == args.world_size else _mean_of(processes)
         self._trainer._tr_loss.fill_(own["loss"])
         self._trainer._total_loss_scalar = own["total_loss"]
         self._trainer._globalstep_last_logged = own["last_logged"]
@@ -172,3 +209,13 @@ class ProgressCallback(TrainerCallback):
             return {"stream": (epoch + 1, 0)}
         steps = (trainer.state.epoch - epoch) * trainer.state.max_steps
         return {"stream": (epoch, round(steps * trainer.args.gradient_accumulation_steps))}
+
+
+def _mean_of(processes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the sums that each of another number of processes goes on with, so that their mean is what it was."""
+    first, count = processes[0], len(processes)
+    means = {
+        name: [sum(each["means"][name][0] for each in processes) / count, dtype, number]
+        for name, (_, dtype, number) in first["means"].items()
+    }
+    return {**first, "loss": sum(each["loss"] for each in processes) / count, "means": means}

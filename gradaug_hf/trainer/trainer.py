@@ -38,7 +38,7 @@ from gradaug_hf.hub.configs import (
     timm_network,
     why_not_rebuilt,
 )
-from gradaug_hf.hub.networks import image_processor, load_checkpoint
+from gradaug_hf.hub.networks import image_processor, network_to_train
 from gradaug_hf.hub.pushing import make_branch, push_errors
 from gradaug_hf.objective.losses import cross_entropy
 from gradaug_hf.objective.mixing import BatchMixer
@@ -53,7 +53,7 @@ from gradaug_hf.slimming import make_slimmable, slicing_report
 from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.patching import num_droppable_blocks
 from gradaug_hf.slimming.sync_batchnorm import synchronise_batchnorm
-from gradaug_hf.trainer.batches import IMAGES, LABELS, images_of, split_batch
+from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, name_images, split_batch
 from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback
 from gradaug_hf.trainer.card_facts import model_facts
 from gradaug_hf.trainer.checkpoints import (
@@ -66,15 +66,24 @@ from gradaug_hf.trainer.checkpoints import (
 from gradaug_hf.trainer.checks import (
     LabelCheckingCollator,
     check_checkpointing,
+    check_columns,
+    check_even_batches,
     check_launch,
     check_output_dir,
     check_sharding,
+    has_single_image,
 )
 from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.trainer.interruption import Interruption
+from gradaug_hf.trainer.lock import locked
 from gradaug_hf.trainer.loss_watch import LossWatch, NonFiniteLossError
-from gradaug_hf.trainer.resuming import ProgressCallback, checkpoint_to_resume
+from gradaug_hf.trainer.resuming import (
+    ProgressCallback,
+    checkpoint_to_resume,
+    dataset_fingerprint,
+    has_fixed_schedule,
+)
 from gradaug_hf.trainer.width_evaluation import evaluate_at_width
 from gradaug_hf.utils.randomness import random_states_kept
 
@@ -96,7 +105,8 @@ class GradAugTrainer(Trainer):
     Args:
         model: a timm model, a `TimmWrapperForImageClassification` or any transformers image classifier; made
             slimmable and droppable in place, as `args.subnet_mode` needs it. Or the Hub id, as `user/name` or
-            `user/name@revision`, or the folder of one, which is loaded with its image processor.
+            `user/name@revision`, or the folder of one, which is loaded with its image processor. Or the name of a
+            timm model, which is made anew for the classes that the dataset names.
         args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
         data_collator: as in `Trainer`, like all arguments up to `preprocess_logits_for_metrics`.
         train_dataset: with `args.seed_train_data`, the random numbers that a map-style dataset takes from Python,
@@ -156,7 +166,8 @@ class GradAugTrainer(Trainer):
         if args.num_subnets > 0:
             check_sharding(args)  # which the Trainer's constructor may not stand
         checkpoint = model if isinstance(model, str) else None
-        model = load_checkpoint(checkpoint) if checkpoint else model
+        if checkpoint:
+            model = network_to_train(checkpoint, train_dataset, eval_dataset)
         self._subnet_sampler = subnet_sampler
         self.subnet_transform = subnet_transform
         self._resolution_trial: ResolutionTrial | None = None
@@ -166,6 +177,7 @@ class GradAugTrainer(Trainer):
         self._mixer: BatchMixer | None = None
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         self._partial_folder: Path | None = None  # while a checkpoint is written
+        self._fingerprint: str | None = None  # of the training set
         with _label_smoothing_set_aside(args, model):
             super().__init__(
                 model,
@@ -197,15 +209,19 @@ class GradAugTrainer(Trainer):
         self._network_has_loss = bool(find_labels(type(self.model)))
         if not self._network_has_loss:
             self.label_names = args.label_names or [LABELS]
+            self._signature_columns = [IMAGES, "label", "label_ids", *self.label_names]
         if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
             self._mixer = self._make_mixer()
         if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
             self._use_own_loss()
+            evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+            check_columns(args, {"train_dataset": train_dataset, **evaluated})
         network = timm_network(self.model)
         if network is not None and (reason := why_not_rebuilt(network)):
             name = type(network).__name__
             warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
         if self.model_init is None:
+            name_images(self.model)
             self._lay_out(self.model)
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled)
@@ -266,14 +282,21 @@ class GradAugTrainer(Trainer):
         self._objective = None  # model and settings may be others than in an earlier training
         if self.args.num_subnets > 0 and self.model_init is None and self._resolution_trial is None:
             self._prepare_network(self.model)
+        check_even_batches(self.args, self.train_dataset)
+        self._fingerprint = dataset_fingerprint(self.train_dataset)
         own_files = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        folder = checkpoint_to_resume(resume_from_checkpoint, self.args, self.settings(), self.model, own_files)
+        folder = checkpoint_to_resume(
+            resume_from_checkpoint, self.args, self.settings(), self.model, own_files, has_fixed_schedule(self)
+        )
         self._progress.begin(folder)
-        run_dir = Path(self.args.output_dir)
-        if self.args.should_save:
-            remove_partial(run_dir)
+        run_dir = Path(self._get_output_dir(trial))
         try:
-            with compiling(self.subnet_sampler, self.args), self._interruption.listening(self.args):
+            with ExitStack() as stack:
+                if self.args.should_save:
+                    stack.enter_context(locked(run_dir))
+                    remove_partial(run_dir)
+                stack.enter_context(compiling(self.subnet_sampler, self.args))
+                stack.enter_context(self._interruption.listening(self.args))
                 output = super().train(folder, trial, ignore_keys_for_eval)
         except Exception as error:
             self._pushes.finish()
@@ -290,6 +313,7 @@ class GradAugTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """`Trainer.call_model_init`; a model that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
+        name_images(network)
         if not getattr(self, "is_in_train", False):
             return network
         self._lay_out(network)
@@ -318,12 +342,12 @@ class GradAugTrainer(Trainer):
                 )
         if drops_blocks(self._subnet_mode):
             make_droppable(network)
-        self._resolution_trial = ResolutionTrial(network)
+        self._resolution_trial = ResolutionTrial(network, has_single_image(self.args, self.train_dataset))
         chosen = getattr(self._subnet_sampler or self.args, "resolutions", None)
         self._resolution_trial.check(chosen or [])
         if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):
             with random_states_kept():
-                batch = self.data_collator([self.train_dataset[0]])
+                batch = self.data_collator([self.train_dataset[0]] * 2)  # some collators need an even number
             self._settle_resolutions(network, self._side(split_batch(batch)[0]))
 
     def _settle_resolutions(self, network: nn.Module, side: int) -> None:
@@ -479,6 +503,7 @@ class GradAugTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """`Trainer.prediction_step`, also for a model that takes images by position and without labels."""
+        inputs = as_evaluated(inputs, model, self.args)
         if self._network_has_loss or inputs.get(LABELS) is not None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -561,7 +586,8 @@ class GradAugTrainer(Trainer):
             for name, mean in self._progress.means.take().items():
                 logs[name] = self.accelerator.reduce(mean, "mean").item() if isinstance(mean, Tensor) else mean
         if "train_loss" in logs:
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
+            steps = self.state.global_step - self._progress.first_step
+            logs["train_loss"] = self._total_loss_scalar / max(steps, 0.001)
         super().log(logs, start_time)
 
     # ---- plots and model card ----
@@ -605,7 +631,7 @@ class GradAugTrainer(Trainer):
         """Return the settings that have to be the same when a training is resumed, by name."""
         own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self.subnet_transform}
         kinds = {name: None if value is None else type(value).__name__ for name, value in own.items()}
-        return settings_of_training(self.args) | kinds
+        return settings_of_training(self.args) | kinds | {"train_dataset": self._fingerprint}
 
     def training_seconds(self) -> float:
         """Return the seconds that the training took so far, with those before the checkpoint it was resumed from."""

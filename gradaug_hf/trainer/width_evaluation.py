@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm
 from gradaug_hf.slimming.patching import is_slimmable
-from gradaug_hf.trainer.batches import images_of
+from gradaug_hf.trainer.batches import as_evaluated, images_of
 from gradaug_hf.utils.randomness import random_states_kept, seed_everything
 
 # Training images of which batch norm is recalibrated before a sub-network is evaluated.
@@ -58,4 +58,4 @@ def _calibration_batches(trainer: Trainer) -> Iterator[Tensor]:
     size = args.per_device_train_batch_size
     loader = DataLoader(images, size, collate_fn=trainer.data_collator, num_workers=args.dataloader_num_workers)
     for batch in islice(loader, math.ceil(CALIBRATION_IMAGES / size)):
-        yield images_of(trainer._prepare_inputs(batch))
+        yield images_of(as_evaluated(trainer._prepare_inputs(batch), trainer.model, args))

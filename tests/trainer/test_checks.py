@@ -4,14 +4,16 @@ import pytest
 import timm
 import torch
 from accelerate.parallelism_config import ParallelismConfig
-from transformers import default_data_collator
+from transformers import TrainingArguments, default_data_collator
 
 from gradaug_hf.trainer.checks import (
     LabelCheckingCollator,
     check_checkpointing,
+    check_even_batches,
     check_launch,
     check_output_dir,
     check_sharding,
+    has_single_image,
 )
 from gradaug_hf.trainer.config import GradAugConfig
 
@@ -62,6 +64,32 @@ def test_a_static_graph_is_refused_also_when_joint(args):
     args.ddp_static_graph = True
     with pytest.raises(ValueError, match="ddp_static_graph is True"):
         check_launch(args, deepspeed=False)
+
+
+def test_processes_with_unequal_numbers_of_batches_are_refused(args, tmp_path, monkeypatch):
+    uneven = GradAugConfig(str(tmp_path), use_cpu=True, accelerator_config={"even_batches": False})
+    check_even_batches(uneven, range(17))
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    check_even_batches(args, range(17))
+    check_even_batches(uneven, range(32))
+    with pytest.raises(
+        ValueError, match=r"even_batches False, and 17 images are no multiple of 16 .*even_batches=True"
+    ):
+        check_even_batches(uneven, range(17))
+    uneven.dataloader_drop_last = True
+    check_even_batches(uneven, range(17))
+
+
+@pytest.mark.parametrize(
+    ("processes", "count", "expected"), [(1, 17, True), (1, 18, False), (1, 16, False), (2, 17, False)]
+)
+def test_an_epoch_of_one_process_may_end_with_a_single_image(args, monkeypatch, processes, count, expected):
+    monkeypatch.setattr(TrainingArguments, "world_size", processes)
+    assert has_single_image(args, range(count)) == expected
+    args.dataloader_drop_last = True
+    assert not has_single_image(args, range(count))
+    args.per_device_train_batch_size = 1
+    assert has_single_image(args, range(count))
 
 
 def test_split_parameters_are_refused(args):

@@ -1,11 +1,12 @@
+import copy
 import inspect
 import json
 import pickle
 import re
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import pytest
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
 
@@ -143,3 +144,23 @@ def test_plain_training_arguments_get_the_defaults(tmp_path):
     assert args.ddp_find_unused_parameters is False
     assert args.ddp_broadcast_buffers is True
     assert as_gradaug_config(args) is args
+
+
+@dataclass
+class OwnArguments(TrainingArguments):
+    my_flag: str = "unset"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.settled = self.my_flag.upper()
+
+
+@pytest.mark.parametrize("kind", [OwnArguments, Seq2SeqTrainingArguments])
+def test_fields_of_a_subclass_of_training_arguments_stay_readable(tmp_path, kind):
+    own = {"my_flag": "set"} if kind is OwnArguments else {"sortish_sampler": True}
+    args = as_gradaug_config(kind(str(tmp_path), report_to="none", learning_rate=0.25, **own))
+    assert isinstance(args, GradAugConfig)
+    assert (args.learning_rate, args.num_subnets, args.remove_unused_columns) == (0.25, 3, False)
+    for copied in (args, pickle.loads(pickle.dumps(args)), copy.deepcopy(args)):
+        assert {name: getattr(copied, name) for name in own} == own
+    assert kind is not OwnArguments or args.settled == "SET"

@@ -113,6 +113,57 @@ def test_a_training_interrupted_amid_or_after_an_epoch_logs_and_evaluates_as_one
     assert end(tmp_path) == end(tmp_path / "whole")
 
 
+class SendsWhenEvaluated(Sends):
+    """Sends a signal while the model is evaluated, after a step."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Send nothing yet."""
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_signal_after_the_last_step_ends_the_process_once_the_checkpoint_is_written(tmp_path, capfd, evaluated):
+    class SendsAtTheEnd(Sends):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            """Send nothing yet."""
+
+        def on_epoch_end(self, args, state, control, **kwargs) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    settings = {"max_steps": 3, "save_strategy": "no", "eval_strategy": "epoch" if evaluated else "no"}
+    sender = (SendsWhenEvaluated if evaluated else SendsAtTheEnd)(signal.SIGTERM, 3)
+    with pytest.raises(SystemExit, match="143"):
+        make_trainer(tmp_path, [sender], **settings).train()
+    assert checkpoints(tmp_path) == [3]
+    printed = capfd.readouterr().err
+    assert "SIGTERM: all steps are done; the process ends once the model is evaluated" in printed
+    assert "training ends after this step" not in printed
+    assert "SIGTERM: training stopped after step 3 of 3" in printed
+
+
+def test_workers_that_die_with_the_signal_print_no_traceback(tmp_path, monkeypatch):
+    errors = []
+    monkeypatch.setattr("sys.unraisablehook", errors.append)
+    before = signal.signal(signal.SIGCHLD, lambda number, frame: None)  # as a data loader's
+
+    class SendsBoth(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs) -> None:
+            both = (signal.SIGINT, signal.SIGCHLD)
+            signal.pthread_sigmask(signal.SIG_BLOCK, both)
+            for number in both:
+                os.kill(os.getpid(), number)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            make_trainer(tmp_path, [SendsBoth()], max_steps=2, eval_strategy="no").train()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert errors == []
+
+
 def test_handlers_come_back_and_others_are_left_alone(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     seen = []

@@ -4,11 +4,13 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
@@ -30,6 +32,7 @@ from tests.helpers.small_training import (
     end_of,
     make_trainer,
     network,
+    seeded_images,
     start,
     status_of,
     train,
@@ -232,7 +235,81 @@ def test_networks_of_transformers_are_resumed(tmp_path, wrapped):
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
+def change(checkpoint: Path, edit: Callable[[dict], None]) -> None:
+    """Edit the settings and the progress that a checkpoint holds."""
+    file = checkpoint / "gradaug_state.json"
+    state = json.loads(file.read_text())
+    edit(state)
+    file.write_text(json.dumps(state))
+
+
+def test_the_loss_of_all_steps_is_known_after_a_change_of_the_number_of_processes(tmp_path):
+    settings = {"max_steps": 5, "logging_steps": 3, "eval_strategy": "no"}
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+
+    def split_in_two(state: dict) -> None:
+        (alone,) = state["progress"]["processes"]
+        assert alone["loss"] > 0
+        assert alone["total_loss"] > 0
+        two = [copy.deepcopy(alone), copy.deepcopy(alone)]
+        for process, share in zip(two, (0.25, 1.75), strict=True):  # their mean is what one process had
+            process["loss"] *= share
+            process["means"]["loss_subnets"][0] *= share
+        state["progress"]["processes"] = two
+
+    change(tmp_path / "checkpoint-4", split_in_two)
+    resumed = make_trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    last, expected = (trainer.state.log_history[-1]["train_loss"] for trainer in (resumed, whole))
+    assert last == pytest.approx(expected, abs=1e-6)
+
+
+def test_without_the_sums_of_a_checkpoint_the_loss_is_that_of_the_steps_since(tmp_path):
+    settings = {"max_steps": 6, "logging_steps": 1, "eval_strategy": "no"}
+    whole = make_trainer(tmp_path, **settings)
+    whole.train()
+    (tmp_path / "checkpoint-4" / "gradaug_state.json").unlink()  # as in a checkpoint of the plain Trainer
+    resumed = make_trainer(tmp_path / "resumed", **settings)
+    output = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert output.training_loss == pytest.approx(sum(losses[4:]) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"lr_scheduler_type": "constant"}, {"ignore_config_change": True}])
+def test_a_training_goes_on_for_more_steps_where_the_schedule_allows_it_or_is_given_up(tmp_path, settings):
+    settings = {"eval_strategy": "no", **settings}  # an evaluation at the end of the first takes a random number
+    make_trainer(tmp_path, max_steps=4, **settings).train()
+    longer = make_trainer(tmp_path, max_steps=6, **settings)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 6
+    if "lr_scheduler_type" in settings:
+        whole = make_trainer(tmp_path / "whole", max_steps=6, **settings)
+        whole.train()
+        assert end_of(longer)["weights"] == end_of(whole)["weights"]
+
+
 # ---- what is refused ----
+
+
+def test_more_steps_with_another_learning_rate_are_refused_with_the_way_to_have_them(tmp_path, trained):
+    message = (
+        r"max_steps was 2 and is 4\. In a longer training the learning rate falls later, from here on\. "
+        r"Set them as they were, or set ignore_config_change"
+    )
+    with pytest.raises(ResumeError, match=message):
+        make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(trained))
+    with pytest.raises(ResumeError, match=r"max_steps was 2 and is 1\. Set them"):
+        make_trainer(tmp_path, max_steps=1, lr_scheduler_type="constant").train(resume_from_checkpoint=str(trained))
+
+
+@pytest.mark.parametrize("other", ["fewer images", "other labels"])
+def test_another_training_set_is_refused(tmp_path, trained, other):
+    images = seeded_images(42, stream=False)
+    images = Subset(images, range(8)) if other == "fewer images" else [{**image, "labels": 0} for image in images]
+    message = r"train_dataset was '20 examples with labels \w{8}' and is '(8|20) examples with labels \w{8}'"
+    with pytest.raises(ResumeError, match=message):
+        make_trainer(tmp_path, train_dataset=images, max_steps=2).train(resume_from_checkpoint=str(trained))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,16 @@
 """What the Trainer of transformers offers beside training, with sub-networks."""
 
 import copy
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
+from timm.data import Mixup
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback, ViTConfig, ViTForImageClassification
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
@@ -249,3 +253,130 @@ def test_hyper_parameters_of_gradaug_are_searched_each_time_from_a_new_network(t
     assert any(not torch.equal(p, untrained[name]) for name, p in made[2].named_parameters())
     assert len(set(evaluated)) == 3
     assert best.objective == min(evaluated)
+
+
+# ---- settings of the Trainer that are about images ----
+
+
+def test_metrics_see_the_images_of_a_timm_model(tmp_path):
+    seen = []
+
+    def images_seen(prediction: EvalPrediction) -> dict[str, float]:
+        seen.append(prediction.inputs)
+        return {}
+
+    def evaluate(**model: object) -> None:
+        args = config(tmp_path, include_for_metrics=["inputs"])
+        GradAugTrainer(args=args, eval_dataset=rows(6), compute_metrics=images_seen, **model).evaluate()
+
+    evaluate(model=NETWORKS["timm"]())
+    evaluate(model_init=NETWORKS["timm"])
+    expected = torch.stack([row["pixel_values"] for row in rows(6)]).numpy()
+    assert [(images == expected).all() for images in seen] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("resnet", "bf16_full_eval"),
+        ("timm wrapper", "bf16_full_eval"),
+        ("timm", "bf16_full_eval"),
+        ("timm", "fp16_full_eval"),
+    ],
+)
+def test_images_have_the_precision_of_a_model_that_is_evaluated_in_it(tmp_path, name, precision):
+    args = config(tmp_path, eval_widths=[0.5], resolutions=[32], **{precision: True})
+    trainer = GradAugTrainer(NETWORKS[name](), args, train_dataset=rows(8), eval_dataset=rows(4))
+    expected = GradAugTrainer(
+        NETWORKS[name](), config(tmp_path), train_dataset=rows(8), eval_dataset=rows(4)
+    ).evaluate()
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(expected["eval_loss"], abs=0.03)
+    assert math.isfinite(metrics["eval_width0.5_loss"])
+    assert trainer.predict(rows(4, labels=False)).predictions.shape == (4, 5)
+
+
+def test_the_images_are_used_columns_of_a_timm_model(tmp_path):
+    data = [{**row, "name": "of a file"} for row in rows(8)]
+    trainer = GradAugTrainer(
+        NETWORKS["timm"](), config(tmp_path, max_steps=1, remove_unused_columns=True), train_dataset=data
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_columns_that_a_transform_makes_images_of_are_not_removed(tmp_path, name):
+    data = Dataset.from_list([{"image": [0.0], "labels": 0}]).with_transform(lambda batch: batch)
+    args = config(tmp_path, remove_unused_columns=True)
+    message = rf"would remove the columns \['image', 'labels'\] of {name} .* set remove_unused_columns=False"
+    with pytest.raises(ValueError, match=message):
+        GradAugTrainer(NETWORKS["timm"](), args, **{"train_dataset": rows(4), name: data})
+
+
+# ---- the first and the last batch ----
+
+
+class Positions(nn.Module):
+    """Batch norm of as many positions as the image has patches of 16 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 16, 16), nn.BatchNorm2d(8), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(images)).mean(dim=(2, 3)))
+
+
+def test_resolutions_suit_a_last_batch_of_one_image(tmp_path):
+    def train(count: int, **settings: object) -> set[int]:
+        seen, model = set(), Positions()
+        model.conv.register_forward_pre_hook(lambda module, inputs: seen.add((len(inputs[0]), inputs[0].shape[2])))
+        args = config(tmp_path, num_train_epochs=4, seed=1, **{"resolutions": None, "num_subnets": 4, **settings})
+        GradAugTrainer(model, args, train_dataset=rows(count)).train()
+        return {side for size, side in seen if size == 1} if count % 4 == 1 else {side for _, side in seen}
+
+    assert train(5) == {32}  # one image of 18 to 27 pixels has one position, which plain training does not meet
+    assert {18, 23, 27} <= train(8)
+    message = (
+        r"resolutions holds 24, which Positions cannot take where the last batch of an epoch is one image "
+        r"\(Expected more than 1 value per channel.*dataloader_drop_last=True"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(5, resolutions=[32, 24])
+    train(5, resolutions=[32, 24], dataloader_drop_last=True)
+
+
+def test_a_collator_that_needs_an_even_batch_is_taken(tmp_path):
+    mixup = Mixup(mixup_alpha=0.5, num_classes=5)
+
+    def mixed(examples: list[dict]) -> dict[str, Tensor]:
+        images, labels = mixup(
+            torch.stack([example["pixel_values"] for example in examples]),
+            torch.tensor([example["labels"] for example in examples]),
+        )
+        return {"pixel_values": images, "labels": labels}
+
+    trainer = GradAugTrainer(
+        NETWORKS["timm"](), config(tmp_path, max_steps=1), data_collator=mixed, train_dataset=rows(8)
+    )
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+# ---- a model by its name in timm ----
+
+
+class Named(list):
+    classes = ["ant", "bee", "cat", "dog", "elk"]
+
+
+def test_a_timm_model_is_made_by_its_name_for_the_classes_of_the_data(tmp_path):
+    trainer = GradAugTrainer("test_resnet", config(tmp_path), train_dataset=Named(rows(4)))
+    assert trainer.model.num_classes == 5
+    trainer.save_model()
+    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == Named.classes
+    with pytest.raises(
+        ValueError, match=r"model is 'test_resnet', but no dataset names its classes .*num_classes=\.\.\."
+    ):
+        GradAugTrainer("test_resnet", config(tmp_path), train_dataset=rows(4))
