@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradaug_hf.objective.losses import check_logits, cross_entropy, soft_target_divergence
 from gradaug_hf.objective.resolutions import default_resolutions
-from gradaug_hf.objective.sampling import Subnet, SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.objective.sampling import Subnet, SubnetSampler, SubnetSettings, drops_blocks, drops_channels
 from gradaug_hf.objective.transforms import ImageTransform, check_images, transform_for_subnet
 from gradaug_hf.slimming import make_slimmable, subnet_pass
 from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
+from gradaug_hf.utils.settings import documented_by, spelled_by, taken_from
 
-SUBNET_TARGETS = ("soft", "label")
+SubnetTarget = Literal["soft", "label"]
+SUBNET_TARGETS = get_args(SubnetTarget)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,31 @@ class Pass:
     dropped: frozenset[int] = frozenset()
 
 
+@dataclass
+class ObjectiveSettings(SubnetSettings):
+    """Settings of the objective, shared by `GradAug` and `GradAugConfig`."""
+
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the sub-networks' losses, at least 0."})
+    subnet_target: SubnetTarget = field(
+        default="soft",
+        metadata={
+            "help": (
+                'What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
+                'divergence, "label": the labels, by cross-entropy.'
+            )
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.kl_weight >= 0:
+            raise ValueError(f"kl_weight is {self.kl_weight!r}; it must be at least 0")
+        if self.subnet_target not in SUBNET_TARGETS:
+            choices = ", ".join(map(repr, SUBNET_TARGETS))
+            raise ValueError(f"subnet_target is {self.subnet_target!r}; it must be one of {choices}")
+
+
+@documented_by(ObjectiveSettings)
 class GradAug:
     """The objective of GradAug (arXiv 2006.07989) for a training loop of one's own.
 
@@ -49,71 +76,36 @@ class GradAug:
             optimizer.step()
 
     Args:
-        model: a network in training mode, wrapped or not; made slimmable and droppable, as `subnet_mode` needs it, if
+        model: a model in training mode, wrapped or not; made slimmable and droppable, as `subnet_mode` needs it, if
             it is not yet.
-        num_subnets: number of sub-networks, at least 0.
-        min_width: width multiplier of the narrowest sub-network, in (0, 1].
-        max_width: upper end of the widths of the others, in [min_width, 1].
-        resolutions: sides in pixels, one of which is drawn for each sub-network; None: 1, 6/7, 5/7 and 4/7 of the side
-            of the first batch.
-        width_levels: None draws widths uniformly from [min_width, max_width]; k draws from k evenly spaced ones.
-        kl_weight: weight of the sub-networks' losses, at least 0.
-        subnet_target: what sub-networks learn; "soft": the full network's prediction (in-place distillation), by KL
-            divergence, "label": the labels, by cross-entropy.
         label_smoothing: of the full network's cross-entropy, in [0, 1].
-        seed: of the sub-networks that are drawn.
-        subnet_mode: what a sub-network leaves out; "width": its last channels, "depth": residual blocks at random,
-            "width+depth": both.
-        min_survival: with "depth", probability in (0, 1] with which the last residual block is kept; it falls linearly
-            from 1 at the first.
-        subnet_interval: k runs the sub-networks in steps 0, k, 2k and so on, and the full network alone in the others.
-        sampler: draws the sub-networks; the settings above that are about them then have no effect.
+        seed: of the sub-networks that are sampled.
+        sampler: samples the sub-networks; the settings below that are about them then have no effect.
         transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized.
+        {fields}
 
     Raises:
-        ValueError: a setting is out of its range, or blocks are to be dropped of a network that has none.
+        ValueError: a setting is out of its range, or blocks are to be dropped of a model that has none.
     """
 
+    @spelled_by(ObjectiveSettings)
     def __init__(
         self,
         model: nn.Module,
         *,
-        num_subnets: int = 3,
-        min_width: float = 0.9,
-        max_width: float = 1.0,
-        resolutions: Sequence[int] | None = None,
-        width_levels: int | None = None,
-        kl_weight: float = 1.0,
-        subnet_target: str = "soft",
         label_smoothing: float = 0.0,
         seed: int = 0,
-        subnet_mode: str = "width",
-        min_survival: float = 0.8,
-        subnet_interval: int = 1,
         sampler: SubnetSampler | None = None,
         transform: ImageTransform | None = None,
+        **settings: Any,
     ) -> None:
-        if not kl_weight >= 0:
-            raise ValueError(f"kl_weight is {kl_weight!r}; it must be at least 0")
-        if subnet_target not in SUBNET_TARGETS:
-            choices = ", ".join(map(repr, SUBNET_TARGETS))
-            raise ValueError(f"subnet_target is {subnet_target!r}; it must be one of {choices}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 1]")
-        self.sampler = sampler or SubnetSampler(
-            num_subnets,
-            min_width,
-            max_width,
-            resolutions,
-            width_levels,
-            seed,
-            subnet_mode,
-            min_survival,
-            subnet_interval,
-        )
-        self._use_default_resolutions = sampler is None and resolutions is None
-        self.kl_weight = kl_weight
-        self.subnet_target = subnet_target
+        own = ObjectiveSettings(**settings)
+        self.sampler = sampler or SubnetSampler(**taken_from(SubnetSettings, own), seed=seed)
+        self._use_default_resolutions = sampler is None and own.resolutions is None
+        self.kl_weight = own.kl_weight
+        self.subnet_target = own.subnet_target
         self.label_smoothing = label_smoothing
         self.transform = transform
         self.step = 0

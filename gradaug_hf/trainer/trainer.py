@@ -29,7 +29,7 @@ from gradaug_hf.hub.networks import image_processor, load_checkpoint
 from gradaug_hf.hub.pushing import PushingTrainer
 from gradaug_hf.objective.losses import cross_entropy
 from gradaug_hf.objective.mixing import BatchMixer
-from gradaug_hf.objective.objective import GradAug, Pass, logits_of
+from gradaug_hf.objective.objective import GradAug, ObjectiveSettings, Pass, logits_of
 from gradaug_hf.objective.resolutions import ResolutionTrial
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.objective.transforms import ImageTransform
@@ -50,6 +50,7 @@ from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.trainer.reporting import ReportingTrainer
 from gradaug_hf.trainer.resuming import ResumableTrainer
 from gradaug_hf.utils.randomness import random_states_kept
+from gradaug_hf.utils.settings import taken_from
 
 logger = logging.get_logger(__name__)
 
@@ -243,23 +244,13 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
             self._settle_resolutions(self.model, self._side(images))
-        args = self.args
         return self._objective_class(
             model,
-            num_subnets=args.num_subnets,
-            min_width=args.min_width,
-            max_width=args.max_width,
-            resolutions=self._resolutions,
-            width_levels=args.width_levels,
-            kl_weight=args.kl_weight,
-            subnet_target=args.subnet_target,
-            label_smoothing=args.label_smoothing_factor,
-            seed=args.seed,
-            subnet_mode=args.subnet_mode,
-            min_survival=args.min_survival,
-            subnet_interval=args.subnet_interval,
             sampler=self._subnet_sampler,
             transform=self.subnet_transform,
+            label_smoothing=self.args.label_smoothing_factor,
+            seed=self.args.seed,
+            **taken_from(ObjectiveSettings, self.args) | {"resolutions": self._resolutions or None},
         )
 
     # ---- the loss ----
@@ -410,18 +401,8 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         """What draws the sub-networks."""
         if self._objective is not None:
             return self._objective.sampler
-        args = self.args
-        return self._subnet_sampler or SubnetSampler(
-            args.num_subnets,
-            args.min_width,
-            args.max_width,
-            self._resolutions or args.resolutions,
-            args.width_levels,
-            args.seed,
-            args.subnet_mode,
-            args.min_survival,
-            args.subnet_interval,
-        )
+        resolutions = self._resolutions or self.args.resolutions
+        return self._subnet_sampler or SubnetSampler.from_settings(self.args, resolutions=resolutions)
 
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes
