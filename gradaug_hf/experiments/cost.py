@@ -9,11 +9,12 @@ def relative_cost(
     max_width: float,
     resolutions: Sequence[int],
     side: int,
+    share: float = 1.0,
 ) -> float:
     """Multiply-adds of a step with sub-networks of random width over those of a plain one, as expected over the draws.
 
     They grow with the square of the width multiplier and of the side: 1 + E[s²] (min_width² + (n - 1) E[w²]), with the
-    scale s of the images and the widths w (arXiv 2006.07989).
+    scale s of the images and the widths w (arXiv 2006.07989). Sub-networks on a part of the images cost that part.
 
     Args:
         num_subnets: number n of sub-networks.
@@ -21,9 +22,10 @@ def relative_cost(
         max_width: upper end of the widths of the others, which are uniform in [min_width, max_width].
         resolutions: sides in pixels, one of which is drawn for each sub-network.
         side: of the full network's images, in pixels.
+        share: of the batch that a sub-network sees, in (0, 1].
     """
     if num_subnets == 0:
         return 1.0
     scale = sum((resolution / side) ** 2 for resolution in resolutions) / len(resolutions)
     width = (min_width**2 + min_width * max_width + max_width**2) / 3
-    return 1 + scale * (min_width**2 + (num_subnets - 1) * width)
+    return 1 + share * scale * (min_width**2 + (num_subnets - 1) * width)

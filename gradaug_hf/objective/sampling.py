@@ -1,13 +1,45 @@
 """Sub-networks and how they are sampled."""
 
+import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from gradaug_hf.utils.settings import documented_by, taken_from
 
 SubnetMode = Literal["width", "depth", "width+depth"]
 SUBNET_MODES = get_args(SubnetMode)
+SPLIT = "split"
+# Images of a part at least, where the batch has as many: batch norm needs two.
+FEWEST_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of a batch that one sub-network sees.
+
+    The parts of a step follow each other in one random order of the batch, and begin again at its end.
+
+    Args:
+        index: number of the sub-network within its step.
+        share: of the batch, in (0, 1].
+        seed: of the order, which the sub-networks of a step share.
+    """
+
+    index: int
+    share: float
+    seed: int
+
+    def indices(self, batch_size: int) -> list[int]:
+        """Return the positions of the images in a batch: at least two of them, or all of a smaller batch.
+
+        Args:
+            batch_size: images in the batch. Where the share of it is no integer, parts differ by one image.
+        """
+        order = random.Random(self.seed).sample(range(batch_size), batch_size)
+        start, stop = (math.floor(index * self.share * batch_size + 0.5) for index in (self.index, self.index + 1))
+        size = max(stop - start, min(FEWEST_IMAGES, batch_size))
+        return [order[(start + position) % batch_size] for position in range(size)]
 
 
 @dataclass(frozen=True)
@@ -20,12 +52,14 @@ class Subnet:
         seed: of what is drawn at random within the pass.
         survival: probability in (0, 1] with which the last residual block is kept; it falls linearly from 1 at the
             first (stochastic depth, arXiv 1603.09382).
+        part: the images of the batch that it sees; None: all.
     """
 
     width: float = 1.0
     resolution: int | None = None
     seed: int = 0
     survival: float = 1.0
+    part: Part | None = None
 
     def dropped_blocks(self, num_blocks: int) -> frozenset[int]:
         """Return the indices of the residual blocks that the pass drops, sampled with its seed.
@@ -103,6 +137,16 @@ class SubnetSettings:
             )
         },
     )
+    # None is there for HfArgumentParser, which reads `float | str | None` as text.
+    subnet_images: float | str | None = field(
+        default=1.0,
+        metadata={
+            "help": (
+                'Share of the batch that a sub-network sees, in (0, 1]; "split": each of n sub-networks sees its own '
+                "n-th. The objective is the same on average, and sub-networks cost the share of what they cost else."
+            )
+        },
+    )
 
     def __post_init__(self) -> None:
         if not _is_integer(self.num_subnets) or self.num_subnets < 0:
@@ -124,6 +168,12 @@ class SubnetSettings:
         check_survival("min_survival", self.min_survival)
         if not _is_positive(self.subnet_interval):
             raise ValueError(f"subnet_interval is {self.subnet_interval!r}; it must be an integer of at least 1")
+        self.subnet_images = _as_share(self.subnet_images)
+
+    @property
+    def subnet_share(self) -> float:
+        """Share of the batch that a sub-network sees, as a number."""
+        return 1 / max(1, self.num_subnets) if self.subnet_images == SPLIT else self.subnet_images
 
 
 @documented_by(SubnetSettings)
@@ -168,7 +218,11 @@ class SubnetSampler(SubnetSettings):
         rng = random.Random(f"{self.seed} {step}")  # a string is hashed the same in every process
         widths = self._sample_widths(rng) if drops_channels(self.subnet_mode) else [1.0] * self.num_subnets
         survival = self.min_survival if drops_blocks(self.subnet_mode) else 1.0
-        return [Subnet(width, self._sample_resolution(rng), rng.getrandbits(32), survival) for width in widths]
+        subnets = [Subnet(width, self._sample_resolution(rng), rng.getrandbits(32), survival) for width in widths]
+        if (share := self.subnet_share) == 1:
+            return subnets
+        order = rng.getrandbits(32)
+        return [replace(subnet, part=Part(index, share, order)) for index, subnet in enumerate(subnets)]
 
     def _sample_widths(self, rng: random.Random) -> list[float]:
         widths = [self._sample_width(rng) for _ in range(self.num_subnets - 1)]
@@ -198,6 +252,16 @@ def drops_channels(subnet_mode: str) -> bool:
 def drops_blocks(subnet_mode: str) -> bool:
     """Return whether sub-networks of a mode leave out residual blocks."""
     return subnet_mode in ("depth", "width+depth")
+
+
+def _as_share(images: Any) -> float | str:
+    try:
+        share = images if images == SPLIT else float(images)
+    except (TypeError, ValueError):
+        share = math.nan
+    if share != SPLIT and (not 0 < share <= 1 or isinstance(images, bool)):
+        raise ValueError(f"subnet_images is {images!r}; it must be {SPLIT!r} or a share in (0, 1]")
+    return share
 
 
 def _is_integer(value: object) -> bool:

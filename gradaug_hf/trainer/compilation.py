@@ -61,7 +61,8 @@ def number_of_graphs(sampler: SubnetSampler, args: GradAugConfig) -> int:
         args: the settings.
     """
     resolutions = sampler.resolutions or default_resolutions(7)  # as many as of any side
-    training = 1 + number_of_widths(sampler) * len(resolutions)
+    sizes = 1 if sampler.subnet_share == 1 else 2  # parts of a batch that does not divide differ by an image
+    training = 1 + number_of_widths(sampler) * len(resolutions) * sizes
     evaluation = 1 + len(args.eval_widths)
     return (training + evaluation) * (1 if args.dataloader_drop_last else 2)
 

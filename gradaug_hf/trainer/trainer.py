@@ -250,6 +250,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
             transform=self.subnet_transform,
             label_smoothing=self.args.label_smoothing_factor,
             seed=self.args.seed,
+            total_steps=self.state.max_steps,
             **taken_from(ObjectiveSettings, self.args) | {"resolutions": self._resolutions or None},
         )
 
@@ -285,7 +286,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         if self._objective is None:
             self._objective = self._make_objective(model, images)
         subnets = self._objective.sampler.sample(self.state.global_step)
-        passes = self._objective.passes(images, labels, subnets, **others)
+        passes = self._objective.passes(images, labels, subnets, step=self.state.global_step, **others)
         if self.args.subnet_backward == "sequential" and self._step_stack is not None:
             done = self._run_sequentially(model, passes, len(subnets))
         else:
