@@ -11,17 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gradaug_hf import GradAug, Subnet, SubnetSampler, make_slimmable
-from tests.helpers.residual_network import (
-    CLASSES,
-    gradients_by_hand,
-    make_network,
-    narrow_forward,
-    objective_by_hand,
-    resize_by_hand,
-)
+from tests.helpers.residual_network import CLASSES, gradients_by_hand, make_network
 
-SIDES = [16, 12, 9]
-SETTINGS = {"num_subnets": 3, "min_width": 0.5, "resolutions": SIDES, "seed": 3}
+SETTINGS = {"num_subnets": 3, "min_width": 0.5, "resolutions": [16, 12, 9], "seed": 3}
+BLOCKS = ["block1", "block2", "block3"]
 
 
 @pytest.fixture
@@ -115,35 +108,24 @@ def test_a_share_out_of_range_is_named(images):
 # ---- what they learn ----
 
 
+@pytest.mark.parametrize("mode", ["width", "width+depth"])
 @pytest.mark.parametrize("subnet_images", ["split", 0.4])
 @pytest.mark.parametrize("soft", [False, True])
-def test_gradients_are_those_of_the_formula_on_the_parts(images, labels, subnet_images, soft):
+def test_gradients_are_those_of_the_formula_on_the_parts(images, labels, subnet_images, soft, mode):
     if soft:  # as Mixup and CutMix make them
         labels = torch.softmax(torch.randn(7, CLASSES, dtype=torch.float64), dim=1)
     network = make_network()
-    gradaug = GradAug(network, kl_weight=0.7, subnet_images=subnet_images, **SETTINGS)
-    expected_loss, expected = objective_on_parts(network, images, labels, gradaug.sampler.sample(4), 0.7)
+    own = {"subnet_images": subnet_images, "subnet_mode": mode, "min_survival": 0.3}
+    gradaug = GradAug(network, kl_weight=0.7, **own, **SETTINGS)
+    subnets = gradaug.sampler.sample(4)
+    by_hand = [(s.width, s.resolution, *(BLOCKS[index] for index in s.dropped_blocks(3))) for s in subnets]
+    seen = [subnet.part.indices(7) for subnet in subnets]
+    expected_loss, expected = gradients_by_hand(network, images, labels, by_hand, 0.7, seen)
     with pytest.warns(UserWarning, match="images of a batch, and batch norm's statistics of fewer than 16 are noisy"):
         loss = gradaug.backward(images, labels, step=4)
     assert loss.item() == pytest.approx(expected_loss, abs=1e-10)
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-10, msg=name)
-
-
-def objective_on_parts(
-    network: nn.Module, images: Tensor, labels: Tensor, subnets: list[Subnet], weight: float
-) -> tuple[float, dict[str, Tensor]]:
-    """The objective in float64, whose target is the prediction of the full network on the whole batch."""
-    p = {name: parameter.detach().clone().requires_grad_() for name, parameter in network.named_parameters()}
-    loss, _ = objective_by_hand(p, images, labels, [])
-    log_target = narrow_forward(p, images, 1.0).log_softmax(1).detach()
-    for subnet in subnets:
-        seen = subnet.part.indices(len(images))
-        logits = narrow_forward(p, resize_by_hand(images[seen], subnet.resolution), subnet.width)
-        target = log_target[seen]
-        loss = loss + weight * (target.exp() * (target - logits.log_softmax(1))).sum() / len(seen)
-    gradients = torch.autograd.grad(loss, list(p.values()))
-    return loss.item(), dict(zip(p, gradients, strict=True))
 
 
 def small_network() -> nn.Module:
