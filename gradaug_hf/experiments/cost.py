@@ -11,7 +11,7 @@ def relative_cost(
     side: int,
     share: float = 1.0,
 ) -> float:
-    """Multiply-adds of a step with sub-networks of random width over those of a plain one, as expected over the draws.
+    """Return the expected multiply-adds of a step with sub-networks of random width over those of a plain one.
 
     They grow with the square of the width multiplier and of the side: 1 + E[s²] (min_width² + (n - 1) E[w²]), with the
     scale s of the images and the widths w (arXiv 2006.07989). Sub-networks on a part of the images cost that part.
@@ -20,7 +20,7 @@ def relative_cost(
         num_subnets: number n of sub-networks.
         min_width: width multiplier of the narrowest, which is in every step.
         max_width: upper end of the widths of the others, which are uniform in [min_width, max_width].
-        resolutions: sides in pixels, one of which is drawn for each sub-network.
+        resolutions: sides in pixels, one of which is sampled for each sub-network.
         side: of the full network's images, in pixels.
         share: of the batch that a sub-network sees, in (0, 1].
     """

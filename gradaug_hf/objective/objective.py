@@ -141,18 +141,18 @@ class GradAug:
             make_droppable(network)
 
     def loss(self, images: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
-        """The objective with the graphs of all passes, for one joint backward.
+        """Return the objective with the graphs of all passes, for one joint backward.
 
         Args:
             images: (N, C, H, W).
             labels: class indices (N,), or probabilities (N, classes).
-            step: number of the optimiser step, of which the sub-networks are a function; None counts the calls.
+            step: number of the optimiser step, from which the sub-networks follow; None counts the calls.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: images, labels or the network's logits have a wrong shape, or a label is out of range.
+            ValueError: images, labels or the model's logits have a wrong shape, or a label is out of range.
         """
         step = self._counted(step)
         return sum(p.loss for p in self.passes(images, labels, self._sample(images, step), step=step))
@@ -169,14 +169,14 @@ class GradAug:
         Args:
             images: (N, C, H, W).
             labels: class indices (N,), or probabilities (N, classes).
-            step: number of the optimiser step, of which the sub-networks are a function; None counts the calls.
+            step: number of the optimiser step, from which the sub-networks follow; None counts the calls.
             backward: runs the backward of one pass's loss, for example `accelerator.backward`.
 
         Returns:
             The objective, a scalar without a graph.
 
         Raises:
-            ValueError: images, labels or the network's logits have a wrong shape, or a label is out of range.
+            ValueError: images, labels or the model's logits have a wrong shape, or a label is out of range.
         """
         parts = []
         step = self._counted(step)
@@ -264,7 +264,7 @@ class GradAug:
         )
 
     def _full_pass(self, images: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Pass:
-        """The full network's pass; its logits are the target of the sub-networks."""
+        """Run the full network's pass; its logits are the target of the sub-networks."""
         check_images(images)
         logits = logits_of(self.model(images, **inputs), len(labels))
         return Pass(cross_entropy(logits, labels, self.label_smoothing), logits.detach())
@@ -272,7 +272,7 @@ class GradAug:
     def _subnet_pass(
         self, images: Tensor, labels: Tensor, target: Tensor, subnet: Subnet, inputs: dict[str, Any]
     ) -> Pass:
-        """A sub-network's pass, with the model at its width."""
+        """Run a sub-network's pass, with the model at its width."""
         transformed = transform_for_subnet(images, subnet, self.transform)
         logits = logits_of(self.model(transformed, **inputs), len(labels))
         return Pass(self._subnet_loss(logits, target, labels), logits.detach())
@@ -330,10 +330,10 @@ def _normalises_batches(model: nn.Module) -> bool:
 
 
 def logits_of(output: Any, batch_size: int) -> Tensor:
-    """The logits in what a network returned: the tensor itself, `.logits`, or the first of a tuple.
+    """Return the logits in a model's output: the tensor itself, `.logits`, or the first of a tuple.
 
     Args:
-        output: of a timm network or a transformers classifier.
+        output: of a timm model or a transformers classifier.
         batch_size: number of images.
 
     Raises:

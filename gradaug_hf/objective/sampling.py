@@ -44,12 +44,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Subnet:
-    """What one sub-network pass uses.
+    """The settings of one sub-network pass.
 
     Args:
         width: width multiplier in (0, 1] of all layers.
         resolution: shorter side of its images in pixels; None leaves them as they are.
-        seed: of what is drawn at random within the pass.
+        seed: of what is sampled within the pass.
         survival: probability in (0, 1] with which the last residual block is kept; it falls linearly from 1 at the
             first (stochastic depth, arXiv 1603.09382).
         part: the images of the batch that it sees; None: all.
@@ -179,7 +179,7 @@ class SubnetSettings:
 @documented_by(SubnetSettings)
 @dataclass
 class SubnetSampler(SubnetSettings):
-    """Samples the sub-networks of a step: the narrowest always, others at random (sandwich rule, arXiv 1903.05134).
+    """Sample the sub-networks of a step: always the narrowest, and random ones (sandwich rule, arXiv 1903.05134).
 
     A pure function of its settings, the seed and the step: the same on every rank and in every process, untouched by
     and not touching the global random numbers, with nothing to store for resuming. Without `resolutions` images are

@@ -43,9 +43,7 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
     )
     channels_last: bool = field(
         default=False,
-        metadata={
-            "help": "Whether the network's weights lie in channels-last memory, which makes convolutions faster."
-        },
+        metadata={"help": "Whether the model's weights lie in channels-last memory, which makes convolutions faster."},
     )
     subnet_backward: SubnetBackward = field(
         default="sequential",
@@ -93,7 +91,7 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
         metadata={"help": "Whether to log other losses in place of ones that are not finite, looked at in each step."},
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Whether to remove columns that the network's forward does not name."}
+        default=False, metadata={"help": "Whether to remove columns that the model's forward does not name."}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Passed to DistributedDataParallel; every pass uses every parameter."}
@@ -116,7 +114,7 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
         TrainingArguments.__post_init__(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled: all but the token, since `training_args.bin` is kept and pushed."""
+        """Return what is pickled: all but the token, since `training_args.bin` is kept and pushed."""
         return vars(self) | {"hub_token": None}
 
     def __copy__(self) -> "GradAugConfig":
@@ -126,7 +124,7 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
         return self._with_state(deepcopy(vars(self), memo))
 
     def _with_state(self, state: dict[str, Any]) -> "GradAugConfig":
-        """A copy, which keeps the token that a pickle leaves out."""
+        """Return a copy, which keeps the token that a pickle leaves out."""
         other = object.__new__(type(self))
         vars(other).update(state)
         return other
@@ -137,7 +135,7 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
 
 
 def as_gradaug_config(args: TrainingArguments) -> GradAugConfig:
-    """Training arguments as a GradAugConfig, whose defaults hold for what `TrainingArguments` does not have.
+    """Return training arguments as a GradAugConfig, whose defaults hold for what `TrainingArguments` lacks.
 
     Args:
         args: returned as they are if they are a GradAugConfig already. Else the defaults in which the classes
