@@ -19,6 +19,7 @@ from gradaug_hf.slimming import make_slimmable, subnet_pass
 from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
+from gradaug_hf.slimming.tokens import find_tokens, tokens_kept
 from gradaug_hf.utils.settings import documented_by, spelled_by, taken_from
 
 SubnetTarget = Literal["soft", "label"]
@@ -135,7 +136,9 @@ class GradAug:
         self.model = model
         network = model.module if isinstance(model, DistributedDataParallel) else model
         mode = getattr(self.sampler, "subnet_mode", "width")
-        if drops_channels(mode) and not is_slimmable(network):
+        if mode == "tokens":
+            find_tokens(network)
+        if (drops_channels(mode) or mode == "tokens") and not is_slimmable(network):
             make_slimmable(network)
         if drops_blocks(mode) and not num_droppable_blocks(network):
             make_droppable(network)
@@ -221,7 +224,7 @@ class GradAug:
         for subnet in subnets:
             dropped = self._dropped_blocks(subnet)
             seen = self._seen(subnet, images, labels, target, inputs)
-            with subnet_pass(self.model, subnet.width, dropped):
+            with subnet_pass(self.model, subnet.width, dropped), tokens_kept(self.model, subnet.tokens, subnet.seed):
                 current = self._subnet_pass(*seen[:3], subnet, seen[3])
                 yield replace(current, loss=weight * current.loss, subnet=subnet, dropped=dropped)
                 del current

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from gradaug_hf.utils.settings import documented_by, taken_from
 
-SubnetMode = Literal["width", "depth", "width+depth"]
+SubnetMode = Literal["width", "depth", "width+depth", "tokens"]
 SUBNET_MODES = get_args(SubnetMode)
 SPLIT = "split"
 # Images of a part at least, where the batch has as many: batch norm needs two.
@@ -53,6 +53,7 @@ class Subnet:
         survival: probability in (0, 1] with which the last residual block is kept; it falls linearly from 1 at the
             first (stochastic depth, arXiv 1603.09382).
         part: the images of the batch that it sees; None: all.
+        tokens: share of the patches of an image that a vision transformer sees, in (0, 1].
     """
 
     width: float = 1.0
@@ -60,6 +61,7 @@ class Subnet:
     seed: int = 0
     survival: float = 1.0
     part: Part | None = None
+    tokens: float = 1.0
 
     def dropped_blocks(self, num_blocks: int) -> frozenset[int]:
         """Return the indices of the residual blocks that the pass drops, sampled with its seed.
@@ -70,7 +72,7 @@ class Subnet:
         Raises:
             ValueError: `survival` is out of range.
         """
-        check_survival("survival", self.survival)
+        check_share("survival", self.survival)
         rng = random.Random(self.seed)
         ways = [index / (num_blocks - 1) for index in range(num_blocks)] if num_blocks > 1 else [1.0] * num_blocks
         return frozenset(index for index, way in enumerate(ways) if rng.random() >= 1 - way * (1 - self.survival))
@@ -114,8 +116,8 @@ class SubnetSettings:
         default="width",
         metadata={
             "help": (
-                'What a sub-network leaves out of the model; "width": its last channels, "depth": residual blocks at '
-                'random, "width+depth": both.'
+                'What a sub-network leaves out; "width": the last channels, "depth": residual blocks at random, '
+                '"width+depth": both, "tokens": patches of each image at random, in a vision transformer.'
             )
         },
     )
@@ -125,6 +127,15 @@ class SubnetSettings:
             "help": (
                 'With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it '
                 "falls linearly from 1 at the first."
+            )
+        },
+    )
+    min_tokens: float = field(
+        default=0.5,
+        metadata={
+            "help": (
+                'With "tokens", share of the patches of an image that one sub-network of each step sees, in (0, 1]; '
+                "the others see a random share between it and 1."
             )
         },
     )
@@ -165,7 +176,8 @@ class SubnetSettings:
         if self.subnet_mode not in SUBNET_MODES:
             choices = ", ".join(map(repr, SUBNET_MODES))
             raise ValueError(f"subnet_mode is {self.subnet_mode!r}; it must be one of {choices}")
-        check_survival("min_survival", self.min_survival)
+        check_share("min_survival", self.min_survival)
+        check_share("min_tokens", self.min_tokens)
         if not _is_positive(self.subnet_interval):
             raise ValueError(f"subnet_interval is {self.subnet_interval!r}; it must be an integer of at least 1")
         self.subnet_images = _as_share(self.subnet_images)
@@ -219,6 +231,9 @@ class SubnetSampler(SubnetSettings):
         widths = self._sample_widths(rng) if drops_channels(self.subnet_mode) else [1.0] * self.num_subnets
         survival = self.min_survival if drops_blocks(self.subnet_mode) else 1.0
         subnets = [Subnet(width, self._sample_resolution(rng), rng.getrandbits(32), survival) for width in widths]
+        if self.subnet_mode == "tokens":
+            shares = sorted((rng.uniform(self.min_tokens, 1) for _ in subnets[1:]), reverse=True)
+            subnets = [replace(s, tokens=share) for s, share in zip(subnets, [*shares, self.min_tokens], strict=True)]
         if (share := self.subnet_share) == 1:
             return subnets
         order = rng.getrandbits(32)
@@ -238,10 +253,10 @@ class SubnetSampler(SubnetSettings):
         return None if self.resolutions is None else rng.choice(self.resolutions)
 
 
-def check_survival(name: str, survival: float) -> None:
-    """Raise a ValueError that names a setting unless it is a probability above zero."""
-    if not 0 < survival <= 1:
-        raise ValueError(f"{name} is {survival!r}; it must lie in (0, 1]")
+def check_share(name: str, share: float) -> None:
+    """Raise a ValueError that names a setting unless it is a share in (0, 1]."""
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} is {share!r}; it must lie in (0, 1]")
 
 
 def drops_channels(subnet_mode: str) -> bool:

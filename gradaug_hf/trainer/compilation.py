@@ -36,6 +36,11 @@ def check_compilable(sampler: SubnetSampler) -> None:
             f"torch_compile compiles each sub-network, but with subnet_mode {sampler.subnet_mode!r} each drops other "
             "blocks; set subnet_mode='width', or leave out torch_compile"
         )
+    if sampler.subnet_mode == "tokens":
+        raise ValueError(
+            "torch_compile compiles each sub-network, but with subnet_mode 'tokens' each sees another share of the "
+            "patches; set subnet_mode='width', or leave out torch_compile"
+        )
     if number_of_widths(sampler) is None:
         raise ValueError(
             "torch_compile compiles each sub-network, but width_levels is None, with which each has another width; "

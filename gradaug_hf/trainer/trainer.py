@@ -38,6 +38,7 @@ from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm, slicing_r
 from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.slimming.sync_batchnorm import synchronise_batchnorm
+from gradaug_hf.slimming.tokens import find_tokens
 from gradaug_hf.trainer.checks import (
     LabelCheckingCollator,
     check_checkpointing,
@@ -196,6 +197,9 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
     def _prepare_network(self, network: nn.Module) -> None:
         """Make a network slimmable, and settle what its sub-networks are before any long work."""
         check_checkpointing(network, self.args)
+        if self._subnet_mode == "tokens":
+            find_tokens(network)
+            make_slimmable(network, width_divisor=self.args.width_divisor)
         if drops_channels(self._subnet_mode):
             make_slimmable(network, width_divisor=self.args.width_divisor)
             if slicing_report(network).sliced_macs == 0:
@@ -239,7 +243,8 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         """Whether sub-networks leave out anything of a network."""
         mode, args = self.args.subnet_mode, self.args
         narrower = drops_channels(mode) and slicing_report(network).sliced_macs > 0 and args.min_width < 1
-        return narrower or (drops_blocks(mode) and args.min_survival < 1)
+        shorter = drops_blocks(mode) and args.min_survival < 1
+        return narrower or shorter or (mode == "tokens" and args.min_tokens < 1)
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch

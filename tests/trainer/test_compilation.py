@@ -97,6 +97,7 @@ def test_what_would_run_uncompiled_beyond_the_limit_is_an_error(tmp_path):
     [
         ({}, "width_levels is None, .* set width_levels=3"),
         ({"subnet_mode": "depth"}, "subnet_mode 'depth' each drops other blocks"),
+        ({"subnet_mode": "tokens"}, "subnet_mode 'tokens' each sees another share of the patches"),
     ],
 )
 def test_sub_networks_without_number_are_refused(tmp_path, settings, message):
