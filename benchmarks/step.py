@@ -13,6 +13,7 @@ preset of that name. Rows:
   Its slices are this package's; all else is written out here.
 - plain: cross-entropy of the full network alone.
 - sequential, joint: GradAug, with a backward for each pass or one for all.
+- split: sequential, with each sub-network on its own part of the batch (`subnet_images="split"`).
 - dense: the same sub-networks as ordinary narrow networks (`extract_subnet`, not timed) in place of slices: what is
   beyond its time is the slicing's.
 
@@ -27,7 +28,7 @@ import copy
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import timm
 import torch
@@ -45,7 +46,7 @@ from gradaug_hf.slimming.patching import subnet_pass
 
 NETWORKS = ["resnet50:224:8", "wrn28_10:32:16", "vit_small_patch16_224:224:8", "convnext_tiny:224:8"]
 SETTINGS = ["float32", "channels_last", "bfloat16", "fast"]
-METHODS = ["paper", "plain", "sequential", "joint", "dense"]
+METHODS = ["paper", "plain", "sequential", "split", "joint", "dense"]
 RESOLUTIONS = {224: [224, 192, 160, 128], 32: [32, 28, 24]}
 HEADER = (
     "| network | batch | settings | step | seconds | images/s | over plain | bound | counted | over bound "
@@ -88,9 +89,13 @@ class BalancedSampler(gradaug_hf.SubnetSampler):
     """Random widths, the same for all settings up to rounding to levels; the resolutions in turn."""
 
     def sample(self, step: int) -> list[gradaug_hf.Subnet]:
-        continuous = gradaug_hf.SubnetSampler(self.num_subnets, self.min_width).sample(step)
+        continuous = gradaug_hf.SubnetSampler(
+            self.num_subnets, self.min_width, subnet_images=self.subnet_images
+        ).sample(step)
         sides = [self.resolutions[(step + i) % len(self.resolutions)] for i in range(self.num_subnets)]
-        return [gradaug_hf.Subnet(self._level(s.width), side) for s, side in zip(continuous, sides, strict=True)]
+        return [
+            replace(s, width=self._level(s.width), resolution=side) for s, side in zip(continuous, sides, strict=True)
+        ]
 
     def _level(self, width: float) -> float:
         if self.width_levels is None:
@@ -189,6 +194,7 @@ def rows_of(
     min_width = 0.8 if side == 32 else 0.9
     sampler = BalancedSampler(3, min_width, 1.0, RESOLUTIONS[side], settings.width_levels)
     gradaug = gradaug_hf.GradAug(model, sampler=sampler)
+    on_parts = gradaug_hf.GradAug(model, sampler=replace(sampler, subnet_images="split"))
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True)
     narrow: list[nn.Module] = []
 
@@ -209,6 +215,9 @@ def rows_of(
     def sequential(step: int) -> None:
         gradaug.backward(images, labels, step)
 
+    def split(step: int) -> None:
+        on_parts.backward(images, labels, step)
+
     def joint(step: int) -> None:
         gradaug.loss(images, labels, step).backward()
 
@@ -226,14 +235,22 @@ def rows_of(
             soft_target_divergence(dense_model(resize(images, subnet.resolution)), logits.detach()).backward()
         narrow.clear()
 
-    steps = {"paper": paper, "plain": plain, "sequential": sequential, "joint": joint, "dense": dense}
+    steps = {
+        "paper": paper,
+        "plain": plain,
+        "sequential": sequential,
+        "split": split,
+        "joint": joint,
+        "dense": dense,
+    }
     rows = [Row(settings, method, steps[method], optimizer) for method in methods]
     counted = multiply_adds(network, side, sampler)
     for row in rows:
         if row.name == "dense":
             row.prepare = extract
         if row.name != "plain":
-            row.bound, row.counted = 1 + mean_bound(sampler, side), counted
+            share = on_parts.sampler.subnet_share if row.name == "split" else 1.0
+            row.bound, row.counted = 1 + share * mean_bound(sampler, side), 1 + share * (counted - 1)
     return rows
 
 

@@ -88,9 +88,7 @@ def resolved(recipe: Recipe, settings: dict[str, Any]) -> tuple[ExperimentArgume
 def equal_compute(recipe: Recipe, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The row of a baseline with as many multiply-adds as GradAug."""
     _, config = resolved(recipe, settings)
-    sides = config.resolutions or (7, 6, 5, 4)
-    cost = relative_cost(config.num_subnets, config.min_width, config.max_width, sides, max(sides))
-    epochs = round(cost * config.num_train_epochs)
+    epochs = round(relative_cost(config) * config.num_train_epochs)
     return {f"baseline, {epochs} epochs": {"method": "baseline", "num_train_epochs": epochs}}
 
 

@@ -69,7 +69,7 @@ class DetectionGradAug(GradAug):
         inputs: dict[str, Any],
     ) -> Pass:
         losses = self.model(images, targets, resolution=subnet.resolution, **inputs)
-        return Pass(self.kl_weight * total_loss(losses))
+        return Pass(total_loss(losses))
 
 
 def total_loss(losses: dict[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ WIDTH_LEVELS = 5
 
 
 def preset_settings(preset: str, use_cpu: bool = False) -> dict[str, Any]:
-    """Settings of a preset, by name of the field of GradAugConfig.
+    """Return the settings of a preset, by name of the field of GradAugConfig.
 
         GradAugConfig("out", **preset_settings("fast"), resolutions=[224, 192, 160, 128])
 
@@ -36,7 +36,7 @@ def preset_settings(preset: str, use_cpu: bool = False) -> dict[str, Any]:
 
 
 def computes_bfloat16(use_cpu: bool) -> bool:
-    """Whether a device has instructions for bfloat16, rather than converting it to float32 and back.
+    """Return whether a device has instructions for bfloat16, rather than converting it to float32 and back.
 
     Args:
         use_cpu: the CPU; else the accelerator.

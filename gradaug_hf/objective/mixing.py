@@ -1,4 +1,4 @@
-"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch, drawn from a seed of its own."""
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of a batch, sampled with a seed of its own."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,9 @@ from gradaug_hf.utils.randomness import seeded
 
 
 class BatchMixer:
-    """Mixes each image of a batch with its neighbour, on the images' device.
+    """Mix each image of a batch with its neighbour, on the images' device.
+
+        mixed, soft_labels = BatchMixer(num_classes=10, mixup_alpha=0.2, cutmix_alpha=0.0)(images, labels, seed=0)
 
     Args:
         num_classes: of the labels.
@@ -31,7 +33,7 @@ class BatchMixer:
         Args:
             images: (N, C, H, W).
             labels: class indices (N,), or probabilities (N, classes).
-            seed: of everything that is drawn; the global random numbers stay as they are.
+            seed: of everything that is sampled; the global random numbers stay as they are.
 
         Returns:
             Images, and labels as probabilities (N, classes).

@@ -1,22 +1,31 @@
 """The GradAug objective: the full network learns the labels, its sub-networks learn from the full network."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from gradaug_hf.objective.losses import check_logits, cross_entropy, soft_target_divergence
 from gradaug_hf.objective.resolutions import default_resolutions
-from gradaug_hf.objective.sampling import Subnet, SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.objective.sampling import Subnet, SubnetSampler, SubnetSettings, drops_blocks, drops_channels
 from gradaug_hf.objective.transforms import ImageTransform, check_images, transform_for_subnet
 from gradaug_hf.slimming import make_slimmable, subnet_pass
 from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
+from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
+from gradaug_hf.slimming.tokens import find_tokens, tokens_kept
+from gradaug_hf.utils.settings import documented_by, spelled_by, taken_from
 
-SUBNET_TARGETS = ("soft", "label")
+SubnetTarget = Literal["soft", "label"]
+SUBNET_TARGETS = get_args(SubnetTarget)
+# Parts of fewer images make the statistics of batch norm noisy.
+FEW_IMAGES = 16
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Pass:
 
     Args:
         loss: its part of the objective, a scalar with its graph.
-        logits: (N, classes), detached; None where an objective has none.
+        logits: (images, classes), detached, of the images that it saw; None where an objective has none.
         subnet: the sub-network; None for the full network.
         dropped: indices of the residual blocks that it left out, among those that can be.
     """
@@ -36,6 +45,42 @@ class Pass:
     dropped: frozenset[int] = frozenset()
 
 
+@dataclass
+class ObjectiveSettings(SubnetSettings):
+    """Settings of the objective, shared by `GradAug` and `GradAugConfig`."""
+
+    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the sub-networks' losses, at least 0."})
+    kl_warmup: float = field(
+        default=0.0,
+        metadata={
+            "help": (
+                "Share of the steps in which the weight of the sub-networks' losses rises linearly from 0 to "
+                "kl_weight, in [0, 1]; 0 has all of it from the first step on, as in the paper."
+            )
+        },
+    )
+    subnet_target: SubnetTarget = field(
+        default="soft",
+        metadata={
+            "help": (
+                'What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
+                'divergence, "label": the labels, by cross-entropy.'
+            )
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.kl_weight >= 0:
+            raise ValueError(f"kl_weight is {self.kl_weight!r}; it must be at least 0")
+        if not 0 <= self.kl_warmup <= 1:
+            raise ValueError(f"kl_warmup is {self.kl_warmup!r}; it must lie in [0, 1]")
+        if self.subnet_target not in SUBNET_TARGETS:
+            choices = ", ".join(map(repr, SUBNET_TARGETS))
+            raise ValueError(f"subnet_target is {self.subnet_target!r}; it must be one of {choices}")
+
+
+@documented_by(ObjectiveSettings)
 class GradAug:
     """The objective of GradAug (arXiv 2006.07989) for a training loop of one's own.
 
@@ -49,97 +94,71 @@ class GradAug:
             optimizer.step()
 
     Args:
-        model: a network in training mode, wrapped or not; made slimmable and droppable, as `subnet_mode` needs it, if
+        model: a model in training mode, wrapped or not; made slimmable and droppable, as `subnet_mode` needs it, if
             it is not yet.
-        num_subnets: number of sub-networks, at least 0.
-        min_width: width multiplier of the narrowest sub-network, in (0, 1].
-        max_width: upper end of the widths of the others, in [min_width, 1].
-        resolutions: sides in pixels, one of which is drawn for each sub-network; None: 1, 6/7, 5/7 and 4/7 of the side
-            of the first batch.
-        width_levels: None draws widths uniformly from [min_width, max_width]; k draws from k evenly spaced ones.
-        kl_weight: weight of the sub-networks' losses, at least 0.
-        subnet_target: what sub-networks learn; "soft": the full network's prediction (in-place distillation), by KL
-            divergence, "label": the labels, by cross-entropy.
         label_smoothing: of the full network's cross-entropy, in [0, 1].
-        seed: of the sub-networks that are drawn.
-        subnet_mode: what a sub-network leaves out; "width": its last channels, "depth": residual blocks at random,
-            "width+depth": both.
-        min_survival: with "depth", probability in (0, 1] with which the last residual block is kept; it falls linearly
-            from 1 at the first.
-        subnet_interval: k runs the sub-networks in steps 0, k, 2k and so on, and the full network alone in the others.
-        sampler: draws the sub-networks; the settings above that are about them then have no effect.
+        seed: of the sub-networks that are sampled.
+        sampler: samples the sub-networks; the settings below that are about them then have no effect.
         transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized.
+        total_steps: number of optimiser steps of the training, at least 1; needed by `kl_warmup` alone.
+        {fields}
 
     Raises:
-        ValueError: a setting is out of its range, or blocks are to be dropped of a network that has none.
+        ValueError: a setting is out of its range, or blocks are to be dropped of a model that has none.
     """
 
+    @spelled_by(ObjectiveSettings)
     def __init__(
         self,
         model: nn.Module,
         *,
-        num_subnets: int = 3,
-        min_width: float = 0.9,
-        max_width: float = 1.0,
-        resolutions: Sequence[int] | None = None,
-        width_levels: int | None = None,
-        kl_weight: float = 1.0,
-        subnet_target: str = "soft",
         label_smoothing: float = 0.0,
         seed: int = 0,
-        subnet_mode: str = "width",
-        min_survival: float = 0.8,
-        subnet_interval: int = 1,
         sampler: SubnetSampler | None = None,
         transform: ImageTransform | None = None,
+        total_steps: int | None = None,
+        **settings: Any,
     ) -> None:
-        if not kl_weight >= 0:
-            raise ValueError(f"kl_weight is {kl_weight!r}; it must be at least 0")
-        if subnet_target not in SUBNET_TARGETS:
-            choices = ", ".join(map(repr, SUBNET_TARGETS))
-            raise ValueError(f"subnet_target is {subnet_target!r}; it must be one of {choices}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 1]")
-        self.sampler = sampler or SubnetSampler(
-            num_subnets,
-            min_width,
-            max_width,
-            resolutions,
-            width_levels,
-            seed,
-            subnet_mode,
-            min_survival,
-            subnet_interval,
-        )
-        self._use_default_resolutions = sampler is None and resolutions is None
-        self.kl_weight = kl_weight
-        self.subnet_target = subnet_target
+        own = ObjectiveSettings(**settings)
+        if own.kl_warmup > 0 and not (total_steps and total_steps >= 1):
+            raise ValueError(f"total_steps is {total_steps!r}; with kl_warmup it must be at least 1")
+        self.sampler = sampler or SubnetSampler(**taken_from(SubnetSettings, own), seed=seed)
+        self._use_default_resolutions = sampler is None and own.resolutions is None
+        self.kl_weight = own.kl_weight
+        self._rising_steps = own.kl_warmup * (total_steps or 0)
+        self._warned_of_small_parts = False
+        self.subnet_target = own.subnet_target
         self.label_smoothing = label_smoothing
         self.transform = transform
         self.step = 0
         self.model = model
         network = model.module if isinstance(model, DistributedDataParallel) else model
         mode = getattr(self.sampler, "subnet_mode", "width")
-        if drops_channels(mode) and not is_slimmable(network):
+        if mode == "tokens":
+            find_tokens(network)
+        if (drops_channels(mode) or mode == "tokens") and not is_slimmable(network):
             make_slimmable(network)
         if drops_blocks(mode) and not num_droppable_blocks(network):
             make_droppable(network)
 
     def loss(self, images: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
-        """The objective with the graphs of all passes, for one joint backward.
+        """Return the objective with the graphs of all passes, for one joint backward.
 
         Args:
             images: (N, C, H, W).
             labels: class indices (N,), or probabilities (N, classes).
-            step: number of the optimiser step, of which the sub-networks are a function; None counts the calls.
+            step: number of the optimiser step, from which the sub-networks follow; None counts the calls.
 
         Returns:
             A scalar.
 
         Raises:
-            ValueError: images, labels or the network's logits have a wrong shape, or a label is out of range.
+            ValueError: images, labels or the model's logits have a wrong shape, or a label is out of range.
         """
-        return sum(p.loss for p in self.passes(images, labels, self._sample(images, step)))
+        step = self._counted(step)
+        return sum(p.loss for p in self.passes(images, labels, self._sample(images, step), step=step))
 
     def backward(
         self,
@@ -153,23 +172,32 @@ class GradAug:
         Args:
             images: (N, C, H, W).
             labels: class indices (N,), or probabilities (N, classes).
-            step: number of the optimiser step, of which the sub-networks are a function; None counts the calls.
+            step: number of the optimiser step, from which the sub-networks follow; None counts the calls.
             backward: runs the backward of one pass's loss, for example `accelerator.backward`.
 
         Returns:
             The objective, a scalar without a graph.
 
         Raises:
-            ValueError: images, labels or the network's logits have a wrong shape, or a label is out of range.
+            ValueError: images, labels or the model's logits have a wrong shape, or a label is out of range.
         """
         parts = []
-        with closing(self.passes(images, labels, self._sample(images, step))) as passes:
+        step = self._counted(step)
+        with closing(self.passes(images, labels, self._sample(images, step), step=step)) as passes:
             for p in passes:
                 backward(p.loss)
                 parts.append(p.loss.detach())
         return sum(parts)
 
-    def passes(self, images: Tensor, labels: Tensor, subnets: Sequence[Subnet], **inputs: Any) -> Iterator[Pass]:
+    def passes(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        subnets: Sequence[Subnet],
+        *,
+        step: int | None = None,
+        **inputs: Any,
+    ) -> Iterator[Pass]:
         """Run the passes of one step, the full network's first.
 
         A sub-network stays in place until the next pass is asked for, so that layers which are computed anew in the
@@ -180,21 +208,66 @@ class GradAug:
             images: (N, C, H, W).
             labels: class indices (N,), or probabilities (N, classes).
             subnets: the sub-networks.
-            inputs: further keyword arguments of the network.
+            step: number of the optimiser step, needed by `kl_warmup` alone.
+            inputs: further keyword arguments of the model. A sub-network of a part of the images gets that part of
+                tensors, lists and tuples with N entries.
+
+        Raises:
+            ValueError: images, labels or the model's logits have a wrong shape, a label is out of range, or `step` is
+                missing.
         """
+        weight = self.weight_at(step)
         full = self._full_pass(images, labels, inputs)
         target = full.logits
         yield full
         del full
         for subnet in subnets:
             dropped = self._dropped_blocks(subnet)
-            with subnet_pass(self.model, subnet.width, dropped):
-                current = self._subnet_pass(images, labels, target, subnet, inputs)
-                yield replace(current, subnet=subnet, dropped=dropped)
+            seen = self._seen(subnet, images, labels, target, inputs)
+            with subnet_pass(self.model, subnet.width, dropped), tokens_kept(self.model, subnet.tokens, subnet.seed):
+                current = self._subnet_pass(*seen[:3], subnet, seen[3])
+                yield replace(current, loss=weight * current.loss, subnet=subnet, dropped=dropped)
                 del current
 
+    def weight_at(self, step: int | None) -> float:
+        """Return the weight of the sub-networks' losses in a step, which rises while `kl_warmup` says so.
+
+        Args:
+            step: number of the optimiser step; None only without `kl_warmup`.
+
+        Raises:
+            ValueError: the step is missing.
+        """
+        if self._rising_steps == 0:
+            return self.kl_weight
+        if step is None:
+            raise ValueError("step is None; with kl_warmup the number of the optimiser step is needed")
+        return self.kl_weight * min(1.0, step / self._rising_steps)
+
+    def _seen(
+        self, subnet: Subnet, images: Any, labels: Any, target: Tensor | None, inputs: dict[str, Any]
+    ) -> tuple[Any, Any, Tensor | None, dict[str, Any]]:
+        """Return the images, labels, target and further inputs of the part that a sub-network sees."""
+        if subnet.part is None:
+            return images, labels, target, inputs
+        size = len(labels)
+        indices = subnet.part.indices(size)
+        self._warn_of_small_parts(len(indices), size)
+        part = {name: _taken(value, indices) if _has_length(value, size) else value for name, value in inputs.items()}
+        return _taken(images, indices), _taken(labels, indices), _taken(target, indices), part
+
+    def _warn_of_small_parts(self, size: int, batch_size: int) -> None:
+        if size >= FEW_IMAGES or self._warned_of_small_parts or not _normalises_batches(self.model):
+            return
+        self._warned_of_small_parts = True
+        warnings.warn(
+            f"a sub-network sees {size} of the {batch_size} images of a batch, and batch norm's statistics of fewer "
+            f"than {FEW_IMAGES} are noisy; use larger batches, fewer sub-networks or a larger subnet_images",
+            stacklevel=4,
+        )
+
     def _full_pass(self, images: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Pass:
-        """The full network's pass; its logits are the target of the sub-networks."""
+        """Run the full network's pass; its logits are the target of the sub-networks."""
         check_images(images)
         logits = logits_of(self.model(images, **inputs), len(labels))
         return Pass(cross_entropy(logits, labels, self.label_smoothing), logits.detach())
@@ -202,10 +275,10 @@ class GradAug:
     def _subnet_pass(
         self, images: Tensor, labels: Tensor, target: Tensor, subnet: Subnet, inputs: dict[str, Any]
     ) -> Pass:
-        """A sub-network's pass, with the model at its width."""
+        """Run a sub-network's pass, with the model at its width."""
         transformed = transform_for_subnet(images, subnet, self.transform)
         logits = logits_of(self.model(transformed, **inputs), len(labels))
-        return Pass(self.kl_weight * self._subnet_loss(logits, target, labels), logits.detach())
+        return Pass(self._subnet_loss(logits, target, labels), logits.detach())
 
     def _subnet_loss(self, logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         if self.subnet_target == "label":
@@ -221,22 +294,49 @@ class GradAug:
             )
         return subnet.dropped_blocks(num_blocks)
 
-    def _sample(self, images: Tensor, step: int | None) -> list[Subnet]:
+    def _counted(self, step: int | None) -> int:
+        """Return the number of the step; where none is given, that of the call."""
+        if step is None:
+            step = self.step
+            self.step += 1
+        return step
+
+    def _sample(self, images: Tensor, step: int) -> list[Subnet]:
         if self._use_default_resolutions:
             check_images(images)
             self.sampler.resolutions = tuple(default_resolutions(min(images.shape[2:])))
             self._use_default_resolutions = False
-        if step is None:
-            step = self.step
-            self.step += 1
         return self.sampler.sample(step)
 
 
+def _has_length(value: Any, length: int) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == length
+    return isinstance(value, (list, tuple)) and len(value) == length
+
+
+def _taken(values: Any, indices: Sequence[int]) -> Any:
+    """Return some entries of a tensor, in its memory format, or of a sequence."""
+    if values is None:
+        return None
+    if not isinstance(values, Tensor):
+        return type(values)(values[index] for index in indices)
+    taken = values[torch.tensor(indices, device=values.device)]
+    is_channels_last = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
+    return taken.contiguous(memory_format=torch.channels_last) if is_channels_last else taken
+
+
+def _normalises_batches(model: nn.Module) -> bool:
+    """Return whether a model has batch norm that takes the statistics of its process's images."""
+    synchronised = (nn.SyncBatchNorm, CpuSyncBatchNorm)
+    return any(isinstance(m, _BatchNorm) and m.training and not isinstance(m, synchronised) for m in model.modules())
+
+
 def logits_of(output: Any, batch_size: int) -> Tensor:
-    """The logits in what a network returned: the tensor itself, `.logits`, or the first of a tuple.
+    """Return the logits in a model's output: the tensor itself, `.logits`, or the first of a tuple.
 
     Args:
-        output: of a timm network or a transformers classifier.
+        output: of a timm model or a transformers classifier.
         batch_size: number of images.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Input resolutions: those of the paper for a side, and those that a network can take."""
+"""Input resolutions: those of the paper for a side, and those that a model can take."""
 
 import warnings
 from collections.abc import Iterable
@@ -11,22 +11,22 @@ from torch import nn
 from gradaug_hf.slimming import meta_copy
 from gradaug_hf.slimming.meta import example_images, example_sizes
 
-# How far from a resolution that does not work one is looked for that does, in pixels.
+# Distance in pixels within which a resolution that works is searched.
 SEARCH_RANGE = 64
-# What timm's constructors are told so that a network of fixed image size takes others.
+# Arguments of timm's constructors with which a model of fixed image size takes others.
 DYNAMIC_SIZE = ({"dynamic_img_size": True}, {"dynamic_img_size": True, "dynamic_img_pad": True})
 
 
 def default_resolutions(side: int) -> list[int]:
-    """1, 6/7, 5/7 and 4/7 of the input side, rounded: 224, 192, 160 and 128 of 224 pixels (arXiv 2006.07989)."""
+    """Return 1, 6/7, 5/7 and 4/7 of the input side: 224, 192, 160 and 128 of 224 pixels (arXiv 2006.07989)."""
     return [max(1, round(side * sevenths / 7)) for sevenths in (7, 6, 5, 4)]
 
 
 class ResolutionTrial:
-    """Tries a network at resolutions, on the meta device, where nothing is computed.
+    """Try a model at resolutions, on the meta device, where nothing is computed.
 
     Args:
-        model: a timm network, a transformers classifier, or any module that maps images to logits.
+        model: a timm model, a transformers classifier, or any module that maps images to logits.
         single_image: whether a batch of one image can come, of which batch norm needs more than one position.
     """
 
@@ -36,23 +36,23 @@ class ResolutionTrial:
         self._num_images = 1 if single_image else 2
 
     def error_at(self, side: int) -> Exception | None:
-        """Return what the network raises for the smallest batch of this side in training mode, or None."""
+        """Return the error that the model raises for the smallest batch of this side in training mode, or None."""
         return self._error(side, self._num_images)
 
     def _error(self, side: int, num_images: int) -> Exception | None:
         try:
             with torch.no_grad():
                 self._copy(example_images(self._copy, num_images, next(example_sizes(self._model, side))))
-        except Exception as error:  # a network may raise anything at a size that it cannot take
+        except Exception as error:  # a model may raise anything at a size that it cannot take
             return error
         return None
 
     def accepted(self, sides: Iterable[int]) -> list[int]:
-        """Those of the sides that the network can take."""
+        """Return the sides that the model can take."""
         return [side for side in sides if self.error_at(side) is None]
 
     def check(self, sides: Iterable[int]) -> None:
-        """Make sure that the network can take every side.
+        """Make sure that the model can take every side.
 
         Raises:
             ValueError: it cannot; names the nearest sides that it can take.
@@ -68,12 +68,12 @@ class ResolutionTrial:
                 ) from error
 
     def default(self, side: int) -> list[int]:
-        """The default resolutions for images of a side, each as near as the network can take.
+        """Return the default resolutions for images of a side, each as near as the model can take.
 
         Warns where it can take nothing near.
 
         Raises:
-            ValueError: the network cannot take the side itself.
+            ValueError: the model cannot take the side itself.
         """
         self.check([side])
         defaults = default_resolutions(side)
@@ -113,10 +113,10 @@ class ResolutionTrial:
 
 
 def dynamic_size_hint(model: nn.Module, sides: Iterable[int]) -> str:
-    """How to build a timm network of fixed image size so that it takes some sides, or an empty string.
+    """Return a hint how to build a timm model of fixed image size for other sides, or an empty string.
 
     Args:
-        model: a timm network, a `TimmWrapperForImageClassification`, or any module.
+        model: a timm model, a `TimmWrapperForImageClassification`, or any module.
         sides: in pixels.
     """
     arguments = dynamic_size_arguments(model, sides)
@@ -128,12 +128,12 @@ def dynamic_size_hint(model: nn.Module, sides: Iterable[int]) -> str:
 
 
 def dynamic_size_arguments(model: nn.Module, sides: Iterable[int]) -> dict[str, Any] | None:
-    """The arguments with which timm builds a network so that it takes some sides, or None.
+    """Return the arguments with which timm builds a model that takes some sides, or None.
 
     Args:
-        model: a timm network, a `TimmWrapperForImageClassification`, or any module.
-        sides: in pixels. Where none of timm's arguments makes the network take any size, one that makes it take
-            another is given for a single side.
+        model: a timm model, a `TimmWrapperForImageClassification`, or any module.
+        sides: in pixels. Where no argument makes the model take any size, one for a single side is
+            returned if there is only one side.
     """
     network = getattr(model, "timm_model", model)
     name = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")

@@ -13,7 +13,7 @@ ImageTransform = Callable[[Tensor], Tensor]
 
 
 class RandomQuarterTurn(nn.Module):
-    """Turns a batch of images by 0, 90, 180 or 270 degrees, all alike, as GradAug does with their size."""
+    """Turn a batch of images by 0, 90, 180 or 270 degrees, all alike, as GradAug does with their size."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn images (..., H, W); those that are not square may come out as (..., W, H)."""
@@ -21,7 +21,7 @@ class RandomQuarterTurn(nn.Module):
 
 
 def resize(images: Tensor, resolution: int) -> Tensor:
-    """Resize a batch so that its shorter side is `resolution`: bilinear, align_corners=True (arXiv 2006.07989).
+    """Resize a batch to a shorter side of `resolution`: bilinear, align_corners=True (arXiv 2006.07989).
 
     Args:
         images: (N, C, H, W), floating point; returned as they are where the size is right already.
@@ -40,11 +40,11 @@ def resize(images: Tensor, resolution: int) -> Tensor:
 
 
 def transform_for_subnet(images: Tensor, subnet: Subnet, transform: ImageTransform | None = None) -> Tensor:
-    """What a sub-network sees of a batch: `transform` if there is one, then its resolution.
+    """Return the images that a sub-network sees: transformed, where there is a transform, and at its resolution.
 
     Args:
         images: (N, C, H, W).
-        subnet: its `seed` is that of the random numbers which `transform` draws from Python, NumPy and torch, its
+        subnet: its `seed` is that of the random numbers which `transform` takes from Python, NumPy and torch, its
             `resolution` the size.
         transform: maps images (N, C, H, W) to such images, for example a `torchvision.transforms.v2` module.
     """

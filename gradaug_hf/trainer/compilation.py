@@ -36,6 +36,11 @@ def check_compilable(sampler: SubnetSampler) -> None:
             f"torch_compile compiles each sub-network, but with subnet_mode {sampler.subnet_mode!r} each drops other "
             "blocks; set subnet_mode='width', or leave out torch_compile"
         )
+    if sampler.subnet_mode == "tokens":
+        raise ValueError(
+            "torch_compile compiles each sub-network, but with subnet_mode 'tokens' each sees another share of the "
+            "patches; set subnet_mode='width', or leave out torch_compile"
+        )
     if number_of_widths(sampler) is None:
         raise ValueError(
             "torch_compile compiles each sub-network, but width_levels is None, with which each has another width; "
@@ -61,7 +66,8 @@ def number_of_graphs(sampler: SubnetSampler, args: GradAugConfig) -> int:
         args: the settings.
     """
     resolutions = sampler.resolutions or default_resolutions(7)  # as many as of any side
-    training = 1 + number_of_widths(sampler) * len(resolutions)
+    sizes = 1 if sampler.subnet_share == 1 else 2  # parts of a batch that does not divide differ by an image
+    training = 1 + number_of_widths(sampler) * len(resolutions) * sizes
     evaluation = 1 + len(args.eval_widths)
     return (training + evaluation) * (1 if args.dataloader_drop_last else 2)
 

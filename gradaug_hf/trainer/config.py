@@ -2,110 +2,36 @@
 
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
 
-from gradaug_hf.objective.objective import SUBNET_TARGETS
-from gradaug_hf.objective.sampling import SubnetSampler
+from gradaug_hf.objective.objective import ObjectiveSettings
 from gradaug_hf.utils.launch import check_processes, meets_on_cpu
+from gradaug_hf.utils.settings import documented_by
 
-SUBNET_BACKWARDS = ("sequential", "joint")
+SubnetBackward = Literal["sequential", "joint"]
+SUBNET_BACKWARDS = get_args(SubnetBackward)
 
 
+@documented_by(besides=TrainingArguments)
 @dataclass
-class GradAugConfig(TrainingArguments):
+class GradAugConfig(ObjectiveSettings, TrainingArguments):
     """Settings of GradAugTrainer: the following, and those of `transformers.TrainingArguments`.
 
     Training on images needs three defaults that differ from `TrainingArguments`: `remove_unused_columns=False`,
     `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`. A fourth is `logging_nan_inf_filter=False`: a
     loss that is not finite ends the training, and to look at it in each step would make an accelerator wait.
 
+        args = GradAugConfig("out", num_subnets=3, min_width=0.9, resolutions=[224, 192, 160, 128])
+
     Args:
-        num_subnets: Number of sub-networks in each training step, at least 0; 0 is plain training.
-        min_width: Width multiplier of the narrowest sub-network, which is in every step; in (0, 1].
-        max_width: Upper end of the widths that the other sub-networks draw; in [min_width, 1].
-        resolutions: Sides in pixels, one of which is drawn for each sub-network; by default 1, 6/7, 5/7 and 4/7 of
-            the input side.
-        subnet_mode: What a sub-network leaves out of the network; "width": its last channels, "depth": residual
-            blocks at random, "width+depth": both.
-        min_survival: With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it
-            falls linearly from 1 at the first.
-        subnet_interval: With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the
-            others, which cost as much as plain training; at least 1.
-        width_divisor: Channel counts are rounded to the nearest multiple of it, at least 1; 1 is exact to the paper,
-            8 suits tensor cores.
-        width_levels: Number of evenly spaced widths to draw from, at least 2; by default widths are drawn
-            continuously, as in the paper.
-        channels_last: Whether the network's weights lie in channels-last memory, which makes convolutions faster.
-        kl_weight: Weight of the sub-networks' losses, at least 0.
-        subnet_target: What sub-networks learn; "soft": the full network's prediction (in-place distillation), by KL
-            divergence, "label": the labels, by cross-entropy.
-        subnet_backward: "sequential" runs the backward of each pass before the next one, in the memory of plain
-            training; "joint" runs one for all of them.
-        sync_batchnorm: Whether batch norm takes its statistics from the whole batch of all processes, in sub-networks
-            too.
-        mixup_alpha: Parameter of Mixup's beta distribution, at least 0; 0 turns Mixup off.
-        cutmix_alpha: Parameter of CutMix's beta distribution, at least 0; 0 turns CutMix off.
-        mix_prob: Probability with which a batch is mixed, in [0, 1].
-        eval_widths: Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in
-            (0, 1].
-        seed_train_data: Whether the random numbers that a map-style training set takes from Python, NumPy and torch
-            are a function of seed, epoch and index, so that a training can be resumed exactly.
-        ignore_config_change: Whether to resume from a checkpoint that was trained with other settings.
+        {fields}
 
     Raises:
         ValueError: a field is out of its range, or `accelerate launch --cpu` started one process of several.
     """
 
-    num_subnets: int = field(
-        default=3,
-        metadata={"help": "Number of sub-networks in each training step, at least 0; 0 is plain training."},
-    )
-    min_width: float = field(
-        default=0.9,
-        metadata={"help": "Width multiplier of the narrowest sub-network, which is in every step; in (0, 1]."},
-    )
-    max_width: float = field(
-        default=1.0,
-        metadata={"help": "Upper end of the widths that the other sub-networks draw; in [min_width, 1]."},
-    )
-    resolutions: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Sides in pixels, one of which is drawn for each sub-network; by default 1, 6/7, 5/7 and 4/7 of "
-                "the input side."
-            )
-        },
-    )
-    subnet_mode: str = field(
-        default="width",
-        metadata={
-            "help": (
-                'What a sub-network leaves out of the network; "width": its last channels, "depth": residual blocks '
-                'at random, "width+depth": both.'
-            )
-        },
-    )
-    min_survival: float = field(
-        default=0.8,
-        metadata={
-            "help": (
-                'With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it '
-                "falls linearly from 1 at the first."
-            )
-        },
-    )
-    subnet_interval: int = field(
-        default=1,
-        metadata={
-            "help": (
-                "With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the others, "
-                "which cost as much as plain training; at least 1."
-            )
-        },
-    )
     width_divisor: int = field(
         default=1,
         metadata={
@@ -115,35 +41,11 @@ class GradAugConfig(TrainingArguments):
             )
         },
     )
-    width_levels: int | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Number of evenly spaced widths to draw from, at least 2; by default widths are drawn "
-                "continuously, as in the paper."
-            )
-        },
-    )
     channels_last: bool = field(
         default=False,
-        metadata={
-            "help": "Whether the network's weights lie in channels-last memory, which makes convolutions faster."
-        },
+        metadata={"help": "Whether the model's weights lie in channels-last memory, which makes convolutions faster."},
     )
-    kl_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the sub-networks' losses, at least 0."},
-    )
-    subnet_target: str = field(
-        default="soft",
-        metadata={
-            "help": (
-                'What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
-                'divergence, "label": the labels, by cross-entropy.'
-            )
-        },
-    )
-    subnet_backward: str = field(
+    subnet_backward: SubnetBackward = field(
         default="sequential",
         metadata={
             "help": (
@@ -198,7 +100,7 @@ class GradAugConfig(TrainingArguments):
         metadata={"help": "Whether to log other losses in place of ones that are not finite, looked at in each step."},
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Whether to remove columns that the network's forward does not name."}
+        default=False, metadata={"help": "Whether to remove columns that the model's forward does not name."}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Passed to DistributedDataParallel; every pass uses every parameter."}
@@ -208,26 +110,17 @@ class GradAugConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        SubnetSampler(
-            self.num_subnets,
-            self.min_width,
-            self.max_width,
-            self.resolutions,
-            self.width_levels,
-            subnet_mode=self.subnet_mode,
-            min_survival=self.min_survival,
-            subnet_interval=self.subnet_interval,
-        )
-        for name, choices in (("subnet_backward", SUBNET_BACKWARDS), ("subnet_target", SUBNET_TARGETS)):
-            self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
+        ObjectiveSettings.__post_init__(self)
+        choices = ", ".join(map(repr, SUBNET_BACKWARDS))
+        self._check("subnet_backward", self.subnet_backward in SUBNET_BACKWARDS, f"one of {choices}")
         self._check("width_divisor", isinstance(self.width_divisor, int) and self.width_divisor >= 1, "at least 1")
-        for name in ("kl_weight", "mixup_alpha", "cutmix_alpha"):
+        for name in ("mixup_alpha", "cutmix_alpha"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
         self._check("mix_prob", 0 <= self.mix_prob <= 1, "in [0, 1]")
         self._check("eval_widths", all(0 < width <= 1 for width in self.eval_widths), "a list of widths in (0, 1]")
         check_processes()
         self.use_cpu = self.use_cpu or meets_on_cpu()
-        super().__post_init__()
+        TrainingArguments.__post_init__(self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields to pickle: all but the token, since `training_args.bin` is kept and pushed."""

@@ -42,7 +42,7 @@ from gradaug_hf.hub.networks import image_processor, network_to_train
 from gradaug_hf.hub.pushing import make_branch, push_errors
 from gradaug_hf.objective.losses import cross_entropy
 from gradaug_hf.objective.mixing import BatchMixer
-from gradaug_hf.objective.objective import GradAug, Pass, logits_of
+from gradaug_hf.objective.objective import GradAug, ObjectiveSettings, Pass, logits_of
 from gradaug_hf.objective.resolutions import ResolutionTrial
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.objective.transforms import ImageTransform
@@ -53,6 +53,7 @@ from gradaug_hf.slimming import make_slimmable, slicing_report
 from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.patching import num_droppable_blocks
 from gradaug_hf.slimming.sync_batchnorm import synchronise_batchnorm
+from gradaug_hf.slimming.tokens import find_tokens
 from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, name_images, split_batch
 from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback
 from gradaug_hf.trainer.card_facts import model_facts
@@ -86,6 +87,7 @@ from gradaug_hf.trainer.resuming import (
 )
 from gradaug_hf.trainer.width_evaluation import evaluate_at_width
 from gradaug_hf.utils.randomness import random_states_kept
+from gradaug_hf.utils.settings import taken_from
 
 logger = logging.get_logger(__name__)
 
@@ -331,6 +333,9 @@ class GradAugTrainer(Trainer):
     def _prepare_network(self, network: nn.Module) -> None:
         """Make a model slimmable, and settle its sub-networks before any long work."""
         check_checkpointing(network, self.args)
+        if self._subnet_mode == "tokens":
+            find_tokens(network)
+            make_slimmable(network, width_divisor=self.args.width_divisor)
         if drops_channels(self._subnet_mode):
             make_slimmable(network, width_divisor=self.args.width_divisor)
             if slicing_report(network).sliced_macs == 0:
@@ -374,28 +379,20 @@ class GradAugTrainer(Trainer):
         """Return True if sub-networks leave out anything of a model."""
         mode, args = self.args.subnet_mode, self.args
         narrower = drops_channels(mode) and slicing_report(network).sliced_macs > 0 and args.min_width < 1
-        return narrower or (drops_blocks(mode) and args.min_survival < 1)
+        shorter = drops_blocks(mode) and args.min_survival < 1
+        return narrower or shorter or (mode == "tokens" and args.min_tokens < 1)
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
             self._settle_resolutions(self.model, self._side(images))
-        args = self.args
         return self._objective_class(
             model,
-            num_subnets=args.num_subnets,
-            min_width=args.min_width,
-            max_width=args.max_width,
-            resolutions=self._resolutions,
-            width_levels=args.width_levels,
-            kl_weight=args.kl_weight,
-            subnet_target=args.subnet_target,
-            label_smoothing=args.label_smoothing_factor,
-            seed=args.seed,
-            subnet_mode=args.subnet_mode,
-            min_survival=args.min_survival,
-            subnet_interval=args.subnet_interval,
             sampler=self._subnet_sampler,
             transform=self.subnet_transform,
+            label_smoothing=self.args.label_smoothing_factor,
+            seed=self.args.seed,
+            total_steps=self.state.max_steps,
+            **taken_from(ObjectiveSettings, self.args) | {"resolutions": self._resolutions or None},
         )
 
     # ---- the data ----
@@ -454,7 +451,7 @@ class GradAugTrainer(Trainer):
         if self._objective is None:
             self._objective = self._make_objective(model, images)
         subnets = self._objective.sampler.sample(self.state.global_step)
-        passes = self._objective.passes(images, labels, subnets, **others)
+        passes = self._objective.passes(images, labels, subnets, step=self.state.global_step, **others)
         if self.args.subnet_backward == "sequential" and self._step_stack is not None:
             done = self._run_sequentially(model, passes, len(subnets))
         else:
@@ -543,18 +540,8 @@ class GradAugTrainer(Trainer):
         """The sampler of the sub-networks."""
         if self._objective is not None:
             return self._objective.sampler
-        args = self.args
-        return self._subnet_sampler or SubnetSampler(
-            args.num_subnets,
-            args.min_width,
-            args.max_width,
-            self._resolutions or args.resolutions,
-            args.width_levels,
-            args.seed,
-            args.subnet_mode,
-            args.min_survival,
-            args.subnet_interval,
-        )
+        resolutions = self._resolutions or self.args.resolutions
+        return self._subnet_sampler or SubnetSampler.from_settings(self.args, resolutions=resolutions)
 
     def _record(self, passes: list[Pass], images: Tensor) -> None:
         full, *others = passes

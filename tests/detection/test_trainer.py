@@ -1,5 +1,6 @@
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gradaug_hf import GradAugConfig, Subnet, SubnetSampler
 from gradaug_hf.detection.coco import CocoImages, collate
 from gradaug_hf.detection.detector import Detector
 from gradaug_hf.detection.trainer import DetectionGradAug, DetectionTrainer
+from gradaug_hf.objective.sampling import Part
 from gradaug_hf.objective.transforms import RandomQuarterTurn
 from tests.detection.conftest import HEIGHT, WIDTH
 from tests.detection.test_detector import make_detector
@@ -100,6 +102,21 @@ def test_gradients_and_loss_of_a_step_are_those_of_the_formula(data, kind):
         torch.testing.assert_close(
             parameter.grad, expected[name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_a_subnetwork_sees_the_images_and_targets_of_its_part(data):
+    whole, alone = make_detector().double().train(), make_detector().double().train()
+    images, targets = in_double(*make_batch(data))
+    sample_alike(whole)
+    sample_alike(alone)
+    subnet = Subnet(0.5, 48, part=Part(index=1, share=0.5, seed=0))
+    seen = subnet.part.indices(len(images))
+    assert len(seen) == 2 < len(images)
+    with pytest.warns(UserWarning, match=f"sees 2 of the {len(images)} images"):
+        _, found = DetectionGradAug(whole).passes(images, targets, [subnet])
+    chosen = [images[i] for i in seen], [targets[i] for i in seen]
+    _, expected = DetectionGradAug(alone).passes(*chosen, [replace(subnet, part=None)])
+    assert found.loss.item() == pytest.approx(expected.loss.item(), abs=1e-12)
 
 
 def test_subnetworks_leave_every_buffer_as_the_full_pass_left_it(data):

@@ -1,7 +1,7 @@
 """A small residual network, and the same network narrowed and shortened by hand: tensors, slices and formulas only."""
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -94,20 +94,25 @@ def resize_by_hand(images: Tensor, side: int) -> Tensor:
 
 
 def objective_by_hand(
-    p: dict[str, Tensor], images: Tensor, labels: Tensor, subnets: list[tuple]
+    p: dict[str, Tensor],
+    images: Tensor,
+    labels: Tensor,
+    subnets: list[tuple],
+    parts: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and the sum of the divergences, for labels or probabilities.
 
-    A sub-network is (width, side, names of dropped blocks...).
+    A sub-network is (width, side, names of dropped blocks...), and sees the images of its part, or all.
     """
     log_p = _log_softmax(narrow_forward(p, images, 1.0))
     target = functional.one_hot(labels, CLASSES).to(images.dtype) if labels.ndim == 1 else labels
     cross_entropy = -(target * log_p).sum() / len(images)
     log_target = log_p.detach()
     divergence = torch.zeros((), dtype=images.dtype)
-    for width, side, *dropped in subnets:
-        log_q = _log_softmax(narrow_forward(p, resize_by_hand(images, side), width, dropped))
-        divergence = divergence + (log_target.exp() * (log_target - log_q)).sum() / len(images)
+    parts = parts or [list(range(len(images)))] * len(subnets)
+    for (width, side, *dropped), seen in zip(subnets, parts, strict=True):
+        log_q = _log_softmax(narrow_forward(p, resize_by_hand(images[seen], side), width, dropped))
+        divergence = divergence + (log_target[seen].exp() * (log_target[seen] - log_q)).sum() / len(seen)
     return cross_entropy, divergence
 
 
@@ -116,11 +121,16 @@ def _log_softmax(logits: Tensor) -> Tensor:
 
 
 def gradients_by_hand(
-    network: nn.Module, images: Tensor, labels: Tensor, subnets: list[tuple], kl_weight: float = 1.0
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    subnets: list[tuple],
+    kl_weight: float = 1.0,
+    parts: Sequence[Sequence[int]] | None = None,
 ) -> tuple[float, OrderedDict[str, Tensor]]:
     """The objective and its gradients, from copies of the network's parameters."""
     p = {name: parameter.detach().clone().requires_grad_() for name, parameter in network.named_parameters()}
-    cross_entropy, divergence = objective_by_hand(p, images, labels, subnets)
+    cross_entropy, divergence = objective_by_hand(p, images, labels, subnets, parts)
     loss = cross_entropy + kl_weight * divergence
     gradients = torch.autograd.grad(loss, list(p.values()))
     return loss.item(), OrderedDict(zip(p, gradients, strict=True))

@@ -138,16 +138,7 @@ def train(network_name: str, flags: str) -> dict:
     images = torch.randn(32, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows = [{"pixel_values": image, "labels": i % 5} for i, image in enumerate(images)]
     counter, keeper, turn = CountReductions(), KeepGradients(), RecordingTurn()
-    sampler = RecordingSampler(
-        3,
-        args.min_width,
-        1.0,
-        args.resolutions,
-        seed=args.seed,
-        subnet_mode=args.subnet_mode,
-        min_survival=args.min_survival,
-        width_levels=args.width_levels,
-    )
+    sampler = RecordingSampler.from_settings(args)
     trainer = GradAugTrainer(
         network,
         args,

@@ -81,8 +81,8 @@ PAPER = {
 }  # fmt: skip
 PAPER_EVERYWHERE = {
     "method": "gradaug", "num_subnets": 3, "max_width": 1.0, "width_divisor": 1, "width_levels": None,
-    "kl_weight": 1.0, "subnet_target": "soft", "optim": "sgd", "max_grad_norm": 0.0, "warmup_epochs": 0,
-    "warmup_steps": 0,
+    "kl_weight": 1.0, "kl_warmup": 0.0, "subnet_images": 1.0, "subnet_target": "soft", "optim": "sgd",
+    "max_grad_norm": 0.0, "warmup_epochs": 0, "warmup_steps": 0,
     "label_smoothing_factor": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "bf16": False, "fp16": False,
     "gradient_accumulation_steps": 1, "drop_path_rate": None, "drop_block_rate": None, "shake_drop_rate": None,
     "labels_per_class": None, "max_train_samples": None, "max_eval_samples": None, "max_steps": -1,

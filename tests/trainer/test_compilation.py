@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 from gradaug_hf.objective.objective import GradAug
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 from gradaug_hf.slimming import at_width, make_slimmable
+from gradaug_hf.trainer.compilation import number_of_graphs
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.trainer import GradAugTrainer
 from tests.helpers.residual_network import make_network
@@ -96,6 +97,7 @@ def test_what_would_run_uncompiled_beyond_the_limit_is_an_error(tmp_path):
     [
         ({}, "width_levels is None, .* set width_levels=3"),
         ({"subnet_mode": "depth"}, "subnet_mode 'depth' each drops other blocks"),
+        ({"subnet_mode": "tokens"}, "subnet_mode 'tokens' each sees another share of the patches"),
     ],
 )
 def test_sub_networks_without_number_are_refused(tmp_path, settings, message):
@@ -139,3 +141,10 @@ def test_training_and_evaluation_at_each_width_are_graphs_of_their_own_and_right
 def test_evaluation_without_training_is_compiled(tmp_path):
     trainer_of(tmp_path, each_in_turn(), **COMPILED).evaluate()
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("images, training", [(1.0, 1 + 3 * 2), ("split", 1 + 3 * 2 * 2)])
+def test_parts_of_two_sizes_have_graphs_of_their_own(tmp_path, images, training):
+    args = GradAugConfig(str(tmp_path), dataloader_drop_last=True, **CPU)
+    sampler = SubnetSampler(width_levels=3, resolutions=[16, 12], subnet_images=images)
+    assert number_of_graphs(sampler, args) == training + 1

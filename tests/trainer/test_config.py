@@ -17,7 +17,10 @@ OWN_FIELDS = {
     "resolutions": None,
     "subnet_mode": "width",
     "min_survival": 0.8,
+    "min_tokens": 0.5,
     "subnet_interval": 1,
+    "subnet_images": 1.0,
+    "kl_warmup": 0.0,
     "width_divisor": 1,
     "width_levels": None,
     "kl_weight": 1.0,
@@ -66,7 +69,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         "--width_divisor 8 --width_levels 4 --kl_weight 0.5 --subnet_backward joint --mixup_alpha 0.2 "
         "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width+depth --min_survival 0.7 "
         "--subnet_interval 2 --ignore_config_change --sync_batchnorm --channels_last "
-        "--subnet_target label --seed_train_data false"
+        "--subnet_target label --seed_train_data false --subnet_images split --kl_warmup 0.25 --min_tokens 0.4"
     )
     (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(line.split())
     parsed = {name: getattr(args, name) for name in OWN_FIELDS}
@@ -91,6 +94,9 @@ def test_every_own_field_is_a_flag(tmp_path):
         "seed_train_data": False,
         "ignore_config_change": True,
         "channels_last": True,
+        "subnet_images": "split",
+        "kl_warmup": 0.25,
+        "min_tokens": 0.4,
     }
 
 
@@ -117,7 +123,10 @@ def test_settings_survive_json_and_pickle(tmp_path):
         ({"subnet_backward": "both"}, "subnet_backward is 'both'; it must be one of 'sequential', 'joint'"),
         ({"subnet_target": "hard"}, "subnet_target is 'hard'; it must be one of 'soft', 'label'"),
         ({"min_survival": 0}, r"min_survival is 0; it must lie in \(0, 1\]"),
+        ({"min_tokens": 1.2}, r"min_tokens is 1.2; it must lie in \(0, 1\]"),
         ({"subnet_interval": 0}, "subnet_interval is 0; it must be an integer of at least 1"),
+        ({"subnet_images": 2}, r"subnet_images is 2; it must be 'split' or a share in \(0, 1\]"),
+        ({"kl_warmup": -0.1}, r"kl_warmup is -0.1; it must lie in \[0, 1\]"),
         ({"width_divisor": 0}, "width_divisor is 0; it must be at least 1"),
         ({"width_levels": 1}, "width_levels is 1"),
         ({"kl_weight": -0.1}, "kl_weight is -0.1; it must be at least 0"),

@@ -44,6 +44,7 @@ MORE_EQUAL_TO_ONE_PROCESS = {
 BY_HAND_RUNS = {
     "halves": ("batchnorm", BY_HAND, HALF),
     "synchronised": ("batchnorm", f"{BY_HAND} --sync_batchnorm", HALF),
+    "split": ("batchnorm", f"{BY_HAND} --subnet_images split", HALF),
 }
 LEVELS = f"{BY_HAND} --width_levels 3 --resolutions 16 12 8"
 COMPILED_RUNS = {
@@ -150,6 +151,16 @@ def test_with_batch_norm_each_process_normalises_its_half_and_gradients_are_aver
     assert not torch.equal(ranks[0]["weights"]["bn.running_mean"], ranks[1]["weights"]["bn.running_mean"])
 
 
+def test_each_process_splits_its_own_images_by_the_same_positions(two_processes):
+    ranks = two_processes["split"]
+    assert ranks[0]["drawn"] == ranks[1]["drawn"]
+    expected = train_by_hand([list(zip(rank["batches"], rank["labels"], strict=True)) for rank in ranks], split=True)
+    for rank, statistics in zip(ranks, expected["statistics"], strict=True):
+        for found, gradients in zip(rank["gradients"], expected["gradients"], strict=True):
+            assert_close(found, gradients)
+        assert_close(rank["weights"], expected["weights"] | statistics)
+
+
 def test_synchronised_batch_norm_has_the_statistics_of_the_whole_batch_in_subnetworks_too(two_processes):
     ranks = two_processes["synchronised"]
     batches = [torch.cat(images) for images in zip(*(rank["batches"] for rank in ranks), strict=True)]
@@ -161,19 +172,22 @@ def test_synchronised_batch_norm_has_the_statistics_of_the_whole_batch_in_subnet
         assert_close(rank["weights"], expected["weights"] | expected["statistics"][0])
 
 
-def train_by_hand(parts: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict:
+def train_by_hand(parts: Sequence[Sequence[tuple[Tensor, Tensor]]], split: bool = False) -> dict:
     """SGD with the average of the gradients of each part of the batch, by the formulas.
 
     Args:
         parts: the batches of each part, images (N, C, H, W) and labels (N,).
+        split: whether each sub-network sees its own third of a process's images.
     """
     network = with_batchnorm()
     readers = [with_batchnorm() for _ in parts]  # whose full passes measure the statistics of each part
-    sampler = SubnetSampler(3, 0.5, 1.0, [16, 12], seed=3)
+    sampler = SubnetSampler(3, 0.5, 1.0, [16, 12], seed=3, subnet_images="split" if split else 1.0)
     steps = []
     for step, batches in enumerate(list(zip(*parts, strict=True))[:STEPS]):
-        drawn = [(subnet.width, subnet.resolution) for subnet in sampler.sample(step)]
-        found = [gradients_by_hand(network, images, labels, drawn)[1] for images, labels in batches]
+        subnets = sampler.sample(step)
+        drawn = [(subnet.width, subnet.resolution) for subnet in subnets]
+        seen = [subnet.part.indices(len(batches[0][0])) for subnet in subnets] if split else None
+        found = [gradients_by_hand(network, images, labels, drawn, parts=seen)[1] for images, labels in batches]
         for reader, (images, _) in zip(readers, batches, strict=True):
             reader.load_state_dict(dict(network.named_parameters()), strict=False)
             reader(images)

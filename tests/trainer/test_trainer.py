@@ -14,6 +14,7 @@ from transformers import (
     TimmWrapperForImageClassification,
     Trainer,
     TrainingArguments,
+    default_data_collator,
 )
 
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler
@@ -112,6 +113,51 @@ def test_a_training_step_follows_the_gradients_of_the_formula(tmp_path, backward
     assert log["loss_full"] + log["loss_subnets"] == pytest.approx(loss, abs=1e-10)
     assert log["subnet_width"] == pytest.approx(sum(width for width, _ in drawn) / 3, abs=1e-12)
     assert log["subnet_resolution"] == pytest.approx(sum(side for _, side in drawn) / 3, abs=1e-12)
+
+
+def test_an_accumulated_step_on_parts_follows_the_gradients_of_the_formula(tmp_path):
+    network = make_network()
+    start = weights(network)
+    args = config(
+        tmp_path,
+        max_steps=1,
+        per_device_train_batch_size=5,
+        gradient_accumulation_steps=2,
+        resolutions=[16, 12, 9],
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        subnet_images="split",
+    )
+    data = rows(10, 16, torch.float64)
+    batches = []
+
+    def keep(batch: list[dict]) -> dict:
+        batches.append(default_data_collator(batch))
+        return batches[-1]
+
+    trainer = GradAugTrainer(network, args, train_dataset=data, data_collator=keep)
+    batches.clear()  # the first image was looked at
+    trainer.train()
+    subnets = SubnetSampler(3, 0.5, 1.0, [16, 12, 9], seed=args.seed, subnet_images="split").sample(0)
+    drawn, parts = [(s.width, s.resolution) for s in subnets], [s.part.indices(5) for s in subnets]
+    reference = make_network()
+    found = [gradients_by_hand(reference, b["pixel_values"], b["labels"], drawn, parts=parts)[1] for b in batches]
+    for name, parameter in network.named_parameters():
+        expected = (found[0][name] + found[1][name]) / 2
+        torch.testing.assert_close((start[name] - parameter) / 0.1, expected, rtol=0, atol=1e-10)
+
+
+def test_the_weight_of_the_subnetworks_rises_over_the_steps_of_the_training(tmp_path):
+    def losses(**settings) -> list[float]:
+        args = config(tmp_path, max_steps=4, logging_steps=1, learning_rate=0.0, resolutions=[16], **settings)
+        trainer = GradAugTrainer(make_network(), args, train_dataset=rows(16, 16, torch.float64))
+        trainer.train()
+        return [entry["loss_subnets"] for entry in trainer.state.log_history if "loss_subnets" in entry]
+
+    constant, rising = losses(), losses(kl_warmup=0.75)
+    assert rising == pytest.approx([share * loss for share, loss in zip((0, 1 / 3, 2 / 3, 1), constant, strict=True)])
 
 
 def test_a_step_of_random_depth_follows_the_gradients_of_the_formula(tmp_path):
