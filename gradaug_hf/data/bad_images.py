@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from gradaug_hf.data.loading import UnreadableImageError, decode
+from gradaug_hf.data.decoding import UnreadableImageError, decode
 from gradaug_hf.data.seeded import DatasetWrapper
 
 # Images in a row that cannot be decoded, after which something else is wrong than some of the images.

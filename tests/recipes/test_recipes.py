@@ -13,7 +13,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, pipeline
 
-from gradaug_hf.data.loading import cifar_transform, load_image_data, with_pixels
+from gradaug_hf.data.decoding import with_pixels
+from gradaug_hf.data.loading import load_image_data
+from gradaug_hf.data.transforms import cifar_transform
 from gradaug_hf.experiments.arguments import parse
 from gradaug_hf.experiments.methods import METHODS
 from gradaug_hf.experiments.run import SETTINGS, Recipe

@@ -1,0 +1,67 @@
+"""The paper's transforms of images."""
+
+from collections.abc import Callable
+
+import PIL.Image
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torchvision.transforms import v2
+
+from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
+
+Transform = Callable[[PIL.Image.Image], Tensor]
+
+
+def cifar_transform(
+    train: bool,
+    *,
+    size: int = 32,
+    flip: bool = True,
+    mean: tuple[float, ...] = CIFAR_MEAN,
+    std: tuple[float, ...] = CIFAR_STD,
+) -> Transform:
+    """The paper's CIFAR transform: for training a reflected border of an eighth, a random crop and a flip.
+
+    Images of another size are first resized and cropped to a square.
+
+    Args:
+        train: Whether to augment.
+        size: Side of the square in pixels.
+        flip: Whether to flip half of the training images; wrong where left and right matter, as for digits.
+        mean: Mean of each channel, in 0..1.
+        std: Standard deviation of each channel, in 0..1.
+    """
+    steps = [v2.Resize(size), v2.CenterCrop(size)]
+    if train:
+        steps.append(v2.RandomCrop(size, padding=size // 8, padding_mode="reflect"))
+        if flip:
+            steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose([*steps, *_to_tensor(mean, std)])
+
+
+def imagenet_transform(
+    train: bool,
+    *,
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+) -> Transform:
+    """The paper's ImageNet transform to 224x224 pixels.
+
+    For training a random resized crop, a flip and colour jitter of 0.4 in brightness, contrast and saturation; for
+    evaluation the centre of the image with a short side of 256.
+
+    Args:
+        train: Whether to augment.
+        mean: Mean of each channel, in 0..1.
+        std: Standard deviation of each channel, in 0..1.
+    """
+    if train:
+        steps = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4)]
+    else:
+        steps = [v2.Resize(256), v2.CenterCrop(224)]
+    return v2.Compose([*steps, *_to_tensor(mean, std)])
+
+
+def _to_tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[v2.Transform]:
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
