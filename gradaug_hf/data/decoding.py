@@ -13,7 +13,7 @@ STREAM_BATCH = 16
 
 
 class UnreadableImageError(ValueError):
-    """An image cannot be decoded."""
+    """Say that an image cannot be decoded, with its row and file."""
 
     def __str__(self) -> str:
         # A worker process of a data loader raises it with its whole traceback as the message.
@@ -21,7 +21,7 @@ class UnreadableImageError(ValueError):
 
 
 def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Dataset | IterableDataset:
-    """Decode and transform the images when they are read, so in the workers of a data loader.
+    """Decode and transform the images of a split when they are read, so in the workers of a data loader.
 
     Args:
         split: Data with the columns `image`, `label` and, unless it is a stream, `row`.
@@ -44,15 +44,18 @@ def _read_batch(batch: dict[str, list], transform: Transform, split: str) -> dic
 
 
 def decode(encoded: dict | None, row: int | None, split: str) -> PIL.Image.Image:
-    """An image in RGB.
+    """Return an image in RGB.
+
+    Greyscale images of more than 8 bits are scaled by their range: integers up to 255 as they are, up to 65535 from 16
+    bits; floats up to 1 from 0..1, up to 255 as they are.
 
     Args:
-        encoded: its `bytes` and `path`, of which one may be None.
+        encoded: its `bytes` and `path`, one of which may be None.
         row: its position in the split, for the error; None if it is not known.
         split: name of the split.
 
     Raises:
-        UnreadableImageError: it cannot be decoded.
+        UnreadableImageError: it cannot be decoded, or has values outside of these ranges.
     """
     place = f"split {split}" if row is None else f"row {row} of split {split}"
     if encoded is None:
@@ -65,8 +68,23 @@ def decode(encoded: dict | None, row: int | None, split: str) -> PIL.Image.Image
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling them
-        image = PIL.Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # which Pillow clips to 0..255
+        image = PIL.Image.fromarray(_to_8_bits(image))
     if image.mode == "P":  # Pillow warns when it drops the transparency of a palette in one go
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _to_8_bits(image: PIL.Image.Image) -> np.ndarray:
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()
+    is_float = image.mode == "F"
+    if not (low >= 0 and high <= (255 if is_float else 65535)):  # or NaN
+        accepted = "0..1 or 0..255" if is_float else "0..255 or 0..65535"
+        raise ValueError(f"its values are from {low} to {high}; they must be in {accepted}")
+    has_16_bits = image.mode.startswith("I;16") or (image.format == "PPM" and not is_float)  # Pillow scales PGM files
+    if is_float and high <= 1:
+        pixels = pixels * 255
+    elif has_16_bits or high > 255:
+        pixels = pixels // 256
+    return pixels.round().astype(np.uint8)

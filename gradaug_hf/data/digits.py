@@ -8,7 +8,7 @@ from gradaug_hf.data.columns import standard_columns
 
 
 def load_digits_data(size: int = 32) -> DatasetDict:
-    """scikit-learn's 1,797 handwritten digits, in the form of `load_image_data`.
+    """Load scikit-learn's 1,797 handwritten digits, in the form of `load_image_data`.
 
     The first half is for training and the second for evaluation, as in scikit-learn's own example.
 

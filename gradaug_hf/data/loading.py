@@ -1,20 +1,37 @@
 """Datasets of labelled images from the Hub, a file or a folder, with one split to train and one to evaluate on."""
 
+import math
+import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import (
+    Dataset,
+    DatasetBuilder,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    SplitDict,
+    SplitInfo,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 from gradaug_hf.data.columns import find_columns, is_class_label, label_values, standard_columns
+from gradaug_hf.data.folders import FolderContent, load_image_folder, read_folder
 
 EVAL_SPLITS = ("validation", "test")
 EVAL_SHARE = 0.2
 ACCEPTED = "a Hub id, a parquet file, a folder of parquet files or a folder of images"
 # Images that a stream holds in memory to shuffle them, still encoded; shards are shuffled as well.
 SHUFFLE_BUFFER = 2000
+# Parts of a folder of images that is streamed, among which the workers of a data loader divide it.
+STREAM_SHARDS = 64
 
 
 def load_image_data(
@@ -27,11 +44,11 @@ def load_image_data(
     label_column: str | None = None,
     seed: int = 0,
 ) -> DatasetDict:
-    """Load a data set of labelled images in one form, whatever its own columns and splits are called.
+    """Load a dataset of labelled images in one form, whatever its own columns and splits are called.
 
     Args:
-        name: Hub id, parquet file, folder of parquet files, or folder of images sorted by class.
-        config_name: Configuration of a Hub data set that has several.
+        name: Hub id, parquet file, folder of parquet files, or folder of images sorted by class (`load_image_folder`).
+        config_name: Configuration of a Hub dataset that has several.
         train_split: Split to train on.
         eval_split: Split to evaluate on; by default `validation`, else `test`. Where the training split is the only
             one, a fifth of each class is held out.
@@ -44,13 +61,17 @@ def load_image_data(
         in the split as it was stored).
 
     Raises:
-        OSError: The data set cannot be found, reached or read.
-        ValueError: A split or column is missing or ambiguous, or a label is missing or out of range.
+        OSError: The dataset cannot be found, reached or read.
+        ValueError: A split or column is missing or ambiguous, a split is empty, a label is missing or out of range,
+            there is one class alone, or folders of images do not say what are splits and what classes.
     """
-    chosen = _choose_splits(_load(name, config_name), train_split, eval_split)
+    chosen = _choose_splits(_load(name, config_name, label_column), train_split, eval_split)
     images, labels = find_columns(chosen["train"].features, image_column, label_column)
     data = standard_columns(chosen, images, labels)
-    return data if "eval" in data else _hold_out(data["train"], seed)
+    if "eval" not in data:
+        return _hold_out(data["train"], seed)
+    _warn_of_unseen_classes(data)
+    return data
 
 
 def stream_image_data(
@@ -62,7 +83,7 @@ def stream_image_data(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> IterableDatasetDict:
-    """`load_image_data` without downloading or preparing anything first: images are read when they are needed.
+    """Load a dataset as `load_image_data` does, but read its images only when they are needed.
 
     Args:
         name: as for `load_image_data`.
@@ -76,22 +97,26 @@ def stream_image_data(
         Splits `train` and `eval` with the columns `image` (encoded) and `label` (a `ClassLabel`), in the stored order.
 
     Raises:
-        OSError: The data set cannot be found, reached or read.
-        ValueError: A split or column is missing or ambiguous, or the labels have no names.
+        OSError: The dataset cannot be found, reached or read.
+        ValueError: A split or column is missing or ambiguous, the labels have no names, or folders of images do not
+            say what are splits and what classes.
     """
-    chosen = _choose_splits(_load(name, config_name, streaming=True), train_split, eval_split)
+    chosen = _choose_splits(_load(name, config_name, label_column, streaming=True), train_split, eval_split)
     if "eval" not in chosen:
         raise ValueError(
             f"split {train_split!r} is the only one, and nothing can be held out of a stream; name a split"
         )
+    if isinstance(chosen, DatasetDict):  # a folder of images, whose labels are known
+        data = standard_columns(chosen, *find_columns(chosen["train"].features, image_column, label_column))
+        return IterableDatasetDict({key: _stream(split.remove_columns("row")) for key, split in data.items()})
     features = chosen["train"].features
     if features is None:
-        raise ValueError(f"data set {name!r} does not say which columns it has; load it without streaming")
+        raise ValueError(f"dataset {name!r} does not say which columns it has; load it without streaming")
     images, labels = find_columns(features, image_column, label_column)
     if not is_class_label(features[labels]):
         raise ValueError(
             f"label_column {labels!r} is a {features[labels]}, whose classes are known only once all of it was read; "
-            "load the data set without streaming"
+            "load the dataset without streaming"
         )
     names = {old: new for old, new in ((images, "image"), (labels, "label")) if old != new}
     return IterableDatasetDict(
@@ -103,12 +128,12 @@ def stream_image_data(
 
 
 def class_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
-    """Names of the classes, in the order of the labels."""
+    """Return the names of the classes, in the order of the labels."""
     return data["train"].features["label"].names
 
 
 def number_of_images(split: Dataset | IterableDataset) -> int | None:
-    """Number of images of a split; None where a stream does not say."""
+    """Return the number of images of a split; None where a stream does not say."""
     if isinstance(split, Dataset):
         return len(split)
     known = (split.info.splits or {}).get(str(split.split))
@@ -116,19 +141,19 @@ def number_of_images(split: Dataset | IterableDataset) -> int | None:
 
 
 def take_images(split: Dataset | IterableDataset, number: int, seed: int) -> Dataset | IterableDataset:
-    """At most `number` images, drawn from the seed; of a stream the first ones."""
+    """Return at most `number` images of a split, sampled from the seed; of a stream the first ones."""
     if isinstance(split, IterableDataset):
         return split.take(number)
     return split.shuffle(seed=seed).take(min(number, len(split)))
 
 
 def balanced_subset(split: Dataset, labels_per_class: int, seed: int = 0) -> Dataset:
-    """Draw the same number of images of each class.
+    """Sample the same number of images of each class.
 
     Args:
         split: Data with a column `label`.
         labels_per_class: Number of images of each class.
-        seed: Seed of the draw; the same seed draws the same images.
+        seed: Seed of the sample; the same seed gives the same images.
 
     Raises:
         ValueError: `labels_per_class` is not positive, or larger than the number of images of a class.
@@ -147,13 +172,50 @@ def balanced_subset(split: Dataset, labels_per_class: int, seed: int = 0) -> Dat
     return split.select(np.sort(np.concatenate(rows)))
 
 
-def _load(name: str, config_name: str | None, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+def _load(
+    name: str, config_name: str | None, label_column: str | None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
+    content = read_folder(Path(name)) if Path(name).is_dir() else None
+    if content is not None and content.is_image_folder:
+        if config_name is not None:
+            raise ValueError(f"config_name is {config_name!r}, but {name} is a folder of images, which has none")
+        return load_image_folder(content, label_column)
     try:
         if Path(name).is_file():
             return load_dataset("parquet", data_files=str(name), streaming=streaming)
+        if content is not None:
+            _warn_of_unread_files(content, load_dataset_builder(str(name), config_name))
         return load_dataset(str(name), config_name, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
-        raise OSError(f"data set {name!r} {_what_to_do(error, name)}") from error
+        raise OSError(f"dataset {name!r} {_what_to_do(error, name)}") from error
+
+
+def _warn_of_unread_files(content: FolderContent, builder: DatasetBuilder) -> None:
+    """Warn of parquet files whose names say no split, which `datasets` passes over where those of others do."""
+    read = {os.path.realpath(file) for files in (builder.config.data_files or {}).values() for file in files}
+    if unread := [table.file for table in content.tables if table.target not in read]:
+        warnings.warn(
+            f"{len(unread)} parquet files in {content.folder} are not read, {unread[0]} first, since the names of "
+            "others say a split, such as train or test; name all of them by their split, or give one file",
+            stacklevel=4,
+        )
+
+
+def _stream(split: Dataset) -> IterableDataset:
+    parts = min(STREAM_SHARDS, len(split))
+    stream = IterableDataset.from_generator(
+        _rows,
+        features=split.features,
+        gen_kwargs={"parts": [split.shard(parts, part) for part in range(parts)]},
+        split=split.split,
+    )
+    stream.info.splits = SplitDict({str(split.split): SplitInfo(str(split.split), num_examples=len(split))})
+    return stream
+
+
+def _rows(parts: list[Dataset]) -> Iterator[dict]:
+    for part in parts:
+        yield from part
 
 
 def _what_to_do(error: BaseException, name: str) -> str:
@@ -166,6 +228,8 @@ def _what_to_do(error: BaseException, name: str) -> str:
             "is neither a file nor a folder here, and the Hub cannot be reached to look for it: connect to the "
             f"network, or unset HF_HUB_OFFLINE; {ACCEPTED} is accepted. {error}"
         )
+    if any("corresponds to no data" in str(cause) for cause in causes):
+        return f"has a split without images. {error}"
     if isinstance(error, DatasetNotFoundError):
         return f"is not on the Hub, or it is private: check its name, or sign in with `hf auth login`. {error}"
     return f"cannot be loaded; {ACCEPTED} is accepted. {error}"
@@ -184,7 +248,7 @@ def _choose_splits(
     found = ", ".join(loaded)
     for split in filter(None, (train_split, eval_split)):
         if split not in loaded:
-            raise ValueError(f"the data set has no split {split!r}; splits found: {found}")
+            raise ValueError(f"the dataset has no split {split!r}; splits found: {found}")
     if len(loaded) == 1 and eval_split is None:
         return kind(train=loaded[train_split])
     if eval_split is None:
@@ -192,6 +256,17 @@ def _choose_splits(
     if eval_split is None:
         raise ValueError(f"no split to evaluate on; name one as eval_split. Splits found: {found}")
     return kind(train=loaded[train_split], eval=loaded[eval_split])
+
+
+def _warn_of_unseen_classes(data: DatasetDict) -> None:
+    unseen = np.setdiff1d(label_values(data["eval"]), label_values(data["train"]))
+    if len(unseen):
+        names = ", ".join(data["eval"].features["label"].int2str([int(label) for label in unseen[:5]]))
+        warnings.warn(
+            f"{len(unseen)} classes of split {data['eval'].split} have no image in split {data['train'].split}, so "
+            f"that no model can learn them: {names}{', ...' if len(unseen) > 5 else ''}",
+            stacklevel=3,
+        )
 
 
 def _hold_out(split: Dataset, seed: int) -> DatasetDict:
@@ -202,5 +277,6 @@ def _hold_out(split: Dataset, seed: int) -> DatasetDict:
             f"split {split.split} is the only one, and class {name!r} has a single image: none can be held out "
             "for evaluation. Name a split as eval_split"
         )
-    parts = split.train_test_split(EVAL_SHARE, stratify_by_column="label", seed=seed)
+    held_out = max(math.ceil(EVAL_SHARE * len(split)), len(labels))
+    parts = split.train_test_split(held_out, stratify_by_column="label", seed=seed)
     return DatasetDict(train=parts["train"], eval=parts["test"])

@@ -8,7 +8,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch.utils.data import DataLoader
 
-from gradaug_hf.data.decoding import with_pixels
+from gradaug_hf.data.decoding import UnreadableImageError, decode, with_pixels
 from gradaug_hf.data.digits import load_digits_data
 from gradaug_hf.data.transforms import cifar_transform
 from tests.helpers.pictures import noise, picture, png
@@ -51,6 +51,53 @@ def test_every_image_mode_becomes_rgb(image: PIL.Image.Image, file_format: str, 
     pixels = with_pixels(encoded_dataset([file.getvalue()]), transform)[0]["pixel_values"]
     assert pixels.shape == (3, 12, 12)
     assert (pixels[:, 5, 5] * 255).round().int().tolist() == list(colour)
+
+
+def tiff(values: list, dtype: type) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.array(values, dtype=dtype).repeat(4, 0).repeat(4, 1)).save(file, "TIFF")
+    return file.getvalue()
+
+
+def pgm(values: list[int], largest: int) -> bytes:
+    kind = ">u2" if largest > 255 else "u1"
+    return b"P5 2 1 %d\n" % largest + np.array(values, dtype=kind).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("encoded", "colours"),
+    [
+        (tiff([[0.0, 0.2, 1.0]], np.float32), [0, 51, 255]),
+        (tiff([[0.0, 51.0, 254.6]], np.float32), [0, 51, 255]),
+        (tiff([[0, 51, 255]], np.int32), [0, 51, 255]),
+        (tiff([[0, 51 * 256, 65535]], np.int32), [0, 51, 255]),
+        (tiff([[0, 51 * 256, 65535]], np.uint16), [0, 51, 255]),
+        (tiff([[0, 200, 255]], np.uint16), [0, 0, 0]),
+        (pgm([0, 51 * 256], 65535), [0, 51]),
+        (pgm([0, 255], 65535), [0, 0]),
+        (pgm([0, 3], 15), [0, 51]),
+    ],
+)
+def test_images_of_more_bits_are_scaled_by_their_range(encoded: bytes, colours: list[int]):
+    image = decode({"bytes": encoded, "path": None}, 0, "train")
+    step = image.width // len(colours)
+    assert [image.getpixel((step * i, 0)) for i in range(len(colours))] == [(colour,) * 3 for colour in colours]
+
+
+@pytest.mark.parametrize(
+    ("encoded", "message"),
+    [
+        (tiff([[0.5, float("nan")]], np.float32), "its values are from nan to nan; they must be in 0..1 or 0..255"),
+        (tiff([[0.5, float("inf")]], np.float32), "its values are from 0.5 to inf"),
+        (tiff([[-0.5, 0.5]], np.float32), "its values are from -0.5 to 0.5"),
+        (tiff([[0.0, 255.5]], np.float32), "its values are from 0.0 to 255.5"),
+        (tiff([[0, 65536]], np.int32), "its values are from 0 to 65536; they must be in 0..255 or 0..65535"),
+        (tiff([[-1, 5]], np.int32), "its values are from -1 to 5"),
+    ],
+)
+def test_values_of_no_known_range_are_refused_with_row_and_file(encoded: bytes, message: str):
+    with pytest.raises(UnreadableImageError, match=rf"row 3 of split train \(a.tif\) cannot be decoded: {message}"):
+        decode({"bytes": encoded, "path": "a.tif"}, 3, "train")
 
 
 @pytest.mark.filterwarnings("error")

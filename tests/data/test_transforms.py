@@ -1,9 +1,12 @@
+import time
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from torchvision.transforms import v2
 
-from gradaug_hf.data.transforms import cifar_transform, imagenet_transform
+from gradaug_hf.data.transforms import LimitAspectRatio, cifar_transform, imagenet_transform
 from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
 from tests.helpers.pictures import noise, picture
 
@@ -44,6 +47,35 @@ def test_images_of_other_sizes_are_brought_to_one(train: bool):
     for size in ((50, 40), (8, 8), (20, 100)):
         assert cifar_transform(train, size=24)(picture(5, size)).shape == (3, 24, 24)
         assert imagenet_transform(train)(picture(5, size)).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000), (29_999, 2)])
+@pytest.mark.parametrize("train", [True, False])
+def test_an_image_that_is_very_long_is_quick(size: tuple[int, int], train: bool):
+    image = picture(5, size)
+    start = time.perf_counter()
+    assert cifar_transform(train)(image).shape == (3, 32, 32)
+    assert imagenet_transform(train)(image).shape == (3, 224, 224)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("size", [(800, 16), (16, 801), (801, 16)])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_centre_of_a_long_image_is_that_of_the_whole(size: tuple[int, int], as_tensor: bool):
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    whole = v2.functional.to_image(image) if as_tensor else image
+    expected = v2.functional.center_crop(v2.functional.resize(whole, [256]), [224, 224])
+    pixels = imagenet_transform(False, mean=(0, 0, 0), std=(1, 1, 1))(whole)
+    expected = v2.functional.to_dtype(v2.functional.to_image(expected), torch.float32, scale=True)
+    assert (pixels - expected).abs().max() <= 1.01 / 255
+
+
+def test_images_of_usual_sides_are_not_cut():
+    for size in ((160, 10), (10, 160), (640, 480)):
+        image = noise().resize(size)
+        assert LimitAspectRatio()(image) is image
+    assert LimitAspectRatio()(noise().resize((200, 10))).size == (160, 10)
+    assert LimitAspectRatio()(noise().resize((10, 201))).size == (10, 159)
 
 
 def test_imagenet_evaluation_takes_the_centre_of_256():
