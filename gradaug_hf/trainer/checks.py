@@ -11,6 +11,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers import DataCollator, PreTrainedModel
 
+from gradaug_hf.data.collator import as_int64
 from gradaug_hf.objective.losses import check_labels
 from gradaug_hf.trainer.config import GradAugConfig
 
@@ -121,4 +122,5 @@ class LabelCheckingCollator:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if isinstance(labels, Tensor):
             check_labels(labels, self.num_classes)
+            batch["labels"] = as_int64(labels)  # a transformers model would train with others and fail in evaluate
         return batch

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
+from gradaug_hf.data.collator import collate_images
 from gradaug_hf.hub.configs import (
     label_names,
     plain_state,
@@ -112,6 +113,8 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         with _label_smoothing_set_aside(args, model):
             super().__init__(model, args, *trainer_args, **kwargs)
+        if self.data_collator is default_data_collator:
+            self.data_collator = collate_images
         if checkpoint and self.processing_class is None:
             self.processing_class = image_processor(checkpoint)
         if args.label_smoothing_factor > 0 and model is None and isinstance(self.model, PreTrainedModel):

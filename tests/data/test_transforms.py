@@ -53,10 +53,10 @@ def test_images_of_other_sizes_are_brought_to_one(train: bool):
 @pytest.mark.parametrize("train", [True, False])
 def test_an_image_that_is_very_long_is_quick(size: tuple[int, int], train: bool):
     image = picture(5, size)
-    start = time.perf_counter()
+    start = time.process_time()
     assert cifar_transform(train)(image).shape == (3, 32, 32)
     assert imagenet_transform(train)(image).shape == (3, 224, 224)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("size", [(800, 16), (16, 801), (801, 16)])
