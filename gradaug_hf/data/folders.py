@@ -30,7 +30,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 LAYOUT = f"CLASS/IMAGE, or SPLIT/CLASS/IMAGE with SPLIT one of {', '.join(SPLIT_FOLDERS)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """A file below a folder.
 
@@ -146,10 +146,8 @@ def _files_below(folder: Path, left_out: Counter[str]) -> Iterator[ImageFile]:
             elif entry.is_dir():
                 yield from walk(entry.path, below, (*above, target))
             elif entry.is_file():
-                linked = entry.is_symlink()
-                yield ImageFile(
-                    below, entry.path, os.path.realpath(entry.path) if linked else os.path.join(target, entry.name)
-                )
+                file = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(target, entry.name)
+                yield ImageFile(below, entry.path, entry.path if file == entry.path else file)  # one text, not two
             else:
                 left_out["a link to nothing"] += 1
 
@@ -178,7 +176,7 @@ def _labels_of_folders(content: FolderContent) -> Rows:
 
 
 def _level_of_classes(content: FolderContent) -> int:
-    """Return how deep the folders of the classes lie: 0 without, 1 below folders of splits."""
+    """Return the level of the folders of classes: 0 without folders of splits, 1 below them."""
     folder, depths = content.folder, {}
     for image in content.images:
         name = image.parts[0]
