@@ -15,7 +15,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
-from gradaug_hf.data.loading import cifar_transform, imagenet_transform, with_pixels
+from gradaug_hf.data.decoding import with_pixels
+from gradaug_hf.data.transforms import cifar_transform, imagenet_transform
 
 NUM_IMAGES = 256
 

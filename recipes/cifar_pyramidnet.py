@@ -8,7 +8,7 @@ Prints the accuracy after the final epoch, and writes the network and `results.j
 Tested on 2 CPU cores, for a few steps.
 """
 
-from gradaug_hf.data.loading import cifar_transform
+from gradaug_hf.data.transforms import cifar_transform
 from gradaug_hf.experiments.methods import methods_with
 from gradaug_hf.experiments.run import Recipe, run
 

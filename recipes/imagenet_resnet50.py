@@ -13,7 +13,7 @@ Tested on 2 CPU cores, for a few steps.
 from timm.models import ResNet
 from torch import nn
 
-from gradaug_hf.data.loading import imagenet_transform
+from gradaug_hf.data.transforms import imagenet_transform
 from gradaug_hf.experiments.methods import methods_with
 from gradaug_hf.experiments.run import Recipe, run
 

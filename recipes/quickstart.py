@@ -23,15 +23,10 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, set_seed
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.data.loading import (
-    Transform,
-    balanced_subset,
-    cifar_transform,
-    class_names,
-    load_digits_data,
-    load_image_data,
-    with_pixels,
-)
+from gradaug_hf.data.decoding import with_pixels
+from gradaug_hf.data.digits import load_digits_data
+from gradaug_hf.data.loading import balanced_subset, class_names, load_image_data
+from gradaug_hf.data.transforms import Transform, cifar_transform
 from gradaug_hf.experiments.memory import PeakMemory
 from gradaug_hf.experiments.results import Result, results_table, save_results
 from gradaug_hf.hub.preprocessing import image_processor_of

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from gradaug_hf.data.loading import UnreadableImageError
+from gradaug_hf.data.decoding import UnreadableImageError
 from gradaug_hf.experiments.evaluation.comparison import (
     Evaluation,
     EvaluationArguments,

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gradaug_hf import extract_subnet, make_slimmable, recalibrate_batchnorm, slicing_report
-from gradaug_hf.data.loading import UnreadableImageError, take_images, with_pixels
+from gradaug_hf.data.decoding import UnreadableImageError, with_pixels
+from gradaug_hf.data.loading import take_images
 from gradaug_hf.experiments.evaluation.comparison import (
     Evaluation,
     EvaluationArguments,

@@ -1,1 +1,1 @@
-"""Image datasets: loading, preparing, seeding, and replacing images that cannot be read."""
+"""Image datasets: loading, decoding, transforming, seeding and collating."""

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from gradaug_hf.data.loading import UnreadableImageError, decode
+from gradaug_hf.data.decoding import UnreadableImageError, decode
 from gradaug_hf.data.seeded import DatasetWrapper
 
 # Images in a row that cannot be decoded, after which something else is wrong than some of the images.
@@ -16,9 +16,9 @@ MOST_IN_A_ROW = 100
 
 
 class SkippingDataset(DatasetWrapper, TorchDataset):
-    """A data set to train on, in which the next image stands for one that cannot be decoded.
+    """Replace images that cannot be decoded by the next one of the dataset, so that batches keep their size.
 
-    So batches keep their size. Each image that was skipped is warned of, and counted once, in whichever process.
+    Each image that was skipped is warned of, and counted once, in whichever process.
 
     Args:
         dataset: raises `UnreadableImageError` for such an image.
@@ -30,7 +30,7 @@ class SkippingDataset(DatasetWrapper, TorchDataset):
 
     @property
     def skipped(self) -> torch.Tensor:
-        """For each image 1 if this process and its workers skipped it, else 0."""
+        """Return for each image 1 if this process or a worker of it skipped it, else 0."""
         return self._skipped.clone()
 
     def __len__(self) -> int:
@@ -53,11 +53,11 @@ class SkippingDataset(DatasetWrapper, TorchDataset):
 
 
 def readable_images(split: Dataset, num_processes: int | None = None) -> Dataset:
-    """The images of a split that can be decoded, each of which is warned of if it cannot.
+    """Return a split without the images that cannot be decoded, with a warning of each.
 
     Args:
         split: data with the columns `image` and `row`, as `load_image_data` returns it.
-        num_processes: that decode; None: this one.
+        num_processes: number of processes that decode; None: this one decodes.
     """
     return split.filter(
         _is_readable,

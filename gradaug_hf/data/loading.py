@@ -1,50 +1,37 @@
-"""Image classification data: loading with `datasets`, columns and splits, decoding, and the paper's transforms."""
+"""Datasets of labelled images from the Hub, a file or a folder, with one split to train and one to evaluate on."""
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+import math
+import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
-import torch
 from datasets import (
-    ClassLabel,
     Dataset,
+    DatasetBuilder,
     DatasetDict,
-    Features,
     Image,
     IterableDataset,
     IterableDatasetDict,
-    Value,
+    SplitDict,
+    SplitInfo,
     load_dataset,
+    load_dataset_builder,
 )
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
-from torchvision.transforms import v2
 
-from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
+from gradaug_hf.data.columns import find_columns, is_class_label, label_values, standard_columns
+from gradaug_hf.data.folders import FolderContent, load_image_folder, read_folder
 
-Transform = Callable[[PIL.Image.Image], Tensor]
-
-IMAGE_COLUMNS = ("image", "img", "pixel_values", "picture", "photo")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 EVAL_SPLITS = ("validation", "test")
 EVAL_SHARE = 0.2
 ACCEPTED = "a Hub id, a parquet file, a folder of parquet files or a folder of images"
 # Images that a stream holds in memory to shuffle them, still encoded; shards are shuffled as well.
 SHUFFLE_BUFFER = 2000
-# Images that a stream decodes at a time.
-STREAM_BATCH = 16
-
-
-class UnreadableImageError(ValueError):
-    """An image cannot be decoded."""
-
-    def __str__(self) -> str:
-        # A worker process of a data loader raises it with its whole traceback as the message.
-        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+# Parts of a folder of images that is streamed, among which the workers of a data loader divide it.
+STREAM_SHARDS = 64
 
 
 def load_image_data(
@@ -57,11 +44,11 @@ def load_image_data(
     label_column: str | None = None,
     seed: int = 0,
 ) -> DatasetDict:
-    """Load a data set of labelled images in one form, whatever its own columns and splits are called.
+    """Load a dataset of labelled images in one form, whatever its own columns and splits are called.
 
     Args:
-        name: Hub id, parquet file, folder of parquet files, or folder of images sorted by class.
-        config_name: Configuration of a Hub data set that has several.
+        name: Hub id, parquet file, folder of parquet files, or folder of images sorted by class (`load_image_folder`).
+        config_name: Configuration of a Hub dataset that has several.
         train_split: Split to train on.
         eval_split: Split to evaluate on; by default `validation`, else `test`. Where the training split is the only
             one, a fifth of each class is held out.
@@ -74,13 +61,17 @@ def load_image_data(
         in the split as it was stored).
 
     Raises:
-        OSError: The data set cannot be found, reached or read.
-        ValueError: A split or column is missing or ambiguous, or a label is missing or out of range.
+        OSError: The dataset cannot be found, reached or read.
+        ValueError: A split or column is missing or ambiguous, a split is empty, a label is missing or out of range,
+            there is one class alone, or folders of images do not say what are splits and what classes.
     """
-    chosen = _choose_splits(_load(name, config_name), train_split, eval_split)
-    images, labels = _find_columns(chosen["train"].features, image_column, label_column)
-    data = _standard_columns(chosen, images, labels)
-    return data if "eval" in data else _hold_out(data["train"], seed)
+    chosen = _choose_splits(_load(name, config_name, label_column), train_split, eval_split)
+    images, labels = find_columns(chosen["train"].features, image_column, label_column)
+    data = standard_columns(chosen, images, labels)
+    if "eval" not in data:
+        return _hold_out(data["train"], seed)
+    _warn_of_unseen_classes(data)
+    return data
 
 
 def stream_image_data(
@@ -92,7 +83,7 @@ def stream_image_data(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> IterableDatasetDict:
-    """`load_image_data` without downloading or preparing anything first: images are read when they are needed.
+    """Load a dataset as `load_image_data` does, but read its images only when they are needed.
 
     Args:
         name: as for `load_image_data`.
@@ -106,22 +97,26 @@ def stream_image_data(
         Splits `train` and `eval` with the columns `image` (encoded) and `label` (a `ClassLabel`), in the stored order.
 
     Raises:
-        OSError: The data set cannot be found, reached or read.
-        ValueError: A split or column is missing or ambiguous, or the labels have no names.
+        OSError: The dataset cannot be found, reached or read.
+        ValueError: A split or column is missing or ambiguous, the labels have no names, or folders of images do not
+            say what are splits and what classes.
     """
-    chosen = _choose_splits(_load(name, config_name, streaming=True), train_split, eval_split)
+    chosen = _choose_splits(_load(name, config_name, label_column, streaming=True), train_split, eval_split)
     if "eval" not in chosen:
         raise ValueError(
             f"split {train_split!r} is the only one, and nothing can be held out of a stream; name a split"
         )
+    if isinstance(chosen, DatasetDict):  # a folder of images, whose labels are known
+        data = standard_columns(chosen, *find_columns(chosen["train"].features, image_column, label_column))
+        return IterableDatasetDict({key: _stream(split.remove_columns("row")) for key, split in data.items()})
     features = chosen["train"].features
     if features is None:
-        raise ValueError(f"data set {name!r} does not say which columns it has; load it without streaming")
-    images, labels = _find_columns(features, image_column, label_column)
-    if not _is_class_label(features[labels]):
+        raise ValueError(f"dataset {name!r} does not say which columns it has; load it without streaming")
+    images, labels = find_columns(features, image_column, label_column)
+    if not is_class_label(features[labels]):
         raise ValueError(
             f"label_column {labels!r} is a {features[labels]}, whose classes are known only once all of it was read; "
-            "load the data set without streaming"
+            "load the dataset without streaming"
         )
     names = {old: new for old, new in ((images, "image"), (labels, "label")) if old != new}
     return IterableDatasetDict(
@@ -132,43 +127,13 @@ def stream_image_data(
     )
 
 
-def load_digits_data(size: int = 32) -> DatasetDict:
-    """scikit-learn's 1,797 handwritten digits, in the form of `load_image_data`.
-
-    The first half is for training and the second for evaluation, as in scikit-learn's own example.
-
-    Args:
-        size: Side in pixels to which the 8x8 images are enlarged.
-
-    Returns:
-        Splits `train` and `eval` with the columns `image`, `label` and `row`.
-    """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    images = [PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BICUBIC) for image in pixels]
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
-    half = len(images) // 2
-    splits = {"train": slice(None, half), "eval": slice(half, None)}
-    chosen = {
-        split: Dataset.from_dict(
-            {"image": [image.convert("RGB") for image in images[rows]], "label": digits.target[rows]},
-            features=features,
-            split=split,
-        )
-        for split, rows in splits.items()
-    }
-    return _standard_columns(DatasetDict(chosen), "image", "label")
-
-
 def class_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
-    """Names of the classes, in the order of the labels."""
+    """Return the names of the classes, in the order of the labels."""
     return data["train"].features["label"].names
 
 
 def number_of_images(split: Dataset | IterableDataset) -> int | None:
-    """Number of images of a split; None where a stream does not say."""
+    """Return the number of images of a split; None where a stream does not say."""
     if isinstance(split, Dataset):
         return len(split)
     known = (split.info.splits or {}).get(str(split.split))
@@ -176,26 +141,26 @@ def number_of_images(split: Dataset | IterableDataset) -> int | None:
 
 
 def take_images(split: Dataset | IterableDataset, number: int, seed: int) -> Dataset | IterableDataset:
-    """At most `number` images, drawn from the seed; of a stream the first ones."""
+    """Return at most `number` images of a split, sampled from the seed; of a stream the first ones."""
     if isinstance(split, IterableDataset):
         return split.take(number)
     return split.shuffle(seed=seed).take(min(number, len(split)))
 
 
 def balanced_subset(split: Dataset, labels_per_class: int, seed: int = 0) -> Dataset:
-    """Draw the same number of images of each class.
+    """Sample the same number of images of each class.
 
     Args:
         split: Data with a column `label`.
         labels_per_class: Number of images of each class.
-        seed: Seed of the draw; the same seed draws the same images.
+        seed: Seed of the sample; the same seed gives the same images.
 
     Raises:
         ValueError: `labels_per_class` is not positive, or larger than the number of images of a class.
     """
     if labels_per_class < 1:
         raise ValueError(f"labels_per_class={labels_per_class}: at least 1 is needed")
-    labels = _labels(split)
+    labels = label_values(split)
     generator = np.random.default_rng(seed)
     rows = []
     for label in np.unique(labels):
@@ -207,84 +172,50 @@ def balanced_subset(split: Dataset, labels_per_class: int, seed: int = 0) -> Dat
     return split.select(np.sort(np.concatenate(rows)))
 
 
-def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Dataset | IterableDataset:
-    """Decode and transform the images when they are read, so in the workers of a data loader.
-
-    Args:
-        split: Data with the columns `image`, `label` and, unless it is a stream, `row`.
-        transform: Function of an RGB image that returns a tensor (3, H, W).
-
-    Returns:
-        Data whose examples are `pixel_values`, a tensor (3, H, W), and `labels`, an int. Reading an example raises
-        `UnreadableImageError` with its row where the image cannot be decoded.
-    """
-    if isinstance(split, IterableDataset):
-        read = partial(_read_batch, transform=transform, split=str(split.split))
-        return split.map(read, batched=True, batch_size=STREAM_BATCH, remove_columns=["image", "label"])
-    return split.with_transform(partial(_read_batch, transform=transform, split=str(split.split)))
-
-
-def cifar_transform(
-    train: bool,
-    *,
-    size: int = 32,
-    flip: bool = True,
-    mean: tuple[float, ...] = CIFAR_MEAN,
-    std: tuple[float, ...] = CIFAR_STD,
-) -> Transform:
-    """The paper's CIFAR transform: for training a reflected border of an eighth, a random crop and a flip.
-
-    Images of another size are first resized and cropped to a square.
-
-    Args:
-        train: Whether to augment.
-        size: Side of the square in pixels.
-        flip: Whether to flip half of the training images; wrong where left and right matter, as for digits.
-        mean: Mean of each channel, in 0..1.
-        std: Standard deviation of each channel, in 0..1.
-    """
-    steps = [v2.Resize(size), v2.CenterCrop(size)]
-    if train:
-        steps.append(v2.RandomCrop(size, padding=size // 8, padding_mode="reflect"))
-        if flip:
-            steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose([*steps, *_to_tensor(mean, std)])
-
-
-def imagenet_transform(
-    train: bool,
-    *,
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
-) -> Transform:
-    """The paper's ImageNet transform to 224x224 pixels.
-
-    For training a random resized crop, a flip and colour jitter of 0.4 in brightness, contrast and saturation; for
-    evaluation the centre of the image with a short side of 256.
-
-    Args:
-        train: Whether to augment.
-        mean: Mean of each channel, in 0..1.
-        std: Standard deviation of each channel, in 0..1.
-    """
-    if train:
-        steps = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4)]
-    else:
-        steps = [v2.Resize(256), v2.CenterCrop(224)]
-    return v2.Compose([*steps, *_to_tensor(mean, std)])
-
-
-def _to_tensor(mean: tuple[float, ...], std: tuple[float, ...]) -> list[v2.Transform]:
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
-
-
-def _load(name: str, config_name: str | None, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+def _load(
+    name: str, config_name: str | None, label_column: str | None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
+    content = read_folder(Path(name)) if Path(name).is_dir() else None
+    if content is not None and content.is_image_folder:
+        if config_name is not None:
+            raise ValueError(f"config_name is {config_name!r}, but {name} is a folder of images, which has none")
+        return load_image_folder(content, label_column)
     try:
         if Path(name).is_file():
             return load_dataset("parquet", data_files=str(name), streaming=streaming)
+        if content is not None:
+            _warn_of_unread_files(content, load_dataset_builder(str(name), config_name))
         return load_dataset(str(name), config_name, streaming=streaming)
     except (OSError, ValueError, DatasetsError) as error:
-        raise OSError(f"data set {name!r} {_what_to_do(error, name)}") from error
+        raise OSError(f"dataset {name!r} {_what_to_do(error, name)}") from error
+
+
+def _warn_of_unread_files(content: FolderContent, builder: DatasetBuilder) -> None:
+    """Warn of parquet files whose names say no split, which `datasets` passes over where those of others do."""
+    read = {os.path.realpath(file) for files in (builder.config.data_files or {}).values() for file in files}
+    if unread := [table.file for table in content.tables if table.target not in read]:
+        warnings.warn(
+            f"{len(unread)} parquet files in {content.folder} are not read, {unread[0]} first, since the names of "
+            "others say a split, such as train or test; name all of them by their split, or give one file",
+            stacklevel=4,
+        )
+
+
+def _stream(split: Dataset) -> IterableDataset:
+    parts = min(STREAM_SHARDS, len(split))
+    stream = IterableDataset.from_generator(
+        _rows,
+        features=split.features,
+        gen_kwargs={"parts": [split.shard(parts, part) for part in range(parts)]},
+        split=split.split,
+    )
+    stream.info.splits = SplitDict({str(split.split): SplitInfo(str(split.split), num_examples=len(split))})
+    return stream
+
+
+def _rows(parts: list[Dataset]) -> Iterator[dict]:
+    for part in parts:
+        yield from part
 
 
 def _what_to_do(error: BaseException, name: str) -> str:
@@ -297,6 +228,8 @@ def _what_to_do(error: BaseException, name: str) -> str:
             "is neither a file nor a folder here, and the Hub cannot be reached to look for it: connect to the "
             f"network, or unset HF_HUB_OFFLINE; {ACCEPTED} is accepted. {error}"
         )
+    if any("corresponds to no data" in str(cause) for cause in causes):
+        return f"has a split without images. {error}"
     if isinstance(error, DatasetNotFoundError):
         return f"is not on the Hub, or it is private: check its name, or sign in with `hf auth login`. {error}"
     return f"cannot be loaded; {ACCEPTED} is accepted. {error}"
@@ -315,7 +248,7 @@ def _choose_splits(
     found = ", ".join(loaded)
     for split in filter(None, (train_split, eval_split)):
         if split not in loaded:
-            raise ValueError(f"the data set has no split {split!r}; splits found: {found}")
+            raise ValueError(f"the dataset has no split {split!r}; splits found: {found}")
     if len(loaded) == 1 and eval_split is None:
         return kind(train=loaded[train_split])
     if eval_split is None:
@@ -325,140 +258,25 @@ def _choose_splits(
     return kind(train=loaded[train_split], eval=loaded[eval_split])
 
 
-def _is_image(feature) -> bool:
-    return isinstance(feature, Image)
-
-
-def _is_encoded_image(feature) -> bool:
-    return feature == Value("binary") or (isinstance(feature, dict) and "bytes" in feature)
-
-
-def _is_class_label(feature) -> bool:
-    return isinstance(feature, ClassLabel)
-
-
-def _is_int_or_string(feature) -> bool:
-    return isinstance(feature, Value) and feature.dtype in {"int8", "int16", "int32", "int64", "uint8", "string"}
-
-
-def _find_columns(features: Features, image_column: str | None, label_column: str | None) -> tuple[str, str]:
-    images = _find_column(features, "image", image_column, IMAGE_COLUMNS, _is_image, _is_encoded_image)
-    labels = _find_column(features, "label", label_column, LABEL_COLUMNS, _is_class_label, _is_int_or_string)
-    return images, labels
-
-
-def _find_column(
-    features: Features,
-    kind: str,
-    wanted: str | None,
-    usual_names: Iterable[str],
-    certain: Callable[[object], bool],
-    possible: Callable[[object], bool],
-) -> str:
-    found = ", ".join(f"{name} ({feature})" for name, feature in features.items())
-    if wanted is not None:
-        if wanted in features and (certain(features[wanted]) or possible(features[wanted])):
-            return wanted
-        raise ValueError(f"{kind}_column={wanted!r} is not a column of {kind}s; columns found: {found}")
-    for name in usual_names:
-        if name in features and (certain(features[name]) or possible(features[name])):
-            return name
-    candidates = [name for name, feature in features.items() if certain(feature)]
-    if len(candidates) == 1:
-        return candidates[0]
-    problem = f"several {kind} columns" if candidates else f"no {kind} column"
-    raise ValueError(f"the data set has {problem}; name one as {kind}_column. Columns found: {found}")
-
-
-def _standard_columns(splits: DatasetDict, image_column: str, label_column: str) -> DatasetDict:
-    splits = splits.select_columns([image_column, label_column])
-    splits = splits.rename_columns({image_column: "image", label_column: "label"})
-    if not isinstance(splits["train"].features["label"], ClassLabel):
-        splits = _with_class_labels(splits)
-    splits = splits.cast_column("image", Image(decode=False))
-    for name, split in splits.items():
-        _check_labels(split)
-        splits[name] = split.add_column("row", np.arange(len(split)))
-    return splits
-
-
-def _with_class_labels(splits: DatasetDict) -> DatasetDict:
-    values = sorted(set().union(*(split.unique("label") for split in splits.values())) - {None})
-    if not values:
-        raise ValueError("the label column is empty")
-    if isinstance(values[0], str):
-        feature = ClassLabel(names=values)
-        codes = {name: code for code, name in enumerate(values)}
-    else:
-        feature = ClassLabel(num_classes=max(values[-1], 0) + 1)
-        codes = {value: value for value in values}
-    return DatasetDict(
-        {
-            name: split.remove_columns("label").add_column(
-                "label", [codes.get(value) for value in split["label"]], feature=feature
-            )
-            for name, split in splits.items()
-        }
-    )
-
-
-def _labels(split: Dataset) -> np.ndarray:
-    column = split.select_columns("label").with_format("arrow")[:]["label"]
-    return column.fill_null(-1).to_numpy()
-
-
-def _check_labels(split: Dataset) -> None:
-    labels = _labels(split)
-    classes = split.features["label"].num_classes
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(wrong):
-        row = int(wrong[0])
-        label = split.select_columns("label")[row]["label"]
-        raise ValueError(f"row {row} of split {split.split}: label {label} is not in 0..{classes - 1}")
+def _warn_of_unseen_classes(data: DatasetDict) -> None:
+    unseen = np.setdiff1d(label_values(data["eval"]), label_values(data["train"]))
+    if len(unseen):
+        names = ", ".join(data["eval"].features["label"].int2str([int(label) for label in unseen[:5]]))
+        warnings.warn(
+            f"{len(unseen)} classes of split {data['eval'].split} have no image in split {data['train'].split}, so "
+            f"that no model can learn them: {names}{', ...' if len(unseen) > 5 else ''}",
+            stacklevel=3,
+        )
 
 
 def _hold_out(split: Dataset, seed: int) -> DatasetDict:
-    labels, counts = np.unique(_labels(split), return_counts=True)
+    labels, counts = np.unique(label_values(split), return_counts=True)
     if counts.min() < 2:
         name = split.features["label"].int2str(int(labels[counts.argmin()]))
         raise ValueError(
             f"split {split.split} is the only one, and class {name!r} has a single image: none can be held out "
             "for evaluation. Name a split as eval_split"
         )
-    parts = split.train_test_split(EVAL_SHARE, stratify_by_column="label", seed=seed)
+    held_out = max(math.ceil(EVAL_SHARE * len(split)), len(labels))
+    parts = split.train_test_split(held_out, stratify_by_column="label", seed=seed)
     return DatasetDict(train=parts["train"], eval=parts["test"])
-
-
-def _read_batch(batch: dict[str, list], transform: Transform, split: str) -> dict[str, list]:
-    rows = batch.get("row", [None] * len(batch["image"]))
-    images = (decode(image, row, split) for image, row in zip(batch["image"], rows, strict=True))
-    return {"pixel_values": [transform(image) for image in images], "labels": batch["label"]}
-
-
-def decode(encoded: dict | None, row: int | None, split: str) -> PIL.Image.Image:
-    """An image in RGB.
-
-    Args:
-        encoded: its `bytes` and `path`, of which one may be None.
-        row: its position in the split, for the error; None if it is not known.
-        split: name of the split.
-
-    Raises:
-        UnreadableImageError: it cannot be decoded.
-    """
-    place = f"split {split}" if row is None else f"row {row} of split {split}"
-    if encoded is None:
-        raise UnreadableImageError(f"there is no image in {place}")
-    try:
-        return _to_rgb(Image().decode_example(encoded))
-    except Exception as error:  # Pillow's decoders raise errors of many kinds
-        file = f" ({encoded['path']})" if encoded["path"] else ""
-        raise UnreadableImageError(f"the image in {place}{file} cannot be decoded: {error}") from error
-
-
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow clips 16 bits at 255 instead of scaling them
-        image = PIL.Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    if image.mode == "P":  # Pillow warns when it drops the transparency of a palette in one go
-        image = image.convert("RGBA")
-    return image.convert("RGB")

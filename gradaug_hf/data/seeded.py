@@ -1,7 +1,7 @@
-"""Data whose random augmentation is a function of seed, epoch and image, so that an interrupted run can be repeated.
+"""Datasets whose random augmentation is a function of seed, epoch and image, for runs that can be repeated.
 
-A resumed training reads the images that are left in another worker process, or after others, than the training that
-it continues would have. What a transform draws from the global random numbers would then differ.
+A resumed training reads an image in another worker process, or after others, than the training that it continues
+would have. The global random numbers, which a transform samples, would then differ.
 """
 
 import zlib
@@ -16,7 +16,7 @@ from gradaug_hf.utils.randomness import random_states_kept, seed_everything
 
 
 class _Seeds:
-    """Seeds of the examples of an epoch; worker processes that are kept from epoch to epoch see it change."""
+    """Give the examples of an epoch their seeds; worker processes that are kept from epoch to epoch see it change."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -30,42 +30,42 @@ class _Seeds:
 
 
 class DatasetWrapper:
-    """What a data set around another one, `dataset`, says of the classes."""
+    """Pass on the classes of a dataset, `dataset`, that another one wraps."""
 
     dataset: Any
 
     @property
     def features(self) -> Any:
-        """Those of a data set of the `datasets` library, else None."""
+        """Return the features of a dataset of the `datasets` library, else None."""
         return getattr(self.dataset, "features", None)
 
     @property
     def classes(self) -> Any:
-        """Names of the classes, of a data set of torchvision for example, else None."""
+        """Return the names of the classes, of a dataset of torchvision for example, else None."""
         return getattr(self.dataset, "classes", None)
 
 
 class _SeededWrapper(DatasetWrapper):
-    """A data set, and the seeds of what is drawn when its examples are read."""
+    """Hold a dataset, and the seeds for the reading of its examples."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
         self._seeds = _Seeds(seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, here and in the worker processes that read the data set."""
+        """Set the epoch, here and in the worker processes that read the dataset."""
         self._seeds.set_epoch(epoch)
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
 
 class SeededDataset(_SeededWrapper, Dataset):
-    """A data set of which each example draws from Python, NumPy and torch what seed, epoch and its index say.
+    """Make the random numbers of Python, NumPy and torch in each example a function of seed, epoch and its index.
 
     The global random numbers stay as they are. `GradAugTrainer` sets the epoch.
 
     Args:
-        dataset: has `__getitem__` and `__len__`, and draws random numbers when an example is read.
+        dataset: has `__getitem__` and `__len__`, and samples random numbers when an example is read.
         seed: any integer.
     """
 
@@ -85,7 +85,7 @@ class SeededDataset(_SeededWrapper, Dataset):
 
 
 class SeededStream(_SeededWrapper, IterableDataset):
-    """`SeededDataset` for a stream, by the position of an example in what its process reads.
+    """Make the random numbers in each example of a stream a function of seed, epoch and its position in this process.
 
     Args:
         dataset: an iterable, which is told the epoch if it has `set_epoch`.
@@ -105,7 +105,7 @@ class SeededStream(_SeededWrapper, IterableDataset):
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the training set the epoch, where it has `set_epoch`: accelerate does so only if it finds no sampler."""
+    """Tell the training set the epoch, where it has `set_epoch`: accelerate does so only if it finds no sampler."""
 
     def __init__(self) -> None:
         self._epoch = 0

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from gradaug_hf.data.loading import UnreadableImageError
+from gradaug_hf.data.decoding import UnreadableImageError
 
 NAMED = 3  # how many of the things that are wrong an error names
 TABLES = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name")}

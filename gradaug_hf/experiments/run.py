@@ -21,19 +21,18 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from gradaug_hf.data.bad_images import SkippingDataset, readable_images
+from gradaug_hf.data.decoding import UnreadableImageError, with_pixels
 from gradaug_hf.data.loading import (
     SHUFFLE_BUFFER,
-    Transform,
-    UnreadableImageError,
     balanced_subset,
     class_names,
     load_image_data,
     number_of_images,
     stream_image_data,
     take_images,
-    with_pixels,
 )
 from gradaug_hf.data.seeded import SeededDataset, SeededStream
+from gradaug_hf.data.transforms import Transform
 from gradaug_hf.experiments.arguments import ExperimentArguments, parse
 from gradaug_hf.experiments.memory import PeakMemory
 from gradaug_hf.experiments.methods import NETWORK_ARGUMENTS, check_method

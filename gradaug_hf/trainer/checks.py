@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import DataCollator, PreTrainedModel
 from transformers.trainer_utils import has_length
 
+from gradaug_hf.data.collator import as_int64
 from gradaug_hf.objective.losses import check_labels
 from gradaug_hf.trainer.batches import IMAGES
 from gradaug_hf.trainer.config import GradAugConfig
@@ -178,4 +179,5 @@ class LabelCheckingCollator:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if isinstance(labels, Tensor):
             check_labels(labels, self.num_classes)
+            batch["labels"] = as_int64(labels)  # a transformers model would train with others and fail in evaluate
         return batch

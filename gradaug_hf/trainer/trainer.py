@@ -24,12 +24,14 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length, rotate_checkpoints
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
+from gradaug_hf.data.collator import collate_images
 from gradaug_hf.data.seeded import EpochCallback, SeededDataset
 from gradaug_hf.hub.configs import (
     label_names,
@@ -196,6 +198,8 @@ class GradAugTrainer(Trainer):
                 optimizer_cls_and_kwargs,
                 preprocess_logits_for_metrics,
             )
+        if self.data_collator is default_data_collator:
+            self.data_collator = collate_images
         self._loss_watch = LossWatch()
         self._interruption = Interruption()
         self._progress = ProgressCallback(self)

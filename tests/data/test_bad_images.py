@@ -4,7 +4,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from gradaug_hf.data.bad_images import SkippingDataset, readable_images
-from gradaug_hf.data.loading import UnreadableImageError, cifar_transform, with_pixels
+from gradaug_hf.data.decoding import UnreadableImageError, with_pixels
+from gradaug_hf.data.transforms import cifar_transform
 from tests.helpers.small_training import images
 
 

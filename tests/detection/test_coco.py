@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from gradaug_hf.data.loading import UnreadableImageError
+from gradaug_hf.data.decoding import UnreadableImageError
 from gradaug_hf.detection.coco import CocoImages, collate, find_images, read_coco
 from tests.detection.conftest import CATEGORIES, HEIGHT, WIDTH, make_annotation, make_crowd
 

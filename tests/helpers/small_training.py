@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.data.loading import cifar_transform, with_pixels
+from gradaug_hf.data.decoding import with_pixels
 from gradaug_hf.data.seeded import SeededDataset, SeededStream
+from gradaug_hf.data.transforms import cifar_transform
 
 END = "end.json"
 STEPS = 9

@@ -23,7 +23,7 @@ from transformers import TimmWrapperForImageClassification as TimmWrapper
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.data.loading import imagenet_transform
+from gradaug_hf.data.transforms import imagenet_transform
 from gradaug_hf.hub.configs import label_names, plain_state, save_configs, timm_network, why_not_rebuilt
 from gradaug_hf.hub.preprocessing import as_its_pipeline, image_processor_of
 from gradaug_hf.trainer.checkpoints import ResumeError, weight_shapes

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-from gradaug_hf.data.loading import cifar_transform, imagenet_transform
+from gradaug_hf.data.transforms import cifar_transform, imagenet_transform
 from gradaug_hf.hub.preprocessing import (
     as_its_pipeline,
     image_processor_of,

@@ -13,7 +13,9 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, pipeline
 
-from gradaug_hf.data.loading import cifar_transform, load_image_data, with_pixels
+from gradaug_hf.data.decoding import with_pixels
+from gradaug_hf.data.loading import load_image_data
+from gradaug_hf.data.transforms import cifar_transform
 from gradaug_hf.experiments.arguments import parse
 from gradaug_hf.experiments.methods import METHODS
 from gradaug_hf.experiments.run import SETTINGS, Recipe
@@ -182,7 +184,7 @@ def refuse(run_recipe, recipe: str, model: str, method: str, missing: str, not_f
         ("--warmup_epochs 300", "warmup_epochs is 300.0; it must be below num_train_epochs"),
         ("--model resnet51", "model is 'resnet51', which is unknown; a timm network.*timm has .*resnet50"),
         ("--model nobody/nothing", "model 'nobody/nothing' is no folder, and the Hub cannot be reached"),
-        ("--dataset_name nobody/nothing", "data set 'nobody/nothing' is neither a file nor a folder here"),
+        ("--dataset_name nobody/nothing", "dataset 'nobody/nothing' is neither a file nor a folder here"),
         ("--eval_split dev", "no split 'dev'; splits found: train, test"),
         ("--streaming --skip_bad_images", "skip_bad_images is True; it must be False with streaming"),
         ("--streaming --labels_per_class 2", "labels_per_class needs to see all labels first"),
@@ -522,5 +524,5 @@ def test_two_processes_share_the_batch_and_speak_once(tmp_path, few_images):
 def test_two_processes_end_in_one_message(tmp_path):
     done = launch_twice(f"--dataset_name /nowhere --output_dir {tmp_path}")
     assert done.returncode != 0
-    assert done.stderr.count("error: data set '/nowhere' cannot be loaded") == 1
+    assert done.stderr.count("error: dataset '/nowhere' cannot be loaded") == 1
     assert "main_process_first" not in done.stderr

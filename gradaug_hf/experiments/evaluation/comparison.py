@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from gradaug_hf.data.loading import class_names, load_image_data, take_images, with_pixels
+from gradaug_hf.data.decoding import with_pixels
+from gradaug_hf.data.loading import class_names, load_image_data, take_images
 from gradaug_hf.experiments.evaluation.measurements import Measurements
 from gradaug_hf.experiments.evaluation.pixels import (
     PixelNetwork,

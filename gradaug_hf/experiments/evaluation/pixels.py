@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from gradaug_hf.data.loading import Transform
+from gradaug_hf.data.transforms import Transform
 from gradaug_hf.hub.networks import image_processor, load_network, pixel_statistics
 from gradaug_hf.objective.objective import logits_of
 from gradaug_hf.slimming.meta import example_sizes

@@ -7,7 +7,7 @@ import timm
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, TimmWrapperForImageClassification
 
-from gradaug_hf.data.loading import cifar_transform, imagenet_transform
+from gradaug_hf.data.transforms import cifar_transform, imagenet_transform
 from gradaug_hf.experiments.evaluation.pixels import (
     PixelNetwork,
     load_pixel_network,
