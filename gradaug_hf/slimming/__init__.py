@@ -1,6 +1,6 @@
 """Width slicing of networks at run time (slimmable networks, arXiv 1903.05134), with an unchanged state dict."""
 
-from gradaug_hf.slimming.analysis.layers import register_layer
+from gradaug_hf.slimming.analysis.tracing import register_layer
 from gradaug_hf.slimming.calibration import recalibrate_batchnorm
 from gradaug_hf.slimming.extraction import extract_subnet
 from gradaug_hf.slimming.meta import meta_copy

@@ -21,8 +21,7 @@ from gradaug_hf.slimming.analysis.axes import (
     tie,
     unflatten,
 )
-from gradaug_hf.slimming.analysis.layers import register_layer
-from gradaug_hf.slimming.analysis.tracing import Axes, Call, Product, Trace, refuse, tensors_in
+from gradaug_hf.slimming.analysis.tracing import Axes, Call, Product, Trace, refuse, register_layer, tensors_in
 
 aten = torch.ops.aten
 Handler = Callable[[Trace, Call], None]

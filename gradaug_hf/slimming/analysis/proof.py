@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradaug_hf.slimming.analysis.axes import Axis, Unit, axis_size, fix, product, tie
-from gradaug_hf.slimming.analysis.layers import watch_layers
 from gradaug_hf.slimming.analysis.planning import Plan
 from gradaug_hf.slimming.analysis.tracing import (
     COPIES,
@@ -26,6 +25,7 @@ from gradaug_hf.slimming.analysis.tracing import (
     operation_name,
     tensors_in,
     to_meta,
+    watch_layers,
 )
 from gradaug_hf.slimming.extraction import narrow
 from gradaug_hf.slimming.meta import meta_copy

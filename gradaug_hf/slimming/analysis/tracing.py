@@ -17,10 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradaug_hf.slimming.analysis.axes import Axis, Unit, axis_of, axis_size, fix, fixed, resolve, tie
-from gradaug_hf.slimming.analysis.layers import tie_layer, watch_layers
 from gradaug_hf.slimming.meta import meta_copy
 
 Axes = tuple[Axis, ...]
+
+# Handlers that a user registers for layer classes of their own, whose forward is then not looked into.
+LayerHandler = Callable[..., None]
+LAYER_HANDLERS: dict[type[nn.Module], LayerHandler] = {}
 
 # Names under which modules keep the sizes that they view, split and slice tensors by.
 SIZE_NAME = re.compile(
@@ -78,6 +81,46 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     if isinstance(tree, Mapping):
         return [tensor for value in tree.values() for tensor in tensors_in(value)]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def register_layer(cls: type[nn.Module]) -> Callable[[LayerHandler], LayerHandler]:
+    """Register the decorated function as the handler of a layer class, for layers that the tracer cannot follow.
+
+    The handler is called as `handler(trace, layer, *inputs, output)` each time the layer ran on the meta device.
+    `trace.axes(tensor)` gives an axis for each dimension of an input or a parameter; `trace.tie(a, b)` makes two of
+    them the same channels, `trace.bind(layer, "name", axis)` says that an attribute holds the size of one, and
+    `trace.set_axes(output, axes)` must say what the output is made of. Parameters that are tied to sliced channels are
+    narrowed like those of any layer. The sub-network is still proven by running it.
+
+    Args:
+        cls: the layer class; its subclasses are handled too, unless they have a handler of their own.
+
+    Raises:
+        TypeError: `cls` is not a module class.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_layer takes a subclass of torch.nn.Module, not {cls!r}")
+
+    def register(handler: LayerHandler) -> LayerHandler:
+        LAYER_HANDLERS[cls] = handler
+        return handler
+
+    return register
+
+
+def find_layer_handler(module: nn.Module) -> LayerHandler | None:
+    return next((LAYER_HANDLERS[cls] for cls in type(module).__mro__ if cls in LAYER_HANDLERS), None)
+
+
+def watch_layers(network: nn.Module, run: Callable[..., Any]) -> None:
+    """Have the layers with a handler run by `run(layer, forward, *args, **kwargs)`."""
+    for module in network.modules():
+        if find_layer_handler(module) is not None:
+            module.forward = _watched(module, module.forward, run)
+
+
+def _watched(module: nn.Module, forward: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: run(module, forward, *args, **kwargs)
 
 
 @dataclass
@@ -234,7 +277,7 @@ class Trace(TorchDispatchMode):
             self._inside_layer = False
         name = self.name_of(module)
         call = Call(None, type(module).__name__, args, kwargs, out, name, module, [], axes_before)
-        tie_layer(self, module, [*args, *kwargs.values()], out)
+        find_layer_handler(module)(self, module, *args, *kwargs.values(), out)
         call.out_axes = [self.axes(tensor) for tensor in tensors_in(out)]
         self.runs[-1].calls.append(call)
         return out
