@@ -23,6 +23,7 @@ from gradaug_hf.slimming.analysis.tracing import (
     Run,
     constants_in,
     operation_name,
+    stop_tracking,
     tensors_in,
     to_meta,
     watch_layers,
@@ -113,6 +114,8 @@ def find_deviation(plan: Plan, example: torch.Tensor) -> Deviation | None:
     slices = plan.slices()
     for index, run in enumerate(plan.trace.runs):
         subnet = meta_copy(plan.trace.network).train(run.training)
+        if run.training:
+            stop_tracking(subnet)
         narrow(subnet, slices, PROOF_WIDTHS[run.training])
         check = _Check(plan, index)
         watch_layers(subnet, check.run_layer)
