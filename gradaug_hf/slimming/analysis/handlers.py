@@ -426,6 +426,33 @@ def batch_norm(trace: Trace, call: Call) -> None:
         trace.set_axes(statistic, (axes[1],) if statistic.numel() else (fixed(0),))
 
 
+@handles(*operations("_weight_norm_interface"))
+def weight_norm(trace: Trace, call: Call) -> None:
+    """The norm of a weight is taken over all its dimensions but one, which is the one that can be sliced."""
+    weight, gain = call.args[:2]
+    dim = call.arg(2, "dim", 0) % weight.ndim
+    axes = trace.axes(weight)
+    _fix_others(trace, call, (dim,), axes, "its norm is taken")
+    tie(axes[dim], trace.axes(gain)[dim], call.reason)
+    for result in tensors_in(call.out):
+        trace.set_axes(
+            result,
+            tuple(
+                axis if axis_size(axis) == size else fixed(size) for axis, size in zip(axes, result.shape, strict=True)
+            ),
+        )
+
+
+@handles(*operations("embedding"))
+def embedding(trace: Trace, call: Call) -> None:
+    """Rows of a table: the rows stay whole, what is in them passes through."""
+    weight, indices = call.args[:2]
+    rows, channels = trace.axes(weight)
+    fix(rows, f"rows that are looked up by {call.reason}")
+    trace.bind(call.module, "embedding_dim", channels)
+    _set_out(trace, call, *trace.axes(indices), channels)
+
+
 @handles(*operations("native_layer_norm", "_fused_rms_norm"))
 def layer_norm(trace: Trace, call: Call) -> None:
     """Layer and RMS norm, taken over the kept channels."""
