@@ -21,6 +21,7 @@ from gradaug_hf.slimming.buffers import BufferGuard
 from gradaug_hf.slimming.changes import find_change, mark, unmark
 from gradaug_hf.slimming.patterns import Pattern, Width, pattern_size, take_patterns
 from gradaug_hf.slimming.shortcuts import Shortcut, run_shortcut, with_zero_gradients
+from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
 
 # What a patched model itself carries; the report only once it was made slimmable.
 MODEL_ATTRIBUTES = ("_width_state", "_slicing_report")
@@ -160,6 +161,31 @@ def _needs_plain_classes(caller: str) -> str:
     )
 
 
+class SlimBatchNorm(SlimModule):
+    """Base of the classes that batch norms are given. Never instantiated by itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise by the batch, or, where a sub-network has a single value of each channel, by running statistics.
+
+        The full model sees larger images: the last batch of an epoch, of one image, may leave it several positions and
+        its sub-network one.
+        """
+        alone = self.training and self._state.is_subnet and x.numel() == x.shape[1]
+        if not alone or self._overrides or _is_synchronised(self):
+            return super().forward(x)
+        self.training = False
+        try:
+            return super().forward(x)
+        finally:
+            self.training = True
+
+
+def _is_synchronised(norm: nn.Module) -> bool:
+    """Return True where the values of other processes count too, and wait for this one's."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and isinstance(norm, (nn.SyncBatchNorm, CpuSyncBatchNorm))
+
+
 class DroppableBlock(SlimModule):
     """Base of the classes that residual blocks are given which can be dropped. Never instantiated by itself."""
 
@@ -201,6 +227,8 @@ def _is_strided_pointwise(module: nn.Module) -> bool:
 def _kind(module: nn.Module, is_droppable: bool) -> type[SlimModule]:
     if is_droppable:
         return DroppableBlock
+    if isinstance(module, _BatchNorm):
+        return SlimBatchNorm
     return StridedConvolution if _is_strided_pointwise(module) else SlimModule
 
 

@@ -519,3 +519,34 @@ def recurrent(trace: Trace, layer: nn.RNNBase, *inputs_and_output: Any) -> None:
     steps = fixed(out.numel() // out.shape[-1])
     for matrix in (weight for weight in weights if weight.ndim == 2):
         trace.products.append(Product(trace.name_of(layer), [steps, *trace.axes(matrix)]))
+
+
+@register_layer(nn.MultiheadAttention)
+def multihead_attention(trace: Trace, layer: nn.MultiheadAttention, *inputs_and_output: Any) -> None:
+    """Slice whole heads, also of what goes in and comes out: the forward takes their number from that size."""
+    sources, (out, *weights) = inputs_and_output[:3], inputs_and_output[-1]
+    reason = "an attention with keys or values of another size"
+    channels = trace.axes(sources[0])[-1]
+    heads, positions = unflatten(channels, [layer.num_heads, layer.head_dim], "heads of an attention")
+    fix(positions, "positions of a head")
+    if not layer._qkv_same_embed_dim:
+        fix(channels, reason)
+    for axis in (axis for tensor in (*sources, *layer.parameters()) for axis in trace.axes(tensor)):
+        if axis_size(axis) == layer.embed_dim:
+            tie(axis, channels, "meets something whole in an attention")
+        elif axis_size(axis) == 3 * layer.embed_dim:  # query, key and value behind each other
+            tie(axis, product([fixed(3), channels]), "meets something whole in an attention")
+        else:
+            fix(axis, reason)
+    for name in ("embed_dim", "kdim", "vdim"):
+        trace.bind(layer, name, channels)
+    trace.bind(layer, "num_heads", heads)
+    for name in ("in_features", "out_features"):
+        trace.bind(layer.out_proj, name, channels)
+    queries, keys = trace.axes(sources[0])[:-1], trace.axes(sources[1])[-2 if layer.batch_first else 0]
+    trace.set_axes(out, (*queries, channels))
+    for tensor in tensors_in(weights):
+        trace.set_axes(tensor, tuple(fixed(size, "weights of an attention") for size in tensor.shape))
+    for source in (*sources, sources[0]):  # the fourth projection is that of the output
+        trace.products.append(Product(trace.name_of(layer), [*trace.axes(source)[:-1], channels, channels]))
+    trace.products.extend([Product(trace.name_of(layer), [*queries, keys, channels])] * 2)
