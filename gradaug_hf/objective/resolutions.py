@@ -32,7 +32,7 @@ class ResolutionTrial:
         shape: (height, width) of the images in pixels, which at each resolution keep their shape; None: square ones.
     """
 
-    def __init__(self, model: nn.Module, shape: Sequence[int] | None = None) -> None:
+    def __init__(self, model: nn.Module, *, shape: Sequence[int] | None = None) -> None:
         self._model = model
         self._copy = meta_copy(model).train()
         self._shape = shape
@@ -164,7 +164,7 @@ def _takes(name: str, arguments: dict[str, Any], sides: list[int], shape: Sequen
             network = timm.create_model(name, **arguments)
     except TypeError:  # its constructor has no such argument
         return False
-    return ResolutionTrial(network, shape).accepted(sides) == sides
+    return ResolutionTrial(network, shape=shape).accepted(sides) == sides
 
 
 def _build_call(name: str, arguments: dict[str, Any], wrapped: bool) -> str:

@@ -107,7 +107,7 @@ def test_a_network_of_grey_images_is_tried_with_such():
 
 def test_images_that_are_not_square_are_tried_in_their_own_shape():
     model = timm.create_model("test_vit", dynamic_img_size=True)  # patches of 16
-    trial = ResolutionTrial(model, (160, 208))
+    trial = ResolutionTrial(model, shape=(160, 208))
     assert ResolutionTrial(model).accepted([160, 128, 96]) == [160, 128, 96]
     assert trial.accepted([160, 128, 96]) == [160]  # 128 x 166 and 96 x 125 are no multiples
     assert ResolutionTrial(model).for_shape((160, 320)).accepted([160, 128, 100, 96]) == [160, 128, 96]
@@ -120,7 +120,7 @@ def test_images_that_are_not_square_are_tried_in_their_own_shape():
 
 
 def test_default_resolutions_of_images_that_are_not_square_are_those_that_both_sides_take(recwarn):
-    trial = ResolutionTrial(timm.create_model("test_vit", dynamic_img_size=True), (160, 320))
+    trial = ResolutionTrial(timm.create_model("test_vit", dynamic_img_size=True), shape=(160, 320))
     assert trial.default(160) == [160, 144, 112, 96]
     assert not recwarn
     with pytest.warns(UserWarning, match="takes images of 160 pixels alone"):
