@@ -197,11 +197,12 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         check_checkpointing(network, self.args)
         if drops_channels(self._subnet_mode):
             make_slimmable(network, width_divisor=self.args.width_divisor)
-            if slicing_report(network).sliced_macs == 0:
+            if (sliced := slicing_report(network).sliced_macs) < 0.5:
                 others = "images and their dropped blocks" if drops_blocks(self._subnet_mode) else "images"
                 warnings.warn(
-                    f"0 % of {type(network).__name__} is sliced, so that its sub-networks differ from it by their "
-                    f"{others} only; print(gradaug_hf.slicing_report(model)) says why",
+                    f"{sliced:.0%} of {type(network).__name__} is sliced, so that its sub-networks differ from it by "
+                    f"their {others} {'mostly' if sliced else 'only'}; print(gradaug_hf.slicing_report(model)) says "
+                    "why",
                     stacklevel=3,
                 )
         if drops_blocks(self._subnet_mode):
