@@ -1,13 +1,15 @@
 """Input resolutions: those of the paper for a side, and those that a model can take."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import Any
 
 import timm
 import torch
 from torch import nn
 
+from gradaug_hf.objective.transforms import resized_shape
 from gradaug_hf.slimming import meta_copy
 from gradaug_hf.slimming.meta import example_images, example_sizes
 
@@ -27,25 +29,31 @@ class ResolutionTrial:
 
     Args:
         model: a timm model, a transformers classifier, or any module that maps images to logits.
-        single_image: whether a batch of one image can come, of which batch norm needs more than one position.
+        shape: (height, width) of the images in pixels, which at each resolution keep their shape; None: square ones.
     """
 
-    def __init__(self, model: nn.Module, single_image: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, shape: Sequence[int] | None = None) -> None:
         self._model = model
         self._copy = meta_copy(model).train()
-        self._num_images = 1 if single_image else 2
+        self._shape = shape
+
+    def for_shape(self, shape: Sequence[int]) -> "ResolutionTrial":
+        """Return a trial of the same model with images of another shape (height, width)."""
+        other = copy(self)
+        other._shape = shape
+        return other
 
     def error_at(self, side: int) -> Exception | None:
-        """Return the error that the model raises for the smallest batch of this side in training mode, or None."""
-        return self._error(side, self._num_images)
-
-    def _error(self, side: int, num_images: int) -> Exception | None:
+        """Return the error that the model raises for two images of this side in training mode, or None."""
         try:
             with torch.no_grad():
-                self._copy(example_images(self._copy, num_images, next(example_sizes(self._model, side))))
+                self._copy(example_images(self._copy, 2, next(example_sizes(self._model, self._shape_at(side)))))
         except Exception as error:  # a model may raise anything at a size that it cannot take
             return error
         return None
+
+    def _shape_at(self, side: int) -> tuple[int, int]:
+        return (side, side) if self._shape is None else resized_shape(self._shape, side)
 
     def accepted(self, sides: Iterable[int]) -> list[int]:
         """Return the sides that the model can take."""
@@ -60,11 +68,11 @@ class ResolutionTrial:
         for side in sides:
             if (error := self.error_at(side)) is not None:
                 reason = str(error).strip().split("\n")[0]
-                is_alone = self._num_images == 1 and self._error(side, 2) is None
+                height, width = self._shape_at(side)
+                images = "" if height == width else f" for images of {height} x {width} pixels"
                 raise ValueError(
-                    f"resolutions holds {side}, which {type(self._model).__name__} cannot take"
-                    f"{' where the last batch of an epoch is one image' if is_alone else ''} ({reason}); "
-                    f"{'set dataloader_drop_last=True, or ' if is_alone else ''}{self._advice(side)}"
+                    f"resolutions holds {side}, which {type(self._model).__name__} cannot take{images} ({reason}); "
+                    f"{self._advice(side)}"
                 ) from error
 
     def default(self, side: int) -> list[int]:
@@ -83,13 +91,13 @@ class ResolutionTrial:
         if len(usable) == 1:
             warnings.warn(
                 f"{name} takes images of {side} pixels alone, so its sub-networks see no smaller ones"
-                f"{dynamic_size_hint(self._model, defaults)}",
+                f"{dynamic_size_hint(self._model, defaults, self._shape)}",
                 stacklevel=2,
             )
         elif len(usable) < len(defaults):
             warnings.warn(
                 f"{name} takes nothing near some of the resolutions {defaults}, so its sub-networks use {usable}"
-                f"{dynamic_size_hint(self._model, defaults)}",
+                f"{dynamic_size_hint(self._model, defaults, self._shape)}",
                 stacklevel=2,
             )
         return usable
@@ -99,7 +107,8 @@ class ResolutionTrial:
         above = next(iter(self._working(range(side + 1, side + SEARCH_RANGE))), None)
         near = [str(found) for found in (below, above) if found is not None]
         near = near or [str(found) for found in self.accepted(self._native())]
-        return f"sides that it can take: {', '.join(near) or 'none was found'}{dynamic_size_hint(self._model, [side])}"
+        hint = dynamic_size_hint(self._model, [side], self._shape)
+        return f"sides that it can take: {', '.join(near) or 'none was found'}{hint}"
 
     def _nearest(self, wanted: int, reach: int) -> int | None:
         near = sorted(range(wanted - reach, wanted + reach + 1), key=lambda side: abs(side - wanted))
@@ -112,14 +121,15 @@ class ResolutionTrial:
         return list(dict.fromkeys(size[-1] for size in example_sizes(self._model, None)))
 
 
-def dynamic_size_hint(model: nn.Module, sides: Iterable[int]) -> str:
+def dynamic_size_hint(model: nn.Module, sides: Iterable[int], shape: Sequence[int] | None = None) -> str:
     """Return a hint how to build a timm model of fixed image size for other sides, or an empty string.
 
     Args:
         model: a timm model, a `TimmWrapperForImageClassification`, or any module.
         sides: in pixels.
+        shape: (height, width) of the images in pixels; None: square ones.
     """
-    arguments = dynamic_size_arguments(model, sides)
+    arguments = dynamic_size_arguments(model, sides, shape)
     if arguments is None:
         return ""
     network = getattr(model, "timm_model", model)
@@ -127,30 +137,34 @@ def dynamic_size_hint(model: nn.Module, sides: Iterable[int]) -> str:
     return f"; {call} builds it for {'that side alone' if 'img_size' in arguments else 'others'}"
 
 
-def dynamic_size_arguments(model: nn.Module, sides: Iterable[int]) -> dict[str, Any] | None:
+def dynamic_size_arguments(
+    model: nn.Module, sides: Iterable[int], shape: Sequence[int] | None = None
+) -> dict[str, Any] | None:
     """Return the arguments with which timm builds a model that takes some sides, or None.
 
     Args:
         model: a timm model, a `TimmWrapperForImageClassification`, or any module.
         sides: in pixels. Where no argument makes the model take any size, one for a single side is
             returned if there is only one side.
+        shape: (height, width) of the images in pixels; None: square ones.
     """
     network = getattr(model, "timm_model", model)
     name = (getattr(network, "pretrained_cfg", None) or {}).get("architecture")
     if name is None or not timm.is_model(name):
         return None
     sides = list(sides)
-    fixed_sizes = ({"img_size": sides[0]},) if len(sides) == 1 else ()
-    return next((each for each in (*DYNAMIC_SIZE, *fixed_sizes) if _takes(name, each, sides)), None)
+    fixed_sizes = [{"img_size": side if shape is None else resized_shape(shape, side)} for side in sides]
+    candidates = (*DYNAMIC_SIZE, *(fixed_sizes if len(sides) == 1 else ()))
+    return next((each for each in candidates if _takes(name, each, sides, shape)), None)
 
 
-def _takes(name: str, arguments: dict[str, Any], sides: list[int]) -> bool:
+def _takes(name: str, arguments: dict[str, Any], sides: list[int], shape: Sequence[int] | None) -> bool:
     try:
         with torch.device("meta"):
             network = timm.create_model(name, **arguments)
     except TypeError:  # its constructor has no such argument
         return False
-    return ResolutionTrial(network).accepted(sides) == sides
+    return ResolutionTrial(network, shape=shape).accepted(sides) == sides
 
 
 def _build_call(name: str, arguments: dict[str, Any], wrapped: bool) -> str:

@@ -1,6 +1,6 @@
 """Transforms of a batch before it enters a sub-network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,17 @@ def resize(images: Tensor, resolution: int) -> Tensor:
         ValueError: images are not a floating-point (N, C, H, W).
     """
     check_images(images)
-    height, width = images.shape[2:]
-    side = min(height, width)
-    size = (round(height * resolution / side), round(width * resolution / side))
-    if size == (height, width):
+    size = resized_shape(images.shape[2:], resolution)
+    if size == images.shape[2:]:
         return images
     return functional.interpolate(images, size=size, mode="bilinear", align_corners=True)
+
+
+def resized_shape(shape: Sequence[int], resolution: int) -> tuple[int, int]:
+    """Return the (height, width) of images of a shape once their shorter side is `resolution`."""
+    height, width = shape
+    side = min(height, width)
+    return round(height * resolution / side), round(width * resolution / side)
 
 
 def transform_for_subnet(images: Tensor, subnet: Subnet, transform: ImageTransform | None = None) -> Tensor:

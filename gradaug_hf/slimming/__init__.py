@@ -1,10 +1,10 @@
 """Width slicing of networks at run time (slimmable networks, arXiv 1903.05134), with an unchanged state dict."""
 
-from gradaug_hf.slimming.analysis.layers import register_layer
+from gradaug_hf.slimming.analysis.tracing import register_layer
 from gradaug_hf.slimming.calibration import recalibrate_batchnorm
 from gradaug_hf.slimming.extraction import extract_subnet
 from gradaug_hf.slimming.meta import meta_copy
-from gradaug_hf.slimming.patching import at_width, set_width, subnet_pass
+from gradaug_hf.slimming.patching import at_width, set_width, subnet_pass, unpatch
 from gradaug_hf.slimming.report import SlicingReport
 from gradaug_hf.slimming.slimmable import make_slimmable, slicing_report
 
@@ -19,4 +19,5 @@ __all__ = [
     "set_width",
     "slicing_report",
     "subnet_pass",
+    "unpatch",
 ]

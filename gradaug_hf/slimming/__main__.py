@@ -5,7 +5,7 @@ import argparse
 import timm
 import torch
 
-from gradaug_hf import models  # noqa: F401  (registers the paper's networks in timm)
+import gradaug_hf.models  # noqa: F401  (registers the paper's networks in timm)
 from gradaug_hf.slimming.patching import check_width
 from gradaug_hf.slimming.slimmable import make_slimmable, slicing_report
 

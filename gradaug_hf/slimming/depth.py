@@ -5,10 +5,8 @@ an activation that go by many names. So they are not guessed but tried: with ran
 block, whose drop paths give zeros, must give exactly what the shortcut and the activation alone do.
 """
 
-import copy
 import re
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -18,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gradaug_hf.slimming.meta import HOOKS, example_images, example_sizes, meta_copy
-from gradaug_hf.slimming.patching import WidthState, patch, slices_of, unpatch
+from gradaug_hf.slimming.meta import copy_without_hooks, example_images, example_sizes, meta_copy
+from gradaug_hf.slimming.patching import WidthState, check_unchanged, patch, slices_of, unpatch
 from gradaug_hf.slimming.shortcuts import Shortcut, run_shortcut
 from gradaug_hf.utils.randomness import seeded
 
@@ -67,6 +65,7 @@ def make_droppable(model: nn.Module, *, input_size: int | Sequence[int] | None =
     Raises:
         ValueError: no block can be dropped, or `input_size` is not positive.
     """
+    check_unchanged(model)
     shortcuts, refused = find_shortcuts(model, input_size)
     if not shortcuts:
         reasons = "".join(f"; {name}: {reason}" for name, reason in list(refused.items())[:1])
@@ -163,10 +162,7 @@ def _record_calls(
 
 def _random_copy(block: nn.Module) -> nn.Module:
     """A copy of a block in training mode, float64, on the CPU, with random parameters, without hooks and patches."""
-    memo: dict[int, object] = {id(getattr(m, hooks)): OrderedDict() for m in block.modules() for hooks in HOOKS}
-    copied = copy.deepcopy(block, memo)
-    unpatch(copied)
-    copied = copied.train().cpu().double()
+    copied = copy_without_hooks(block, {}).train().cpu().double()
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.normal_(std=0.5)

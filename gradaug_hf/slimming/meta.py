@@ -1,21 +1,27 @@
-"""Copies of networks on the meta device, on which they are run without computing anything."""
+"""Copy models to the meta device, on which they run without computing anything."""
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._pytree import tree_leaves
 
 from gradaug_hf.slimming.patching import unpatch
 from gradaug_hf.slimming.sync_batchnorm import run_without_gpu
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+# Hooks of these are part of what a model computes: norms of weights, captured features. Others may do anything.
+LIBRARIES = ("torch.nn.", "timm.", "transformers.")
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Copy the structure of a network to the meta device, without its values, hooks and slicing.
+    """Copy the structure of a model to the meta device, without its values, a user's hooks and slicing.
 
     Args:
         model: any module; it is left as it is.
@@ -25,16 +31,40 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, object] = {}
     for module in model.modules():
-        for hooks in HOOKS:
-            memo[id(getattr(module, hooks))] = OrderedDict()
         for leaf in (*module.parameters(recurse=False), *module.buffers(recurse=False), *tree_leaves(vars(module))):
             if isinstance(leaf, torch.Tensor):
                 memo[id(leaf)] = _without_values(leaf)
     # The memo also keeps the originals' ids valid while they are copied.
-    copied = copy.deepcopy(model, memo)
-    unpatch(copied)
+    copied = copy_without_hooks(model, memo)
     run_without_gpu(copied)
     return copied
+
+
+def copy_without_hooks(model: nn.Module, memo: dict[int, object]) -> nn.Module:
+    """Copy a model with the hooks that are part of what it computes, without other hooks and slicing.
+
+    Args:
+        model: any module; it is left as it is.
+        memo: of `copy.deepcopy`; what to take for parts of the model.
+    """
+    emptied = [(getattr(m, kind), OrderedDict()) for m in model.modules() for kind in FORWARD_HOOKS + BACKWARD_HOOKS]
+    memo.update((id(hooks), copied) for hooks, copied in emptied)
+    copied_model = copy.deepcopy(model, memo)
+    for hooks, copied in emptied:
+        copied.update((key, copy.deepcopy(hook, memo)) for key, hook in hooks.items() if _is_of_library(hook))
+    return unpatch(copied_model)
+
+
+def foreign_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return the hooks around a module's forward that `meta_copy` leaves out."""
+    hooks = [hook for kind in FORWARD_HOOKS for hook in getattr(module, kind).values()]
+    return [hook for hook in hooks if not _is_of_library(hook)]
+
+
+def _is_of_library(hook: Callable[..., Any]) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return isinstance(hook, BasePruningMethod) or (hook.__module__ or "").startswith(LIBRARIES)
 
 
 def _without_values(tensor: torch.Tensor) -> torch.Tensor:

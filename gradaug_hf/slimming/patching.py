@@ -1,44 +1,70 @@
-"""Gives leaf modules views of their own parameters at the current width, without touching the state dict.
+"""Give leaf modules views of their own parameters at the current width, without touching the state dict.
 
 A module's class is exchanged for a subclass whose `weight`, `bias`, `groups`, ... are properties. They read the stored
 parameter and return the part that the current width keeps, so that the module's own forward, autograd, the optimiser,
-`state_dict` and DDP work unmodified. A residual block's subclass gives its shortcut while the block is dropped.
+`state_dict` and DDP work unmodified. Of a buffer that the forward writes to, a sub-network has a copy of its own while
+its width is set. A residual block's subclass gives its shortcut while the block is dropped.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradaug_hf.slimming.buffers import BufferGuard
+from gradaug_hf.slimming.changes import find_change, mark, unmark
 from gradaug_hf.slimming.patterns import Pattern, Width, pattern_size, take_patterns
 from gradaug_hf.slimming.shortcuts import Shortcut, run_shortcut, with_zero_gradients
+from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
 
-# What a patched network itself carries; the report only once it was made slimmable.
-NETWORK_ATTRIBUTES = ("_width_state", "_slicing_report")
+# What a patched model itself carries; the report only once it was made slimmable.
+MODEL_ATTRIBUTES = ("_width_state", "_slicing_report")
+MODULE_ATTRIBUTES = ("_slices", "_state", "_overrides", "_subnet_caches", "_subnet_buffers", "_shortcut")
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@dataclass
+@dataclass(eq=False)
 class WidthState:
-    """What all patched modules of one network share.
+    """Hold the state that all patched modules of one model share.
 
     Args:
         width: the width of the sliced ones.
-        subnet_pass: whether the training pass of a sub-network is under way.
+        subnet_pass: True while the training pass of a sub-network is under way.
         dropped: indices of the residual blocks that are dropped.
-        num_blocks: how many residual blocks can be.
+        num_blocks: number of residual blocks that can be dropped.
+        num_modules: number of modules of the model when it was patched.
+        own_buffers: for each module whose forward writes to buffers, those of the sub-network whose width is set.
+        guard: of the model's other buffers.
     """
 
     width: Width = field(default_factory=Width)
     subnet_pass: bool = False
     dropped: frozenset[int] = frozenset()
     num_blocks: int = 0
+    num_modules: int = 0
+    own_buffers: list[dict[str, "OwnBuffer"]] = field(default_factory=list)
+    guard: BufferGuard = field(default_factory=lambda: BufferGuard([]))
+
+    def set(self, width: Width, subnet_pass: bool = False, dropped: Collection[int] = ()) -> None:
+        """Switch to another sub-network, or to the full model."""
+        self.width, self.subnet_pass, self.dropped = width, subnet_pass, frozenset(dropped)
+        for buffers in self.own_buffers:
+            buffers.clear()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Restore the sub-network that is set now when the context ends, also after an exception."""
+        before = self.width, self.subnet_pass, self.dropped
+        try:
+            yield
+        finally:
+            self.set(*before)
 
     @property
     def is_subnet(self) -> bool:
@@ -47,12 +73,13 @@ class WidthState:
 
 @dataclass(frozen=True)
 class Slices:
-    """What of one module is sliced.
+    """Name the parts of one module that are sliced, and those that a sub-network has for itself.
 
     Args:
         tensors: name of a parameter or buffer -> the pattern of each dimension.
         attributes: name of an attribute -> the patterns whose sizes it holds.
-        written: names of buffers that the module writes to while training; a sub-network writes to a copy.
+        written: names of buffers that the forward writes to; a sub-network has copies of its own for as long as its
+            width is set.
         caches: names of dictionaries in which the module keeps what it made of its parameters; a sub-network has its
             own for as long as its width is set.
     """
@@ -63,6 +90,29 @@ class Slices:
     caches: frozenset[str] = frozenset()
 
 
+class OwnBuffer(NamedTuple):
+    """Hold a sub-network's own copy of a buffer.
+
+    Args:
+        value: the copy, or what the forward has put in its place.
+        source: the full model's buffer.
+        version: how often the source had been written to when it was copied.
+    """
+
+    value: Any
+    source: torch.Tensor
+    version: int
+
+    def is_of(self, source: torch.Tensor) -> bool:
+        """Return True unless the full model's buffer is another one, or was written to, since it was copied."""
+        return torch.compiler.is_compiling() or (self.source is source and self.version == _version(source))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was written to, or 0 where nobody counts (compiled code, inference mode)."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+
+
 class SlimModule(nn.Module):
     """Base of the classes that sliced modules are given. Never instantiated by itself."""
 
@@ -70,9 +120,70 @@ class SlimModule(nn.Module):
     _state: WidthState
     _overrides: dict[str, Any]
     _subnet_caches: dict[str, tuple[Width, dict]]
+    _subnet_buffers: dict[str, OwnBuffer]
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         return _rebuild, type(self)._made_of, self.__dict__
+
+    # Pruning, parametrizations and the older norms of weights exchange parameters for others and compute them anew.
+    # The module is a plain one first: then they work, and the next sub-network is refused because the model changed.
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter as a plain module does; one of a new name makes the module a plain one."""
+        if name not in self._parameters:
+            _unpatch_module(self)
+            return self.register_parameter(name, param)
+        return super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._parameters:
+            _unpatch_module(self)
+            delattr(self, name)
+        else:
+            super().__delattr__(name)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(_needs_plain_classes("torch.jit.script"))
+
+    @property
+    def qconfig(self) -> Any:
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        raise RuntimeError(_needs_plain_classes("torch.ao.quantization"))
+
+
+def _needs_plain_classes(caller: str) -> str:
+    return (
+        f"{caller} goes by the classes of layers, which a slimmable model has exchanged: call "
+        "gradaug_hf.unpatch(model) first"
+    )
+
+
+class SlimBatchNorm(SlimModule):
+    """Base of the classes that batch norms are given. Never instantiated by itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise by the batch, or, where a sub-network has a single value of each channel, by running statistics.
+
+        The full model sees larger images: the last batch of an epoch, of one image, may leave it several positions and
+        its sub-network one.
+        """
+        alone = self.training and self._state.is_subnet and x.numel() == x.shape[1]
+        if not alone or self._overrides or _is_synchronised(self):
+            return super().forward(x)
+        self.training = False
+        try:
+            return super().forward(x)
+        finally:
+            self.training = True
+
+
+def _is_synchronised(norm: nn.Module) -> bool:
+    """Return True where the values of other processes count too, and wait for this one's."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and isinstance(norm, (nn.SyncBatchNorm, CpuSyncBatchNorm))
 
 
 class DroppableBlock(SlimModule):
@@ -116,6 +227,8 @@ def _is_strided_pointwise(module: nn.Module) -> bool:
 def _kind(module: nn.Module, is_droppable: bool) -> type[SlimModule]:
     if is_droppable:
         return DroppableBlock
+    if isinstance(module, _BatchNorm):
+        return SlimBatchNorm
     return StridedConvolution if _is_strided_pointwise(module) else SlimModule
 
 
@@ -131,14 +244,18 @@ def _slim_class(
     tensors: tuple[str, ...],
     attributes: tuple[str, ...],
     caches: tuple[str, ...],
+    written: tuple[str, ...],
 ) -> type[nn.Module]:
-    properties = {name: _tensor_property(name) for name in tensors}
+    properties: dict[str, Any] = {name: _tensor_property(name) for name in (*tensors, *written)}
     properties |= {name: _attribute_property(name) for name in attributes}
     properties |= {name: _cache_property(name) for name in caches}
     if issubclass(base, _BatchNorm):
         properties |= {name: _tensor_property(name) for name in BATCH_NORM_STATE}
         properties |= {"momentum": _override_property("momentum"), "track_running_stats": _tracking_property()}
-    names = {"_unsliced": base, "_made_of": (kind, base, tensors, attributes, caches), "__module__": base.__module__}
+    if written:
+        properties["__setattr__"] = _buffer_setter(base, written)
+    made_of = kind, base, tensors, attributes, caches, written
+    names = {"_unsliced": base, "_made_of": made_of, "__module__": base.__module__}
     return type(base.__name__, (kind, base), {**properties, **names})
 
 
@@ -148,14 +265,38 @@ def _tensor_property(name: str) -> property:
             return self._overrides[name]
         parameters = self.__dict__["_parameters"]
         tensor = parameters[name] if name in parameters else self.__dict__["_buffers"][name]
-        state = self._state
-        if tensor is None or not state.is_subnet:
+        if tensor is None or not self._state.is_subnet:
             return tensor
-        if state.width.multiplier < 1 and name in self._slices.tensors:
-            tensor = take_patterns(tensor, self._slices.tensors[name], state.width)
-        return tensor.clone() if self.training and name in self._slices.written else tensor
+        return _own_buffer(self, name, tensor) if name in self._slices.written else _kept_part(self, name, tensor)
 
     return property(get)
+
+
+def _kept_part(module: SlimModule, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    width = module._state.width
+    if width.multiplier < 1 and name in module._slices.tensors:
+        return take_patterns(tensor, module._slices.tensors[name], width)
+    return tensor
+
+
+def _own_buffer(module: SlimModule, name: str, source: torch.Tensor) -> Any:
+    own = module._subnet_buffers
+    if name not in own or not own[name].is_of(source):
+        own[name] = OwnBuffer(_kept_part(module, name, source).clone(), source, _version(source))
+    return own[name].value
+
+
+def _buffer_setter(base: type[nn.Module], written: tuple[str, ...]) -> Callable[[nn.Module, str, Any], None]:
+    """Return a `__setattr__` with which a sub-network's forward assigns to its own buffers."""
+
+    def set_attribute(self: SlimModule, name: str, value: Any) -> None:
+        if name in written and name in self._buffers and self._state.is_subnet:
+            source = self._buffers[name]
+            self._subnet_buffers[name] = OwnBuffer(value, source, _version(source))
+        else:
+            base.__setattr__(self, name, value)
+
+    return set_attribute
 
 
 def _attribute_property(name: str) -> property:
@@ -223,68 +364,108 @@ def patch(
         shortcuts: block name -> what stays of it when it is dropped.
         state: the width and the dropped blocks that they share.
     """
+    state.own_buffers = []
     for name, module in network.named_modules():
         if name not in slices and name not in shortcuts and not isinstance(module, _BatchNorm):
             continue
         own = slices.get(name) or Slices()
         kind = _kind(module, name in shortcuts)
-        tensors = tuple(sorted({*own.tensors, *own.written}))
-        module.__class__ = _slim_class(
-            kind, type(module), tensors, tuple(sorted(own.attributes)), tuple(sorted(own.caches))
-        )
-        module._slices, module._state, module._overrides, module._subnet_caches = own, state, {}, {}
+        names = (tuple(sorted(each)) for each in (own.tensors, own.attributes, own.caches, own.written))
+        module.__class__ = _slim_class(kind, type(module), *names)
+        module._slices, module._state, module._overrides = own, state, {}
+        module._subnet_caches, module._subnet_buffers = {}, {}
+        if own.written:
+            state.own_buffers.append(module._subnet_buffers)
         if name in shortcuts:
             module._shortcut = shortcuts[name]
     state.num_blocks = len(shortcuts)
+    state.num_modules = mark(network, state)
+    state.guard = BufferGuard.of(network)
     network._width_state = state
 
 
 def slices_of(network: nn.Module) -> dict[str, Slices]:
-    """Module name -> what of it is sliced, of a patched network."""
+    """Return the slices of each patched module of a model, by its name."""
     return {name: module._slices for name, module in network.named_modules() if isinstance(module, SlimModule)}
 
 
 def shortcuts_of(network: nn.Module) -> dict[str, Shortcut]:
-    """Block name -> what stays of it when it is dropped, of a patched network."""
+    """Return the shortcut of each droppable block of a model, by its name."""
     return {name: module._shortcut for name, module in network.named_modules() if isinstance(module, DroppableBlock)}
 
 
-def unpatch(network: nn.Module) -> None:
-    """Give patched modules their own classes back."""
-    for module in network.modules():
-        if isinstance(module, SlimModule):
-            module.__class__ = type(module)._unsliced
-            for name in ("_slices", "_state", "_overrides", "_subnet_caches", "_shortcut"):
-                vars(module).pop(name, None)
-        for name in NETWORK_ATTRIBUTES:
+def unpatch(model: nn.Module) -> nn.Module:
+    """Give the layers of a slimmable or droppable model their own classes back, in place.
+
+    Parameters, buffers and outputs of the full model stay as they are. Tools that go by the class of a layer
+    (`torch.jit.script`, dynamic quantisation) need the plain classes.
+
+        unpatch(model)
+        scripted = torch.jit.script(model)
+
+    Args:
+        model: any module; one that was not patched is left as it is.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        _unpatch_module(module)
+        for name in MODEL_ATTRIBUTES:
+            vars(module).pop(name, None)
+    return model
+
+
+def _unpatch_module(module: nn.Module) -> None:
+    unmark(module)
+    if isinstance(module, SlimModule):
+        module.__class__ = type(module)._unsliced
+        for name in MODULE_ATTRIBUTES:
             vars(module).pop(name, None)
 
 
 def width_state(model: nn.Module) -> WidthState:
-    """The width state of a slimmable network, also inside a wrapper such as DDP.
+    """Return the width state of a slimmable model, also inside a wrapper such as DDP.
 
     Raises:
-        ValueError: `make_slimmable` was not called on the model.
+        ValueError: `make_slimmable` was not called on the model, or the model was changed since.
     """
-    for module in model.modules():
-        if "_slicing_report" in vars(module):
-            return module._width_state
-    raise ValueError(f"{type(model).__name__} is not slimmable: call gradaug_hf.make_slimmable(model) first")
+    patched = _patched_model(model)
+    if patched is None or "_slicing_report" not in vars(patched):
+        raise ValueError(f"{type(model).__name__} is not slimmable: call gradaug_hf.make_slimmable(model) first")
+    check_unchanged(patched)
+    return patched._width_state
+
+
+def check_unchanged(model: nn.Module) -> None:
+    """Raise a ValueError if a model was changed after it was made slimmable or droppable."""
+    patched = _patched_model(model)
+    if patched is not None and (change := _change_of(patched)) is not None:
+        function = "make_slimmable" if "_slicing_report" in vars(patched) else "slimming.depth.make_droppable"
+        raise ValueError(
+            f"{type(patched).__name__} was changed after gradaug_hf.{function}(model): {change}; call it again"
+        )
 
 
 def is_slimmable(model: nn.Module) -> bool:
-    """Whether `make_slimmable` was called on a model, or on what it wraps."""
-    return any("_slicing_report" in vars(module) for module in model.modules())
+    """Return True if `make_slimmable` was called on a model, or on what it wraps, as the model is now."""
+    patched = _patched_model(model)
+    return patched is not None and "_slicing_report" in vars(patched) and _change_of(patched) is None
 
 
 def num_droppable_blocks(model: nn.Module) -> int:
-    """How many residual blocks of a network can be dropped: 0 unless `make_droppable` was called on it."""
-    state = _state_in(model)
-    return 0 if state is None else state.num_blocks
+    """Return how many residual blocks of a model can be dropped: 0 unless `make_droppable` was called on it."""
+    patched = _patched_model(model)
+    return 0 if patched is None or _change_of(patched) is not None else patched._width_state.num_blocks
 
 
-def _state_in(model: nn.Module) -> WidthState | None:
-    return next((vars(module)["_width_state"] for module in model.modules() if "_width_state" in vars(module)), None)
+def _patched_model(model: nn.Module) -> nn.Module | None:
+    return next((module for module in model.modules() if "_width_state" in vars(module)), None)
+
+
+def _change_of(patched: nn.Module) -> str | None:
+    state = patched._width_state
+    return find_change(patched, state, state.num_modules)
 
 
 def check_width(width: float) -> float:
@@ -294,58 +475,55 @@ def check_width(width: float) -> float:
 
 
 def set_width(model: nn.Module, width: float) -> None:
-    """Set the width multiplier of a slimmable network.
+    """Set the width multiplier of a slimmable model.
 
     Args:
-        model: a network that `make_slimmable` was called on, or a wrapper of one.
-        width: width multiplier in (0, 1]; 1 is the full network.
+        model: a model that `make_slimmable` was called on, or a wrapper of one.
+        width: width multiplier in (0, 1]; 1 is the full model.
 
     Raises:
-        ValueError: the width is out of range, or the model is not slimmable.
+        ValueError: the width is out of range, or the model is not slimmable or was changed since.
     """
     state = width_state(model)
-    state.width = Width(check_width(width), state.width.divisor)
+    state.set(Width(check_width(width), state.width.divisor), state.subnet_pass, state.dropped)
 
 
 @contextmanager
 def at_width(model: nn.Module, width: float) -> Iterator[nn.Module]:
-    """Use a slimmable network at a width multiplier; the width it had comes back, also after an exception.
+    """Use a slimmable model at a width multiplier; the width it had comes back, also after an exception.
 
     Args:
-        model: a network that `make_slimmable` was called on, or a wrapper of one.
+        model: a model that `make_slimmable` was called on, or a wrapper of one.
         width: width multiplier in (0, 1].
 
     Raises:
-        ValueError: the width is out of range, or the model is not slimmable.
+        ValueError: the width is out of range, or the model is not slimmable or was changed since.
     """
     state = width_state(model)
-    before = state.width
-    set_width(model, width)
-    try:
+    with state.kept():
+        state.set(Width(check_width(width), state.width.divisor), state.subnet_pass, state.dropped)
         yield model
-    finally:
-        state.width = before
 
 
 @contextmanager
 def subnet_pass(model: nn.Module, width: float, dropped: Collection[int] = ()) -> Iterator[nn.Module]:
-    """`at_width` for the training pass of a sub-network: no statistics are written, also at width 1.
+    """Use a model at a width multiplier for the training pass of a sub-network: no buffer is written, also at width 1.
 
     Args:
-        model: a network that `make_slimmable` was called on, or a wrapper of one; one that `make_droppable` was
+        model: a model that `make_slimmable` was called on, or a wrapper of one; one that `make_droppable` was
             called on does as well at width 1.
         width: width multiplier in (0, 1].
         dropped: indices of the residual blocks that are replaced by their shortcuts.
 
     Raises:
-        ValueError: the width is out of range, or the model is not slimmable.
+        ValueError: the width is out of range, or the model is not slimmable or was changed since.
     """
-    droppable = num_droppable_blocks(model) > 0
-    state = _state_in(model) if droppable and width == 1 else width_state(model)
-    before = state.width, state.subnet_pass, state.dropped
-    state.width = Width(check_width(width), state.width.divisor)
-    state.subnet_pass, state.dropped = True, frozenset(dropped)
-    try:
+    patched = _patched_model(model)
+    if patched is not None and width == 1 and patched._width_state.num_blocks:
+        check_unchanged(patched)
+        state = patched._width_state
+    else:
+        state = width_state(model)
+    with state.kept(), state.guard.restored():
+        state.set(Width(check_width(width), state.width.divisor), True, dropped)
         yield model
-    finally:
-        state.width, state.subnet_pass, state.dropped = before

@@ -1,6 +1,6 @@
 """Makes networks slimmable: trace, plan, prove, patch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -9,13 +9,22 @@ from gradaug_hf.slimming.analysis.handlers import find_handler
 from gradaug_hf.slimming.analysis.planning import Plan
 from gradaug_hf.slimming.analysis.proof import prove
 from gradaug_hf.slimming.analysis.tracing import Trace
-from gradaug_hf.slimming.meta import example_images, example_sizes, meta_copy
-from gradaug_hf.slimming.patching import WidthState, patch, shortcuts_of, unpatch, width_state
+from gradaug_hf.slimming.meta import example_images, example_sizes, foreign_hooks, meta_copy
+from gradaug_hf.slimming.patching import (
+    Slices,
+    WidthState,
+    num_droppable_blocks,
+    patch,
+    shortcuts_of,
+    unpatch,
+    width_state,
+)
 from gradaug_hf.slimming.patterns import Width
 from gradaug_hf.slimming.report import SlicingReport, make_report
 
 # Two images, so that a batch norm over one position still has something to normalise.
 TRACED_BATCH = 2
+HOOKED = "it has a hook, which may need every channel; one that is registered after make_slimmable is none of its plan"
 
 
 def make_slimmable(
@@ -42,27 +51,32 @@ def make_slimmable(
     if not isinstance(width_divisor, int) or width_divisor < 1:
         raise ValueError(f"width_divisor is {width_divisor!r}; it must be a positive integer")
     sizes = list(example_sizes(model, input_size))
-    shortcuts = shortcuts_of(model)
+    shortcuts = shortcuts_of(model) if num_droppable_blocks(model) else {}
     unpatch(model)
     network = meta_copy(model)
+    whole = {name: HOOKED for name, module in model.named_modules() if foreign_hooks(module)}
     slices, report = {}, SlicingReport()
     for size in sizes:
         try:
-            plan = _plan(network, example_images(network, TRACED_BATCH, size))
+            plan = _plan(network, example_images(network, TRACED_BATCH, size), whole)
         except Exception as error:  # a network may raise anything at a size that it cannot take
             report.refused.setdefault("", f"does not run on the meta device at {size}: {error}")
             continue
         slices, report = plan.slices(), make_report(network, plan, TRACED_BATCH)
         break
+    else:  # what its forward writes to is unknown
+        buffers = {name: frozenset(module._buffers) for name, module in model.named_modules()}
+        slices = {name: Slices(written=own) for name, own in buffers.items() if own}
     patch(model, slices, shortcuts, WidthState(Width(1.0, width_divisor)))
     model._slicing_report = report
     return model
 
 
-def _plan(network: nn.Module, example: torch.Tensor) -> Plan:
-    trace = Trace(network, find_handler)
+def _plan(network: nn.Module, example: torch.Tensor, whole: Mapping[str, str]) -> Plan:
+    trace = Trace(network, find_handler, whole)
     for training in (True, False):
         trace.run(example, training)
+    trace.fix_unused()
     plan = Plan(trace)
     prove(plan, example)
     return plan

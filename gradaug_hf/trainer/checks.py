@@ -11,7 +11,6 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import DataCollator, PreTrainedModel
-from transformers.trainer_utils import has_length
 
 from gradaug_hf.data.collator import as_int64
 from gradaug_hf.objective.losses import check_labels
@@ -108,20 +107,6 @@ def check_even_batches(args: GradAugConfig, dataset: Any) -> None:
             f"({args.world_size} processes with {args.train_batch_size} each), so that processes would wait for each "
             "other for ever; set even_batches=True or dataloader_drop_last=True"
         )
-
-
-def has_single_image(args: GradAugConfig, dataset: Any) -> bool:
-    """Return True if some batch of an epoch holds one image alone.
-
-    Args:
-        args: the settings.
-        dataset: to train on; of a stream it is not known.
-    """
-    size = args.train_batch_size
-    if size == 1 or dataset is None or args.dataloader_drop_last or not has_length(dataset):
-        return size == 1
-    padded = args.world_size > 1 and args.accelerator_config.even_batches
-    return len(dataset) % size == 1 and not padded
 
 
 def check_columns(args: GradAugConfig, datasets: Mapping[str, Any]) -> None:

@@ -74,7 +74,6 @@ from gradaug_hf.trainer.checks import (
     check_launch,
     check_output_dir,
     check_sharding,
-    has_single_image,
 )
 from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
@@ -342,16 +341,17 @@ class GradAugTrainer(Trainer):
             make_slimmable(network, width_divisor=self.args.width_divisor)
         if drops_channels(self._subnet_mode):
             make_slimmable(network, width_divisor=self.args.width_divisor)
-            if slicing_report(network).sliced_macs == 0:
+            if (sliced := slicing_report(network).sliced_macs) < 0.5:
                 others = "images and their dropped blocks" if drops_blocks(self._subnet_mode) else "images"
                 warnings.warn(
-                    f"0 % of {type(network).__name__} is sliced, so that its sub-networks differ from it by their "
-                    f"{others} only; print(gradaug_hf.slicing_report(model)) says why",
+                    f"{sliced:.0%} of {type(network).__name__} is sliced, so that its sub-networks differ from it by "
+                    f"their {others} {'mostly' if sliced else 'only'}; print(gradaug_hf.slicing_report(model)) says "
+                    "why",
                     stacklevel=3,
                 )
         if drops_blocks(self._subnet_mode):
             make_droppable(network)
-        self._resolution_trial = ResolutionTrial(network, has_single_image(self.args, self.train_dataset))
+        self._resolution_trial = ResolutionTrial(network)
         chosen = getattr(self._subnet_sampler or self.args, "resolutions", None)
         self._resolution_trial.check(chosen or [])
         if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):

@@ -103,3 +103,31 @@ def test_no_hint_is_given_where_timm_has_no_such_call():
 def test_a_network_of_grey_images_is_tried_with_such():
     network = timm.create_model("test_efficientnet", in_chans=1)
     assert ResolutionTrial(network).default(56) == [56, 48, 40, 32]
+
+
+def test_images_that_are_not_square_are_tried_in_their_own_shape():
+    model = timm.create_model("test_vit", dynamic_img_size=True)  # patches of 16
+    trial = ResolutionTrial(model, shape=(160, 208))
+    assert ResolutionTrial(model).accepted([160, 128, 96]) == [160, 128, 96]
+    assert trial.accepted([160, 128, 96]) == [160]  # 128 x 166 and 96 x 125 are no multiples
+    assert ResolutionTrial(model).for_shape((160, 320)).accepted([160, 128, 100, 96]) == [160, 128, 96]
+    with pytest.raises(
+        ValueError,
+        match=r"holds 128, which VisionTransformer cannot take for images of 128 x 166 pixels \(.*"
+        r"dynamic_img_size=True, dynamic_img_pad=True\) builds it for others",
+    ):
+        trial.check([128])
+
+
+def test_default_resolutions_of_images_that_are_not_square_are_those_that_both_sides_take(recwarn):
+    trial = ResolutionTrial(timm.create_model("test_vit", dynamic_img_size=True), shape=(160, 320))
+    assert trial.default(160) == [160, 144, 112, 96]
+    assert not recwarn
+    with pytest.warns(UserWarning, match="takes images of 160 pixels alone"):
+        assert trial.for_shape((160, 208)).default(160) == [160]
+
+
+def test_a_network_that_is_built_for_a_shape_takes_images_of_it():
+    with torch.device("meta"):
+        model = timm.create_model("beit_base_patch16_224")
+    assert "img_size=(192, 384)) builds it for that side alone" in dynamic_size_hint(model, [192], (224, 448))

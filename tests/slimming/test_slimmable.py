@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gradaug_hf
-from gradaug_hf.slimming import subnet_pass
+from gradaug_hf.slimming import make_slimmable, subnet_pass
 
 
 @pytest.fixture
@@ -176,6 +176,36 @@ def test_subnet_passes_use_batch_statistics(model, images):
         model(images)
     assert len(seen[0]) == 32
     assert torch.allclose(seen[0], torch.zeros(32), atol=1e-5)
+
+
+@pytest.mark.parametrize("width, kept", [(0.5, 4), (1.0, 8)])
+def test_a_subnetwork_with_a_single_value_of_each_channel_uses_the_running_statistics(width, kept):
+    torch.manual_seed(0)
+    conv, norm, head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 5)
+    model = nn.Sequential(conv, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    make_slimmable(model, input_size=8).train()
+    x = torch.randn(1, 3, 3, 3)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(x)  # as a plain model does
+    before = copy.deepcopy(model.state_dict())
+    with subnet_pass(model, width):
+        output = model(x)
+        output.sum().backward()
+    hidden = nn.functional.conv2d(x, conv.weight[:kept], conv.bias[:kept]).flatten(1)
+    hidden = (hidden - norm.running_mean[:kept]) / (norm.running_var[:kept] + norm.eps).sqrt()
+    expected = nn.functional.linear(hidden.relu(), head.weight[:, :kept], head.bias)
+    assert torch.allclose(output, expected, atol=1e-6)
+    assert norm.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_last_batch_of_one_image_trains_where_the_full_model_takes_it():
+    model = nn.Sequential(nn.Conv2d(3, 8, 5, 4), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    gradaug = gradaug_hf.GradAug(model.train(), num_subnets=2, min_width=0.5, resolutions=[5])
+    loss = gradaug.backward(torch.randn(1, 3, 16, 16), torch.tensor([0]))
+    assert loss.isfinite()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 class Unknown(nn.Module):

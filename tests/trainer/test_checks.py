@@ -13,7 +13,6 @@ from gradaug_hf.trainer.checks import (
     check_launch,
     check_output_dir,
     check_sharding,
-    has_single_image,
 )
 from gradaug_hf.trainer.config import GradAugConfig
 
@@ -78,18 +77,6 @@ def test_processes_with_unequal_numbers_of_batches_are_refused(args, tmp_path, m
         check_even_batches(uneven, range(17))
     uneven.dataloader_drop_last = True
     check_even_batches(uneven, range(17))
-
-
-@pytest.mark.parametrize(
-    ("processes", "count", "expected"), [(1, 17, True), (1, 18, False), (1, 16, False), (2, 17, False)]
-)
-def test_an_epoch_of_one_process_may_end_with_a_single_image(args, monkeypatch, processes, count, expected):
-    monkeypatch.setattr(TrainingArguments, "world_size", processes)
-    assert has_single_image(args, range(count)) == expected
-    args.dataloader_drop_last = True
-    assert not has_single_image(args, range(count))
-    args.per_device_train_batch_size = 1
-    assert has_single_image(args, range(count))
 
 
 def test_split_parameters_are_refused(args):

@@ -671,11 +671,28 @@ class OwnScale(nn.Module):
 
 
 def test_a_network_that_is_not_sliced_is_warned_of_loudly(tmp_path):
-    with pytest.warns(UserWarning, match="0 % of OwnScale is sliced"):
+    with pytest.warns(UserWarning, match="0% of OwnScale is sliced, .* by their images only"):
         GradAugTrainer(OwnScale(), config(tmp_path), train_dataset=rows(4))
 
 
-@pytest.mark.filterwarnings("ignore:0 % of OwnScale")
+class MostlyUnknown(OwnScale):
+    """A model of which a layer of few operations can be sliced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unknown, self.known = nn.Linear(3, 60), nn.Sequential(nn.Linear(3, 10), nn.Linear(10, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.fft.rfft(self.unknown(x.mean(dim=(2, 3)))).real
+        return self.known(x.mean(dim=(2, 3))) + features[:, :5]
+
+
+def test_a_network_of_which_less_than_half_is_sliced_is_warned_about(tmp_path):
+    with pytest.warns(UserWarning, match="3[0-9]% of MostlyUnknown is sliced, .* by their images mostly"):
+        GradAugTrainer(MostlyUnknown(), config(tmp_path), train_dataset=rows(4))
+
+
+@pytest.mark.filterwarnings("ignore:0% of OwnScale")
 def test_settings_with_which_gradaug_would_do_nothing_are_refused(tmp_path):
     with refused(r"GradAug would do nothing: .* resolutions is \[32\]"):
         GradAugTrainer(OwnScale(), config(tmp_path, resolutions=[32]), train_dataset=rows(4))
@@ -692,14 +709,14 @@ def test_settings_with_which_gradaug_would_do_nothing_are_refused(tmp_path):
     )
 
 
-@pytest.mark.filterwarnings("ignore:0 % of VisionTransformer")
+@pytest.mark.filterwarnings("ignore:0% of VisionTransformer")
 def test_a_resolution_that_the_network_cannot_take_is_refused(tmp_path):
     network = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=1)
     with refused(r"resolutions holds 192, which VisionTransformer cannot take .* sides that it can take: 224"):
         GradAugTrainer(network, config(tmp_path, resolutions=[224, 192]), train_dataset=rows(4, 224))
 
 
-@pytest.mark.filterwarnings("ignore:0 % of VisionTransformer")
+@pytest.mark.filterwarnings("ignore:0% of VisionTransformer")
 def test_a_network_of_fixed_size_is_trained_at_it_with_a_warning(tmp_path):
     network = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=1, img_size=32)
     args = config(tmp_path, resolutions=None, max_steps=1)

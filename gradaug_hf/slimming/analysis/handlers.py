@@ -21,8 +21,7 @@ from gradaug_hf.slimming.analysis.axes import (
     tie,
     unflatten,
 )
-from gradaug_hf.slimming.analysis.layers import register_layer
-from gradaug_hf.slimming.analysis.tracing import Axes, Call, Product, Trace, refuse, tensors_in
+from gradaug_hf.slimming.analysis.tracing import Axes, Call, Product, Trace, refuse, register_layer, tensors_in
 
 aten = torch.ops.aten
 Handler = Callable[[Trace, Call], None]
@@ -427,6 +426,33 @@ def batch_norm(trace: Trace, call: Call) -> None:
         trace.set_axes(statistic, (axes[1],) if statistic.numel() else (fixed(0),))
 
 
+@handles(*operations("_weight_norm_interface"))
+def weight_norm(trace: Trace, call: Call) -> None:
+    """The norm of a weight is taken over all its dimensions but one, which is the one that can be sliced."""
+    weight, gain = call.args[:2]
+    dim = call.arg(2, "dim", 0) % weight.ndim
+    axes = trace.axes(weight)
+    _fix_others(trace, call, (dim,), axes, "its norm is taken")
+    tie(axes[dim], trace.axes(gain)[dim], call.reason)
+    for result in tensors_in(call.out):
+        trace.set_axes(
+            result,
+            tuple(
+                axis if axis_size(axis) == size else fixed(size) for axis, size in zip(axes, result.shape, strict=True)
+            ),
+        )
+
+
+@handles(*operations("embedding"))
+def embedding(trace: Trace, call: Call) -> None:
+    """Rows of a table: the rows stay whole, what is in them passes through."""
+    weight, indices = call.args[:2]
+    rows, channels = trace.axes(weight)
+    fix(rows, f"rows that are looked up by {call.reason}")
+    trace.bind(call.module, "embedding_dim", channels)
+    _set_out(trace, call, *trace.axes(indices), channels)
+
+
 @handles(*operations("native_layer_norm", "_fused_rms_norm"))
 def layer_norm(trace: Trace, call: Call) -> None:
     """Layer and RMS norm, taken over the kept channels."""
@@ -493,3 +519,34 @@ def recurrent(trace: Trace, layer: nn.RNNBase, *inputs_and_output: Any) -> None:
     steps = fixed(out.numel() // out.shape[-1])
     for matrix in (weight for weight in weights if weight.ndim == 2):
         trace.products.append(Product(trace.name_of(layer), [steps, *trace.axes(matrix)]))
+
+
+@register_layer(nn.MultiheadAttention)
+def multihead_attention(trace: Trace, layer: nn.MultiheadAttention, *inputs_and_output: Any) -> None:
+    """Slice whole heads, also of what goes in and comes out: the forward takes their number from that size."""
+    sources, (out, *weights) = inputs_and_output[:3], inputs_and_output[-1]
+    reason = "an attention with keys or values of another size"
+    channels = trace.axes(sources[0])[-1]
+    heads, positions = unflatten(channels, [layer.num_heads, layer.head_dim], "heads of an attention")
+    fix(positions, "positions of a head")
+    if not layer._qkv_same_embed_dim:
+        fix(channels, reason)
+    for axis in (axis for tensor in (*sources, *layer.parameters()) for axis in trace.axes(tensor)):
+        if axis_size(axis) == layer.embed_dim:
+            tie(axis, channels, "meets something whole in an attention")
+        elif axis_size(axis) == 3 * layer.embed_dim:  # query, key and value behind each other
+            tie(axis, product([fixed(3), channels]), "meets something whole in an attention")
+        else:
+            fix(axis, reason)
+    for name in ("embed_dim", "kdim", "vdim"):
+        trace.bind(layer, name, channels)
+    trace.bind(layer, "num_heads", heads)
+    for name in ("in_features", "out_features"):
+        trace.bind(layer.out_proj, name, channels)
+    queries, keys = trace.axes(sources[0])[:-1], trace.axes(sources[1])[-2 if layer.batch_first else 0]
+    trace.set_axes(out, (*queries, channels))
+    for tensor in tensors_in(weights):
+        trace.set_axes(tensor, tuple(fixed(size, "weights of an attention") for size in tensor.shape))
+    for source in (*sources, sources[0]):  # the fourth projection is that of the output
+        trace.products.append(Product(trace.name_of(layer), [*trace.axes(source)[:-1], channels, channels]))
+    trace.products.extend([Product(trace.name_of(layer), [*queries, keys, channels])] * 2)

@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradaug_hf.slimming.analysis.axes import Axis, Unit, axis_size, fix, product, tie
-from gradaug_hf.slimming.analysis.layers import watch_layers
 from gradaug_hf.slimming.analysis.planning import Plan
 from gradaug_hf.slimming.analysis.tracing import (
     COPIES,
@@ -24,8 +23,10 @@ from gradaug_hf.slimming.analysis.tracing import (
     Run,
     constants_in,
     operation_name,
+    stop_tracking,
     tensors_in,
     to_meta,
+    watch_layers,
 )
 from gradaug_hf.slimming.extraction import narrow
 from gradaug_hf.slimming.meta import meta_copy
@@ -113,6 +114,8 @@ def find_deviation(plan: Plan, example: torch.Tensor) -> Deviation | None:
     slices = plan.slices()
     for index, run in enumerate(plan.trace.runs):
         subnet = meta_copy(plan.trace.network).train(run.training)
+        if run.training:
+            stop_tracking(subnet)
         narrow(subnet, slices, PROOF_WIDTHS[run.training])
         check = _Check(plan, index)
         watch_layers(subnet, check.run_layer)

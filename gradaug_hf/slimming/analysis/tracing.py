@@ -1,4 +1,4 @@
-"""Runs a network once on the meta device and finds out which channels are tied.
+"""Run a model once on the meta device and find out which channels are tied.
 
 Every dimension of every tensor carries an axis (`axes.py`). The dimensions of parameters and buffers start as free
 units; the handler of each ATen operation (`handlers.py`) ties, splits and joins them. What reaches an operation
@@ -13,14 +13,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradaug_hf.slimming.analysis.axes import Axis, Unit, axis_of, axis_size, fix, fixed, resolve, tie
-from gradaug_hf.slimming.analysis.layers import tie_layer, watch_layers
 from gradaug_hf.slimming.meta import meta_copy
 
 Axes = tuple[Axis, ...]
+
+# Handlers that a user registers for layer classes of their own, whose forward is then not looked into.
+LayerHandler = Callable[..., None]
+LAYER_HANDLERS: dict[type[nn.Module], LayerHandler] = {}
 
 # Names under which modules keep the sizes that they view, split and slice tensors by.
 SIZE_NAME = re.compile(
@@ -80,6 +84,46 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def register_layer(cls: type[nn.Module]) -> Callable[[LayerHandler], LayerHandler]:
+    """Register the decorated function as the handler of a layer class, for layers that the tracer cannot follow.
+
+    The handler is called as `handler(trace, layer, *inputs, output)` each time the layer ran on the meta device.
+    `trace.axes(tensor)` gives an axis for each dimension of an input or a parameter; `trace.tie(a, b)` makes two of
+    them the same channels, `trace.bind(layer, "name", axis)` says that an attribute holds the size of one, and
+    `trace.set_axes(output, axes)` must say what the output is made of. Parameters that are tied to sliced channels are
+    narrowed like those of any layer. The sub-network is still proven by running it.
+
+    Args:
+        cls: the layer class; its subclasses are handled too, unless they have a handler of their own.
+
+    Raises:
+        TypeError: `cls` is not a module class.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_layer takes a subclass of torch.nn.Module, not {cls!r}")
+
+    def register(handler: LayerHandler) -> LayerHandler:
+        LAYER_HANDLERS[cls] = handler
+        return handler
+
+    return register
+
+
+def find_layer_handler(module: nn.Module) -> LayerHandler | None:
+    return next((LAYER_HANDLERS[cls] for cls in type(module).__mro__ if cls in LAYER_HANDLERS), None)
+
+
+def watch_layers(network: nn.Module, run: Callable[..., Any]) -> None:
+    """Have the layers with a handler run by `run(layer, forward, *args, **kwargs)`."""
+    for module in network.modules():
+        if find_layer_handler(module) is not None:
+            module.forward = _watched(module, module.forward, run)
+
+
+def _watched(module: nn.Module, forward: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: run(module, forward, *args, **kwargs)
+
+
 @dataclass
 class Run:
     """The calls of one run of the network, in training or evaluation mode."""
@@ -94,37 +138,44 @@ class Trace(TorchDispatchMode):
     Args:
         network: a copy of the network on the meta device (`meta_copy`).
         handlers: operation -> handler; a handler takes the trace and a call and sets the axes of the call's result.
+        whole: module name -> why everything that goes into and comes out of it, and its own parameters, stay whole.
     """
 
     def __init__(
-        self, network: nn.Module, handlers: Callable[[torch._ops.OpOverload], Callable[["Trace", Call], None] | None]
+        self,
+        network: nn.Module,
+        handlers: Callable[[torch._ops.OpOverload], Callable[["Trace", Call], None] | None],
+        whole: Mapping[str, str],
     ) -> None:
         super().__init__()
         self.network = network
         self.handlers = handlers
+        self.whole = whole
         self.runs: list[Run] = []
         self.products: list[Product] = []
         self.attributes: dict[tuple[str, str], list[Axes]] = {}
         self.stored: dict[tuple[str, str], Axes] = {}
         self.written: set[tuple[str, str]] = set()
         self.caches: set[tuple[str, str]] = set()
-        self._stored_tensors: dict[tuple[str, str], torch.Tensor] = {}
+        self._used: set[tuple[str, str]] = set()
+        self._stored_in: dict[int, list[tuple[str, str]]] = {}
         self._axes: dict[int, Axes] = {}
         self._alive: list[torch.Tensor] = []
         self._module_names: dict[int, str] = {}
         self._inside_layer = False
+        self._replaced = [name for name, module in network.named_modules() if "forward" in vars(module)]
 
     def _attach(self, subject: nn.Module) -> None:
         """Give the parameters and buffers of a copy the axes that those of earlier copies have."""
+        self._stored_in = {}
         for module_name, module in subject.named_modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is None:
                     continue
                 key = module_name, name
-                self._stored_tensors[key] = tensor
+                self._stored_in.setdefault(_storage(tensor), []).append(key)
                 if id(tensor) not in self._axes:
-                    table = name in module._buffers and (tensor.ndim > 1 or not tensor.is_floating_point())
-                    whole = "a table of indices or positions" if table else None
+                    whole = "a table of indices or positions" if _is_table(module, name) else None
                     new = tuple(axis_of(Unit(size, whole)) for size in tensor.shape)
                     self.set_axes(tensor, self.stored.get(key, new))
                 self.stored[key] = self._axes[id(tensor)]
@@ -177,18 +228,39 @@ class Trace(TorchDispatchMode):
             Whatever the network raises on the meta device.
         """
         subject = meta_copy(self.network).train(training)
+        if training:
+            stop_tracking(subject)
         self._attach(subject)
         self.set_axes(example, tuple(fixed(size) for size in example.shape))
         self.products.clear()
         self.runs.append(Run(training, []))
         self._module_names = {id(module): name for name, module in subject.named_modules()}
         watch_layers(subject, self._run_layer)
+        for module_name, reason in self.whole.items():
+            self._keep_whole(subject.get_submodule(module_name), reason)
+        buffers = _buffers_of(subject)
         with self:
             output = subject(example)
         for tensor in tensors_in(output):
             for axis in self.axes(tensor):
                 fix(axis, "the network's output")
         self.caches.update(_filled_dictionaries(subject))
+        after = _buffers_of(subject)
+        self.written.update(key for key, buffer in buffers.items() if after.get(key) is not buffer)
+
+    def _keep_whole(self, module: nn.Module, reason: str) -> None:
+        def fix_all(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            for tensor in (*tensors_in((args, kwargs, output)), *module.parameters(recurse=False)):
+                for axis in self.axes(tensor):
+                    fix(axis, reason)
+
+        module.register_forward_hook(fix_all, with_kwargs=True)
+
+    def fix_unused(self) -> None:
+        """Keep parameters whole that no operation was seen to use: nothing is known about their channels."""
+        for key in self.stored.keys() - self._used:
+            for axis in self.stored[key]:
+                fix(axis, "no operation of the traced pass uses it")
 
     @property
     def calls(self) -> Iterator[Call]:
@@ -205,14 +277,15 @@ class Trace(TorchDispatchMode):
         return "", self.network
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self._check_origin((args, kwargs))
         constants = constants_in(func, args)
         args, kwargs = to_meta(args), to_meta(kwargs or {})
+        self._note_use(func, args, kwargs)
         if self._inside_layer:
             return func(*args, **kwargs)
         axes_before = [self.axes(tensor) for tensor in tensors_in((args, kwargs))]
         out = func(*args, **kwargs)
         call = Call(func, operation_name(func), args, kwargs, out, *self._calling_module(), constants)
-        self._note_writes(call)
         handler = self.handlers(func)
         if handler is None:
             refuse(self, call, f"the operation {call.name} is not known")
@@ -234,17 +307,61 @@ class Trace(TorchDispatchMode):
             self._inside_layer = False
         name = self.name_of(module)
         call = Call(None, type(module).__name__, args, kwargs, out, name, module, [], axes_before)
-        tie_layer(self, module, [*args, *kwargs.values()], out)
+        find_layer_handler(module)(self, module, *args, *kwargs.values(), out)
         call.out_axes = [self.axes(tensor) for tensor in tensors_in(out)]
         self.runs[-1].calls.append(call)
         return out
 
-    def _note_writes(self, call: Call) -> None:
-        """Remember which stored tensors an operation writes to: a sub-network must write to a copy."""
-        schema = call.func._schema
-        for argument, value in zip(schema.arguments, call.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self.written.update(key for key, tensor in self._stored_tensors.items() if tensor is value)
+    def _check_origin(self, arguments: Any) -> None:
+        """Stop before a forward that was replaced by a function around the model itself does anything to it."""
+        if self._replaced and any(isinstance(t, nn.Parameter) and not t.is_meta for t in tensors_in(arguments)):
+            raise RuntimeError(
+                f"the forward of {self._replaced[0] or 'the model'} was replaced by a function that runs the model "
+                "itself; replace it by a method, types.MethodType(function, module)"
+            )
+
+    def _note_use(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember which stored tensors an operation uses, and which of them it writes to, also by a view."""
+        for tensor in tensors_in((args, kwargs)):
+            self._used.update(self._stored_in.get(_storage(tensor), ()))
+        for tensor in written_tensors(func, args, kwargs):
+            self.written.update(self._stored_in.get(_storage(tensor), ()))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def written_tensors(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that an operation writes to."""
+    arguments = {argument.name: argument for argument in func._schema.arguments}
+    named = {**dict(zip(arguments, args, strict=False)), **kwargs}
+    written = {name for name, argument in arguments.items() if argument.alias_info and argument.alias_info.is_write}
+    if func.overloadpacket is torch.ops.aten.native_batch_norm and named["training"]:
+        written = {"running_mean", "running_var"}  # which its schema does not say
+    return tensors_in([named[name] for name in written if name in named])
+
+
+def stop_tracking(network: nn.Module) -> None:
+    """Have batch norms leave their statistics alone while training, as those of a sub-network do."""
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.track_running_stats = False
+
+
+def _is_table(module: nn.Module, name: str) -> bool:
+    """Return True for a buffer of indices or positions, but not for the mask of a pruned parameter."""
+    buffer = module._buffers.get(name)
+    pruned = f"{name.removesuffix('_mask')}_orig" in module._parameters
+    return buffer is not None and not pruned and (buffer.ndim > 1 or not buffer.is_floating_point())
+
+
+def _buffers_of(network: nn.Module) -> dict[tuple[str, str], torch.Tensor | None]:
+    return {
+        (module_name, name): buffer
+        for module_name, module in network.named_modules()
+        for name, buffer in module._buffers.items()
+    }
 
 
 def _filled_dictionaries(network: nn.Module) -> Iterator[tuple[str, str]]:

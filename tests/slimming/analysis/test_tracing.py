@@ -4,7 +4,7 @@ from torch import nn
 
 import gradaug_hf
 from gradaug_hf.slimming import register_layer
-from gradaug_hf.slimming.analysis.layers import LAYER_HANDLERS
+from gradaug_hf.slimming.analysis.tracing import LAYER_HANDLERS
 
 
 class Spectral(nn.Module):
