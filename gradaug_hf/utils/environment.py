@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from gradaug_hf.version import __version__
+
 VERSIONS_OF = ("torch", "torchvision", "timm", "transformers", "accelerate", "datasets")
 # A path of this machine: absolute, or up from the working folder. Neither a URL nor a Hub id is one.
 MACHINE_PATH = re.compile(r"""(?<![\w.:/~-])(?:~|\.\.)?/[^\s"',\]}]*""")
@@ -18,8 +20,6 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of those that it stands on."""
-    from gradaug_hf import __version__
-
     return {
         "python": platform.python_version(),
         "gradaug_hf": __version__,
