@@ -4,9 +4,10 @@
     python recipes/low_data.py --labels 1000 --methods baseline gradaug --seeds 0 1 2 3 4
     python recipes/low_data.py --dataset_name DIR --recipe recipes/imagenet_resnet50.py --model resnet18 --labels 0
 
-The labels are balanced and drawn from the seed; accuracy is that on all test images after the final epoch. A baseline
-with as many multiply-adds as GradAug is always among the rows. Each run is a process of its own; started again,
-finished runs are skipped. Further flags are those of the recipe that trains. Tested on 2 CPU cores, at reduced size.
+The labels are balanced and sampled with the seed; accuracy is that on all test images after the final epoch. A
+baseline with as many multiply-adds as GradAug is always among the rows. Each run is a process of its own; started
+again, finished runs are skipped. Further flags are those of the recipe that trains. Tested on 2 CPU cores, at reduced
+size.
 """
 
 import runpy
@@ -14,16 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from gradaug_hf.data.loading import class_names
-from gradaug_hf.experiments.arguments import ExperimentArguments, as_flags, parse
+from gradaug_hf.experiments.arguments import ExperimentArguments, RecipeParser, as_flags, parse
 from gradaug_hf.experiments.cost import relative_cost
 from gradaug_hf.experiments.methods import METHODS, check_method, methods_for
-from gradaug_hf.experiments.run import SETTINGS, Recipe, errors_as_messages, load_data
+from gradaug_hf.experiments.run import SETTINGS, Recipe, load_data
 from gradaug_hf.experiments.sweep import LAUNCH, Plan, flag_settings, train_and_report
 from gradaug_hf.hub.networks import accepted_arguments
 from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.utils.command_line import errors_as_messages
 
 RECIPES = Path(__file__).parent
 
@@ -39,31 +39,31 @@ class LowDataArguments:
         metadata={"help": "Numbers of training labels, multiples of the number of classes; 0 stands for all."},
     )
     methods: list[str] = field(
-        default_factory=list, metadata={"help": "Methods to compare; default: all that the network can take."}
+        default_factory=list, metadata={"help": "Methods to compare; default: all that the model can take."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each run."})
     recipe: str = field(
         default=str(RECIPES / "cifar_wideresnet.py"),
         metadata={"help": "Recipe whose transforms and settings are used."},
     )
-    model: str = field(default="wrn28_2", metadata={"help": "Name of a timm network, trained from scratch."})
+    model: str = field(default="wrn28_2", metadata={"help": "Name of a timm model, trained from scratch."})
     output_dir: str = field(default="outputs/low_data", metadata={"help": "Folder for everything that is written."})
     launch: str = field(default=LAUNCH, metadata={"help": "Command that starts the recipe."})
 
 
 def main() -> None:
-    parser = HfArgumentParser(LowDataArguments, description=__doc__)
+    parser = RecipeParser(LowDataArguments, description=__doc__)
     args, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     with errors_as_messages(OSError, ValueError):
         train_and_report(make_plan(args, flag_settings(flags)), Path(args.output_dir), args.launch)
 
 
 def make_plan(args: LowDataArguments, settings: dict[str, Any]) -> Plan:
-    """Every method with every number of labels and seed, checked before the first of them is trained.
+    """Return every method with every number of labels and seed, checked before the first of them is trained.
 
     Raises:
-        OSError: the data set cannot be found, reached or read.
-        ValueError: the arguments do not fit the network or the data.
+        OSError: the dataset cannot be found, reached or read.
+        ValueError: the arguments do not fit the model or the data.
     """
     if not Path(args.recipe).is_file():
         raise ValueError(f"recipe is {args.recipe!r}, and there is no such file")
@@ -81,19 +81,19 @@ def make_plan(args: LowDataArguments, settings: dict[str, Any]) -> Plan:
 
 
 def resolved(recipe: Recipe, settings: dict[str, Any]) -> tuple[ExperimentArguments, GradAugConfig]:
-    """What a run of a recipe comes to with some settings."""
+    """Return the arguments of a run of a recipe with some settings."""
     return parse({**SETTINGS, **recipe.settings}, recipe.methods, None, as_flags({"output_dir": ".", **settings}))
 
 
 def equal_compute(recipe: Recipe, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The row of a baseline with as many multiply-adds as GradAug."""
+    """Return the row of a baseline with as many multiply-adds as GradAug."""
     _, config = resolved(recipe, settings)
     epochs = round(relative_cost(config) * config.num_train_epochs)
     return {f"baseline, {epochs} epochs": {"method": "baseline", "num_train_epochs": epochs}}
 
 
 def label_columns(args: LowDataArguments, recipe: Recipe, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The columns of the numbers of labels, for which the data set must have enough images."""
+    """Return the columns of the numbers of labels, for which the dataset must have enough images."""
     columns = {}
     experiment, _ = resolved(recipe, settings)
     classes = len(class_names(load_data(experiment, seed=0)))

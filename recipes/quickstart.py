@@ -20,17 +20,19 @@ from accelerate import PartialState
 from datasets import DatasetDict
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
 from gradaug_hf.data.decoding import with_pixels
 from gradaug_hf.data.digits import load_digits_data
 from gradaug_hf.data.loading import balanced_subset, class_names, load_image_data
 from gradaug_hf.data.transforms import Transform, cifar_transform
+from gradaug_hf.experiments.arguments import RecipeParser
 from gradaug_hf.experiments.memory import PeakMemory
-from gradaug_hf.experiments.results import Result, results_table, save_results
+from gradaug_hf.experiments.results import results_table, save_results
 from gradaug_hf.hub.preprocessing import image_processor_of
 from gradaug_hf.reports.plots import plot_curves
+from gradaug_hf.reports.runs import Result
 from gradaug_hf.trainer.metrics import topk_accuracy
 from gradaug_hf.utils.threads import use_all_cores
 
@@ -49,9 +51,9 @@ class QuickstartArguments:
     label_column: str | None = field(default=None, metadata={"help": "Column of classes; found if not given."})
     labels_per_class: int = field(default=3, metadata={"help": "Number of training images of each class."})
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Number of images to evaluate on, drawn at random; default: all."}
+        default=None, metadata={"help": "Number of images to evaluate on, sampled at random; default: all."}
     )
-    model: str = field(default="wrn16_2", metadata={"help": "Name of a timm network, trained from scratch."})
+    model: str = field(default="wrn16_2", metadata={"help": "Name of a timm model, trained from scratch."})
     epochs: int = field(default=150, metadata={"help": "Passes over the training images."})
     batch_size: int = field(default=10, metadata={"help": "Images in a training step, on each process."})
     learning_rate: float = field(default=0.1, metadata={"help": "Highest learning rate of SGD, with cosine decay."})
@@ -64,16 +66,16 @@ class QuickstartArguments:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses()
+    (args,) = RecipeParser(QuickstartArguments).parse_args_into_dataclasses()
     use_all_cores()
     with PartialState().main_process_first():
         data = load_data(args)
     set_seed(args.seed)
-    network = timm.create_model(args.model, num_classes=len(class_names(data)))
+    model = timm.create_model(args.model, num_classes=len(class_names(data)))
 
-    results = [train(args, "plain", network, data, num_subnets=0), train(args, "gradaug", network, data)]
+    results = [train(args, "plain", model, data, num_subnets=0), train(args, "gradaug", model, data)]
     if args.equal_compute:
-        results.append(train(args, f"plain_{COST}x", network, data, num_subnets=0, epochs=round(COST * args.epochs)))
+        results.append(train(args, f"plain_{COST}x", model, data, num_subnets=0, epochs=round(COST * args.epochs)))
 
     if PartialState().is_main_process:
         report(args, results)
@@ -81,7 +83,7 @@ def main() -> None:
 
 
 def load_data(args: QuickstartArguments) -> DatasetDict:
-    """A few training images of each class, and the images to evaluate on."""
+    """Load a few training images of each class, and the images to evaluate on."""
     if args.dataset_name is None:
         data = load_digits_data()
     else:
@@ -94,26 +96,26 @@ def load_data(args: QuickstartArguments) -> DatasetDict:
     return data
 
 
-def transform_for(network: nn.Module, train: bool, flip: bool = True) -> Transform:
-    """The CIFAR transform at the image size and with the statistics that timm states for the network."""
-    config = timm.data.resolve_model_data_config(network)
+def transform_for(model: nn.Module, train: bool, flip: bool = True) -> Transform:
+    """Make the CIFAR transform with the image size and the statistics that timm states for the model."""
+    config = timm.data.resolve_model_data_config(model)
     return cifar_transform(train, size=config["input_size"][-1], flip=flip, mean=config["mean"], std=config["std"])
 
 
 def train(
     args: QuickstartArguments,
     method: str,
-    network: nn.Module,
+    model: nn.Module,
     data: DatasetDict,
     num_subnets: int = 3,
     epochs: int | None = None,
 ) -> Result:
-    """Train a copy of a network, save it to the folder of its method, and evaluate it on all images.
+    """Train a copy of a model, save it to the folder of its method, and evaluate it on all images.
 
     SGD with Nesterov momentum, weight decay on all parameters and cosine decay, as in the paper.
     """
     PartialState().print(f"\n{method}")
-    network = copy.deepcopy(network)
+    model = copy.deepcopy(model)
     config = GradAugConfig(
         str(Path(args.output_dir) / method),
         num_subnets=num_subnets,
@@ -131,18 +133,16 @@ def train(
         disable_tqdm=False,
         seed=args.seed,
     )
-    network.to(config.device)
+    model.to(config.device)
     optimizer = torch.optim.SGD(
-        network.parameters(), lr=args.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
+        model.parameters(), lr=args.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     trainer = GradAugTrainer(
-        network,
+        model,
         config,
-        train_dataset=with_pixels(
-            data["train"], transform_for(network, train=True, flip=args.dataset_name is not None)
-        ),
-        eval_dataset=with_pixels(data["eval"], transform_for(network, train=False)),
-        processing_class=image_processor_of(transform_for(network, train=False), network),
+        train_dataset=with_pixels(data["train"], transform_for(model, train=True, flip=args.dataset_name is not None)),
+        eval_dataset=with_pixels(data["eval"], transform_for(model, train=False)),
+        processing_class=image_processor_of(transform_for(model, train=False), model),
         compute_metrics=topk_accuracy,
         optimizers=(optimizer, None),
     )
@@ -180,16 +180,16 @@ def check_checkpoint(args: QuickstartArguments, expected_top1: float) -> None:
     folder = Path(args.output_dir) / "gradaug"
     print(f'timm.create_model("local-dir:{folder}", pretrained=True) in a new process: top-1 {top1:.2%}')
     if top1 != expected_top1:
-        raise SystemExit(f"the checkpoint has another accuracy than the trained network: {expected_top1:.2%}")
+        raise SystemExit(f"the checkpoint has another accuracy than the trained model: {expected_top1:.2%}")
 
 
 @torch.inference_mode()
 def evaluate_checkpoint(args: QuickstartArguments, device: torch.device) -> float:
-    """Top-1 accuracy, in 0..1, of the GradAug checkpoint as timm loads it, in a process of its own."""
-    network = timm.create_model(f"local-dir:{Path(args.output_dir) / 'gradaug'}", pretrained=True).to(device).eval()
-    images = with_pixels(load_data(args)["eval"], transform_for(network, train=False))
+    """Measure top-1 accuracy, in 0..1, of the GradAug checkpoint as timm loads it, in a process of its own."""
+    model = timm.create_model(f"local-dir:{Path(args.output_dir) / 'gradaug'}", pretrained=True).to(device).eval()
+    images = with_pixels(load_data(args)["eval"], transform_for(model, train=False))
     batches = DataLoader(images, batch_size=EVAL_BATCH_SIZE)
-    correct = sum((network(b["pixel_values"].to(device)).argmax(1).cpu() == b["labels"]).sum().item() for b in batches)
+    correct = sum((model(b["pixel_values"].to(device)).argmax(1).cpu() == b["labels"]).sum().item() for b in batches)
     return correct / len(images)
 
 

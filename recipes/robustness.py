@@ -1,11 +1,11 @@
-"""Errors of trained networks under the fast gradient sign method (FGSM) and ImageNet-C's 15 common corruptions.
+"""Errors of trained models under the fast gradient sign method (FGSM) and ImageNet-C's 15 common corruptions.
 
     accelerate launch recipes/robustness.py --dataset_name uoft-cs/cifar100 \\
         --model outputs/wrn28_10-baseline-seed42 --model outputs/wrn28_10-gradaug-seed42 \\
         --baseline outputs/wrn28_10-baseline-seed42
     accelerate launch recipes/robustness.py --dataset_name ILSVRC/imagenet-1k --model timm/resnet50.a1_in1k
 
-All networks see the same pixels. Prints a table of top-1 errors, and writes `robustness.json` and `robustness.png` to
+All models see the same pixels. Prints a table of top-1 errors, and writes `robustness.json` and `robustness.png` to
 --output_dir. Started again, it goes on where it was interrupted. Tested on 2 CPU cores, with a few hundred images.
 """
 
@@ -39,12 +39,12 @@ from gradaug_hf.experiments.evaluation.robustness import (
     plot_robustness,
     robustness_table,
 )
-from gradaug_hf.experiments.run import errors_as_messages
+from gradaug_hf.utils.command_line import errors_as_messages
 
 JSON, PLOT = "robustness.json", "robustness.png"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RobustnessArguments(EvaluationArguments):
     baseline: str | None = field(
         default=None, metadata={"help": "Network that the mean corruption error is relative to; default: none is."}
@@ -82,36 +82,36 @@ def main() -> None:
 
 
 def attack_all(evaluation: Evaluation, measurements: Measurements, epsilons: list[float]) -> None:
-    """Measure the errors on the images themselves and under FGSM, a network at a time."""
+    """Measure the errors on the images themselves and under FGSM, a model at a time."""
     images = evaluation.images("eval")
     conditions = [CLEAN, *map(fgsm_condition, epsilons)]
-    for model, network in evaluation.networks.items():
-        if all(condition in measurements.of(model) for condition in conditions):
+    for name, model in evaluation.models.items():
+        if all(condition in measurements.of(name) for condition in conditions):
             continue
         hits: list[Tensor] = []
-        for pixels, labels in evaluation.batches(images, f"{model}: FGSM"):
-            hits.append(evaluation.gather(hits_under_attack(network, pixels, labels, epsilons)))
+        for pixels, labels in evaluation.batches(images, f"{name}: FGSM"):
+            hits.append(evaluation.gather(hits_under_attack(model, pixels, labels, epsilons)))
         errors = 1 - torch.cat(hits).double().mean(0)
         for condition, error in zip(conditions, errors.tolist(), strict=True):
-            measurements.add(condition, {model: error})
+            measurements.add(condition, {name: error})
 
 
-def hits_under_attack(network: nn.Module, pixels: Tensor, labels: Tensor, epsilons: list[float]) -> Tensor:
-    """Whether the network is right on each image and on what FGSM makes of it, as booleans (N, 1 + epsilons)."""
+def hits_under_attack(model: nn.Module, pixels: Tensor, labels: Tensor, epsilons: list[float]) -> Tensor:
+    """Return whether the model is right on each image, and on what FGSM makes of it, as booleans (N, 1 + epsilons)."""
     with torch.no_grad():
-        images = [pixels, *fgsm(network, pixels, labels, epsilons)]
-        return torch.stack([topk_hits(network(image), labels)[:, 0] for image in images], 1)
+        images = [pixels, *fgsm(model, pixels, labels, epsilons)]
+        return torch.stack([topk_hits(model(image), labels)[:, 0] for image in images], 1)
 
 
 def corrupt_all(evaluation: Evaluation, measurements: Measurements) -> None:
-    """Measure the errors under each corruption and severity, of all networks on the same corrupted images."""
+    """Measure the errors under each corruption and severity, of all models on the same corrupted images."""
     images = evaluation.images("eval")
-    for number, name in enumerate(CORRUPTIONS, start=1):
+    for number, corruption in enumerate(CORRUPTIONS, start=1):
         for severity in SEVERITIES:
-            condition = corruption_condition(name, severity)
-            missing = {model: evaluation.networks[model] for model in measurements.without(condition)}
+            condition = corruption_condition(corruption, severity)
+            missing = {model: evaluation.models[model] for model in measurements.without(condition)}
             if missing:
-                corrupted: Dataset = CorruptedImages(images, name, severity, evaluation.args.seed)
+                corrupted: Dataset = CorruptedImages(images, corruption, severity, evaluation.args.seed)
                 title = f"{number}/{len(CORRUPTIONS)} {condition}/{len(SEVERITIES)}"
                 found = evaluation.accuracies(missing, corrupted, title)
                 measurements.add(condition, {model: 1 - top1 for model, (top1, _) in found.items()})

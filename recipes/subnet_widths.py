@@ -1,12 +1,12 @@
-"""Accuracy and cost of the sub-networks of trained networks, against their width.
+"""Accuracy and cost of the sub-networks of trained models, against their width.
 
     accelerate launch recipes/subnet_widths.py --dataset_name uoft-cs/cifar100 \\
         --model outputs/wrn28_10-baseline-seed42 --model outputs/wrn28_10-gradaug-seed42
     accelerate launch recipes/subnet_widths.py --dataset_name uoft-cs/cifar100 \\
         --model outputs/wrn28_10-gradaug-seed42 --export 0.75
 
-Each width is evaluated as a dense network with batch norm recalibrated on training images; the full width is the
-network as it was trained. Prints a table of accuracy, multiply-adds, parameters and latency on one CPU thread, and
+Each width is evaluated as a dense model with batch norm recalibrated on training images; the full width is the
+model as it was trained. Prints a table of accuracy, multiply-adds, parameters and latency on one CPU thread, and
 writes `subnet_widths.json` and `subnet_widths.png` to --output_dir. Started again, it goes on where it was stopped.
 Tested on 2 CPU cores, with a few hundred images.
 """
@@ -34,18 +34,18 @@ from gradaug_hf.experiments.evaluation.comparison import (
 from gradaug_hf.experiments.evaluation.measurements import Measurements
 from gradaug_hf.experiments.evaluation.pixels import PixelNetwork, pixel_transform, to_unit
 from gradaug_hf.experiments.evaluation.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
-from gradaug_hf.experiments.run import errors_as_messages
 from gradaug_hf.hub.folders import check_new
 from gradaug_hf.hub.networks import image_processor
 from gradaug_hf.hub.subnet_folder import save_subnet
 from gradaug_hf.trainer.width_evaluation import CALIBRATION_IMAGES
+from gradaug_hf.utils.command_line import errors_as_messages
 
 JSON, PLOT = "subnet_widths.json", "subnet_widths.png"
 # The mean of the variances of batches depends on their size.
 CALIBRATION_BATCH = 128
 
 
-@dataclass
+@dataclass(kw_only=True)
 class WidthArguments(EvaluationArguments):
     widths: list[float] = field(
         default_factory=lambda: [1.0, 0.9, 0.8, 0.7, 0.6, 0.5],
@@ -55,7 +55,7 @@ class WidthArguments(EvaluationArguments):
         default=1, metadata={"help": "Numbers of channels are rounded to the nearest multiple of it."}
     )
     export: float | None = field(
-        default=None, metadata={"help": "Width multiplier at which the sub-network of each network is written."}
+        default=None, metadata={"help": "Width multiplier at which the sub-network of each model is written."}
     )
     output_dir: str = field(
         default="outputs/subnet_widths", metadata={"help": "Folder for everything that is written."}
@@ -75,8 +75,8 @@ def main() -> None:
         check_exports(args)
         evaluation = Evaluation(args, args.model)
         measurements = evaluation.measurements(JSON, width_divisor=args.width_divisor)
-        for model, network in evaluation.networks.items():
-            slice_network(model, network, evaluation.side, args.width_divisor)
+        for name, model in evaluation.models.items():
+            slice_model(name, model, evaluation.side, args.width_divisor)
     with errors_as_messages(UnreadableImageError):
         measure_all(evaluation, measurements, args.widths)
     if evaluation.accelerator.is_main_process:
@@ -86,88 +86,88 @@ def main() -> None:
 
 
 def measure_all(evaluation: Evaluation, measurements: Measurements, widths: list[float]) -> None:
-    """Measure what is missing of each network at each width."""
-    for model, network in evaluation.networks.items():
+    """Measure each model at each width at which that was not done yet."""
+    for name, model in evaluation.models.items():
         for width in widths:
-            if width_key(width) not in measurements.of(model):
-                result = measure(evaluation, model, subnet_at(evaluation, network, width), width)
-                measurements.add(width_key(width), {model: asdict(result)})
+            if width_key(width) not in measurements.of(name):
+                result = measure(evaluation, name, subnet_at(evaluation, model, width), width)
+                measurements.add(width_key(width), {name: asdict(result)})
 
 
 def check_exports(args: WidthArguments) -> None:
     """Make sure that the folders of the sub-networks can be made.
 
     Raises:
-        ValueError: one of them is there, or two networks have the same.
+        ValueError: one of them is there, or two models have the same.
     """
     if args.export is None:
         return
     folders = [export_folder(args, model) for model in args.model]
     if len(set(folders)) < len(folders):
-        raise ValueError(f"export: two of the networks would be written to {max(folders, key=folders.count)}")
+        raise ValueError(f"export: two of the models would be written to {max(folders, key=folders.count)}")
     for folder in folders:
         check_new(folder)
 
 
 def export_folder(args: WidthArguments, model: str) -> Path:
-    """Folder to which the sub-network of a network is written."""
+    """Return the folder to which the sub-network of a model is written."""
     return Path(args.output_dir) / f"{Path(model).name}-width{args.export:g}"
 
 
-def slice_network(model: str, network: PixelNetwork, side: int, width_divisor: int) -> None:
-    """Make a network slimmable.
+def slice_model(name: str, model: PixelNetwork, side: int, width_divisor: int) -> None:
+    """Make a model slimmable.
 
     Raises:
         ValueError: nothing of it can be sliced.
     """
-    make_slimmable(network.network, input_size=side, width_divisor=width_divisor)
-    found = slicing_report(network)
+    make_slimmable(model.network, input_size=side, width_divisor=width_divisor)
+    found = slicing_report(model)
     if found.sliced_macs == 0:
         reasons = "; ".join(dict.fromkeys(found.refused.values()))
-        raise ValueError(f"nothing of model {model!r} can be sliced: {reasons}")
+        raise ValueError(f"nothing of model {name!r} can be sliced: {reasons}")
 
 
 def width_key(width: float) -> str:
-    """Name of what is measured at a width."""
+    """Return the name of the measurement at a width."""
     return f"width {width:g}"
 
 
-def subnet_at(evaluation: Evaluation, network: PixelNetwork, width: float) -> PixelNetwork:
-    """The sub-network of a width as a dense network."""
-    with recalibrated(evaluation, network, width):
-        return extract_subnet(network, width)
+def subnet_at(evaluation: Evaluation, model: PixelNetwork, width: float) -> PixelNetwork:
+    """Return the sub-network of a width as a dense model."""
+    with recalibrated(evaluation, model, width):
+        return extract_subnet(model, width)
 
 
 @contextmanager
-def recalibrated(evaluation: Evaluation, network: PixelNetwork, width: float) -> Iterator[None]:
-    """Batch norm of a width: its own statistics where it is narrower, those of the training at full width."""
+def recalibrated(evaluation: Evaluation, model: PixelNetwork, width: float) -> Iterator[None]:
+    """Give batch norm its own statistics at a narrower width, and keep those of the training at full width."""
     if width == 1:
         yield
     else:
-        with recalibrate_batchnorm(network, width, calibration_batches(evaluation)):
+        with recalibrate_batchnorm(model, width, calibration_batches(evaluation)):
             yield
 
 
 def calibration_batches(evaluation: Evaluation) -> Iterator[Tensor]:
-    """Pixels of training images as the network is evaluated on, the same on every process."""
+    """Yield pixels of training images as the model is evaluated on, the same on every process."""
     images = take_images(evaluation.data["train"], CALIBRATION_IMAGES, evaluation.args.seed)
     pixels = with_pixels(images, pixel_transform(evaluation.side))
     for batch in DataLoader(pixels, CALIBRATION_BATCH, num_workers=evaluation.args.num_workers):
         yield to_unit(batch["pixel_values"].to(evaluation.accelerator.device))
 
 
-def measure(evaluation: Evaluation, model: str, subnet: PixelNetwork, width: float) -> WidthResult:
-    """Accuracy and cost of a dense sub-network."""
-    title = f"{model}: {width_key(width)}"
-    top1, top5 = evaluation.accuracies({model: subnet}, evaluation.images("eval"), title)[model]
+def measure(evaluation: Evaluation, name: str, subnet: PixelNetwork, width: float) -> WidthResult:
+    """Measure accuracy and cost of a dense sub-network."""
+    title = f"{name}: {width_key(width)}"
+    top1, top5 = evaluation.accuracies({name: subnet}, evaluation.images("eval"), title)[name]
     latency, spread = cpu_latency(copy.deepcopy(subnet).cpu(), evaluation.side)
-    counted = slicing_report(evaluation.networks[model])
+    counted = slicing_report(evaluation.models[name])
     divisor = evaluation.args.width_divisor
     return WidthResult(top1, top5, counted.macs(width, divisor), counted.params(width, divisor), latency, spread)
 
 
 def report(args: WidthArguments, measurements: Measurements) -> None:
-    """Print the table and draw the plot."""
+    """Print the table and write the plot."""
     results = {
         name: {width: WidthResult(**measurements.of(model)[width_key(width)]) for width in args.widths}
         for model, name in short_names(args.model).items()
@@ -179,19 +179,19 @@ def report(args: WidthArguments, measurements: Measurements) -> None:
 
 
 def export(evaluation: Evaluation, args: WidthArguments) -> None:
-    """Write the sub-network of each network to a folder of its own.
+    """Write the sub-network of each model to a folder of its own.
 
     Raises:
         ValueError: a sub-network cannot be written.
     """
     if args.export is None:
         return
-    for model, network in evaluation.networks.items():
-        folder = export_folder(args, model)
-        processor = image_processor(model)
-        with recalibrated(evaluation, network, args.export):
+    for name, model in evaluation.models.items():
+        folder = export_folder(args, name)
+        processor = image_processor(name)
+        with recalibrated(evaluation, model, args.export):
             loads_with = save_subnet(
-                network.network, args.export, folder, processor=processor, input_size=evaluation.side
+                model.network, args.export, folder, processor=processor, input_size=evaluation.side
             )
         print(f"wrote the sub-network of width {args.export:g} to {folder}, which {loads_with} loads")
 

@@ -1,22 +1,80 @@
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
+
+import pytest
+import yaml
+
+from gradaug_hf.version import __version__
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_wheel_holds_the_package_alone_and_all_of_it(tmp_path):
-    source = tmp_path / "source"
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "tests", "docs")
     shutil.copytree(ROOT, source, ignore=left_out)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source],
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source],
         check=True,
     )
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_package_alone_and_all_of_it(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    files = [file for ending in ("py", "md") for file in (source / "gradaug_hf").rglob(f"*.{ending}")]
-    assert held == {str(file.relative_to(source)) for file in files}
+    package = [file for file in (ROOT / "gradaug_hf").rglob("*") if file.is_file() and file.suffix != ".pyc"]
+    assert held == {str(file.relative_to(ROOT)) for file in package}
+    assert {"gradaug_hf/py.typed", "gradaug_hf/reports/model_card.md"} <= held
+
+
+def test_wheel_has_the_version_of_the_package_and_its_console_script(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,), (scripts,) = (
+            [archive.read(name).decode() for name in archive.namelist() if name.endswith(f".dist-info/{file}")]
+            for file in ("METADATA", "entry_points.txt")
+        )
+    assert f"\nVersion: {__version__}\n" in metadata
+    parser = ConfigParser()
+    parser.read_string(scripts)
+    assert dict(parser["console_scripts"]) == {"gradaug": "gradaug_hf.cli:main"}
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_trains_by_its_console_script(wheel, tmp_path):
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel], check=True
+    )
+    done = subprocess.run(
+        [tmp_path / "site" / "bin" / "gradaug", "train", "imagenet_resnet50", "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--num_subnets" in done.stdout
+
+
+def test_top_level_of_the_package_has_at_most_four_modules():
+    assert len(list((ROOT / "gradaug_hf").glob("*.py"))) <= 4
+
+
+def test_citation_names_this_version_and_the_paper():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert citation["preferred-citation"]["identifiers"][0]["value"] == "arXiv:2006.07989"
+
+
+def test_continuous_integration_calls_the_script_that_a_developer_runs():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    assert workflow["jobs"]["tests"]["steps"][-1] == {"run": ".ci/run"}
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)

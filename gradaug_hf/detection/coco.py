@@ -72,7 +72,7 @@ class CocoImages(Dataset):
         }
 
     def objects(self, image_id: int) -> list[dict[str, Any]]:
-        """The annotations of an image that are trained on."""
+        """Return the annotations of an image that are trained on."""
         annotations = self.coco.imgToAnns.get(image_id, [])
         return [a for a in annotations if not a["iscrowd"] and self._is_whole(a)]
 
@@ -124,13 +124,13 @@ class CocoImages(Dataset):
 
 
 def collate(items: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str, list[Any]]:
-    """A batch: `pixel_values`, the images as a list since they differ in size, and `labels`, their targets."""
+    """Return a batch: `pixel_values`, a list of images, which differ in size, and `labels`, their targets."""
     images, targets = zip(*items, strict=True)
     return {"pixel_values": list(images), "labels": list(targets)}
 
 
 def read_coco(file: str | Path) -> COCO:
-    """Annotations in COCO's format, checked.
+    """Read and check annotations in COCO's format.
 
     Raises:
         ValueError: the file cannot be read or does not have the format; says where.
@@ -148,7 +148,7 @@ def read_coco(file: str | Path) -> COCO:
 
 
 def find_images(coco_dir: str | Path, annotations: str | Path) -> Path:
-    """The folder of a file's images: that of its split's name, in COCO's own layout or below `images`.
+    """Return the folder of a file's images: that of its split's name, in COCO's own layout or below `images`.
 
     Args:
         coco_dir: such as `coco`.
@@ -197,7 +197,7 @@ def _check_format(content: Any, file: str | Path) -> None:
 
 
 def _completed(content: dict[str, Any]) -> dict[str, Any]:
-    """Annotations with what COCO's tool needs: areas, what is a crowd, and ids that are unique and not 0."""
+    """Return annotations with the fields that COCO's tool needs: areas, crowds, and ids that are unique and not 0."""
     annotations = [
         {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry} for entry in content["annotations"]
     ]
@@ -241,13 +241,13 @@ def _is_box(box: Any) -> bool:
 
 
 def _corners(annotation: Mapping[str, Any], image: Mapping[str, Any]) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of the part of a box that lies within its image."""
+    """Return (left, top, right, bottom) of the part of a box that lies within its image."""
     x, y, width, height = annotation["bbox"]
     return max(0, x), max(0, y), min(image["width"], x + width), min(image["height"], y + height)
 
 
 def _polygons(annotation: Mapping[str, Any]) -> Any:
-    """An object's segmentation without polygons of fewer than three corners, which COCO's tool takes for boxes."""
+    """Return a segmentation without polygons of fewer than three corners, which COCO's tool takes for boxes."""
     segmentation = annotation["segmentation"]
     return [p for p in segmentation if len(p) >= 6] if isinstance(segmentation, list) else segmentation
 

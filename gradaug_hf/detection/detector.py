@@ -1,4 +1,4 @@
-"""Faster and Mask R-CNN of torchvision on networks of timm."""
+"""Faster and Mask R-CNN of torchvision on models of timm."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,39 +36,25 @@ MASK_LAYERS = 4
 
 
 @dataclass(frozen=True)
-class DetectorConfig:
-    """What a detector is built from; `config.json` of its folder.
-
-    Args:
-        backbone: architecture in timm's registry.
-        categories: `id` and `name` of each, as in COCO's files; labels count them from 1 on.
-        backbone_args: of the architecture's constructor.
-        detector: "mask_rcnn" or "faster_rcnn".
-        min_size: shorter side in pixels that images are resized to.
-        max_size: longest side in pixels; an image is smaller where it would exceed this.
-        anchor_scale: sides of a level's anchors over its stride.
-        channels: of the feature pyramid and of the mask head.
-        box_head_size: of the two layers of the box head.
-        rois_per_image: proposals of an image that the heads are trained on.
-        image_mean: of the images that the backbone expects, in 0..1.
-        image_std: likewise.
+class DetectorSettings:
+    """Kind, image sides and sizes of a new detector.
 
     Raises:
         ValueError: a field is out of its range.
     """
 
-    backbone: str
-    categories: list[dict[str, Any]]
-    backbone_args: dict[str, Any] = field(default_factory=dict)
-    detector: str = "mask_rcnn"
-    min_size: int = 800
-    max_size: int = 1333
-    anchor_scale: float = 8.0
-    channels: int = 256
-    box_head_size: int = 1024
-    rois_per_image: int = 512
-    image_mean: Sequence[float] = (0.485, 0.456, 0.406)
-    image_std: Sequence[float] = (0.229, 0.224, 0.225)
+    detector: str = field(
+        default="mask_rcnn",
+        metadata={"help": "Faster R-CNN finds boxes, Mask R-CNN boxes and masks.", "choices": list(DETECTORS)},
+    )
+    min_size: int = field(default=800, metadata={"help": "Shorter side in pixels that images are resized to."})
+    max_size: int = field(default=1333, metadata={"help": "Longest side in pixels, which no image exceeds."})
+    anchor_scale: float = field(default=8.0, metadata={"help": "Sides of a level's anchors over its stride."})
+    channels: int = field(default=256, metadata={"help": "Channels of the feature pyramid and of the mask head."})
+    box_head_size: int = field(default=1024, metadata={"help": "Size of the two layers of the box head."})
+    rois_per_image: int = field(
+        default=512, metadata={"help": "Proposals of an image that box and mask head are trained on."}
+    )
 
     def __post_init__(self) -> None:
         if self.detector not in DETECTORS:
@@ -84,6 +70,28 @@ class DetectorConfig:
     @property
     def has_masks(self) -> bool:
         return self.detector == "mask_rcnn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig(DetectorSettings):
+    """Everything that a detector is built from: the content of its folder's `config.json`.
+
+    Args:
+        backbone: architecture in timm's registry.
+        categories: `id` and `name` of each, as in COCO's files; labels count them from 1 on.
+        backbone_args: of the architecture's constructor.
+        image_mean: of the images that the backbone expects, in 0..1.
+        image_std: likewise.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    backbone: str
+    categories: list[dict[str, Any]]
+    backbone_args: dict[str, Any] = field(default_factory=dict)
+    image_mean: Sequence[float] = (0.485, 0.456, 0.406)
+    image_std: Sequence[float] = (0.229, 0.224, 0.225)
 
 
 class Detector(nn.Module):
@@ -110,7 +118,7 @@ class Detector(nn.Module):
         targets: Sequence[dict[str, Tensor]] | None = None,
         resolution: int | None = None,
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """The losses by name while training, else the detections of each image.
+        """Return the losses by name while training, else the detections of each image.
 
         Args:
             images: each (3, H, W), in 0..1.
@@ -136,20 +144,20 @@ class Detector(nn.Module):
 
     @property
     def bottom_up(self) -> nn.Module:
-        """Backbone and lateral convolutions, the part that sub-networks slice."""
+        """Return backbone and lateral convolutions, the part that sub-networks slice."""
         return self.rcnn.backbone.bottom_up
 
     def make_slimmable(self, width_divisor: int = 1) -> None:
-        """Make the bottom-up part slimmable in place; see `gradaug_hf.make_slimmable`."""
+        """Make the bottom-up part slimmable in place, as `gradaug_hf.make_slimmable` does."""
         make_slimmable(self.bottom_up, input_size=padded(self.settings.min_size), width_divisor=width_divisor)
 
     def save_config(self, folder: str | Path) -> None:
-        """Write `config.json`, which with the state dict as `model.safetensors` makes a folder that `load` reads."""
+        """Write `config.json`; with the state dict as `model.safetensors` beside it `load` reads the folder."""
         (Path(folder) / CONFIG).write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, model: str) -> "Detector":
-        """A detector that was saved.
+        """Load a detector that was saved.
 
         Args:
             model: folder, or Hub id.
@@ -171,10 +179,10 @@ class Detector(nn.Module):
 def create_detector(
     backbone: str, categories: Sequence[dict[str, Any]], backbone_args: dict[str, Any] | None = None, **settings: Any
 ) -> tuple[Detector, str]:
-    """A detector to train, on the weights of a classifier's checkpoint if one is named.
+    """Make a detector to train, on the weights of a classifier's checkpoint if one is named.
 
     Args:
-        backbone: name of a timm network, whose weights are new; or a folder or Hub id of timm or transformers.
+        backbone: name of a timm model, whose weights are new; or a folder or Hub id of timm or transformers.
         categories: `id` and `name` of each.
         backbone_args: of the constructor of the timm network.
         settings: further fields of DetectorConfig.
@@ -183,13 +191,17 @@ def create_detector(
         The detector, and what was loaded into its backbone, in words.
 
     Raises:
-        ValueError: the backbone cannot be found, is no network of timm, or cannot take images of these sides.
+        ValueError: the backbone cannot be found, is no model of timm, or cannot take images of these sides.
     """
     network = load_classifier(backbone, backbone_args or {})
     arguments = {name: value for name, value in get_model_args(network).items() if name != "num_classes"}
     statistics = {f"image_{name}": value for name, value in pixel_statistics(network, None).items()}
     architecture = network.pretrained_cfg["architecture"]
-    detector = Detector(DetectorConfig(architecture, list(categories), arguments, **statistics, **settings))
+    detector = Detector(
+        DetectorConfig(
+            backbone=architecture, categories=list(categories), backbone_args=arguments, **statistics, **settings
+        )
+    )
     check_sizes(detector)
     if timm_name(backbone) == backbone:
         return detector, f"backbone {backbone}: new weights"
@@ -208,7 +220,7 @@ def check_sizes(detector: Detector) -> None:
         with torch.no_grad():
             network = meta_copy(detector.bottom_up)
             network(example_images(network, 1, (3, *sides)))
-    except Exception as error:  # a network may raise anything at a size that it cannot take
+    except Exception as error:  # a model may raise anything at a size that it cannot take
         raise ValueError(
             f"backbone {settings.backbone} cannot take images of {sides[0]} x {sides[1]} pixels ({error}); networks "
             'of one size often do with backbone_args such as {"dynamic_img_size": true}'
@@ -234,7 +246,7 @@ def load_backbone(detector: Detector, weights: Mapping[str, Tensor], source: str
 
 
 def load_classifier(backbone: str, arguments: dict[str, Any]) -> nn.Module:
-    """The timm network of a name or checkpoint, with its classifier."""
+    """Load the timm model of a name or checkpoint, with its classifier."""
     name = timm_name(backbone)
     if name is not None:
         return timm.create_model(name, pretrained=name != backbone, **arguments)
@@ -246,7 +258,7 @@ def load_classifier(backbone: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def padded(side: int) -> int:
-    """The side in pixels to which a batch of images is padded."""
+    """Return the side in pixels to which a batch of images is padded."""
     return -(-side // SIZE_DIVISOR) * SIZE_DIVISOR
 
 
@@ -279,7 +291,7 @@ def _build_rcnn(backbone: Pyramid, settings: DetectorConfig) -> FasterRCNN:
 
 
 def _make_roi_pool(strides: Sequence[int], output_size: int) -> MultiScaleRoIAlign:
-    """A pool that knows the strides: it takes them from the first images that it sees, of which small ones mislead."""
+    """Make a pool that knows the strides, which it would else guess wrongly where the first images are small."""
     pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], output_size, sampling_ratio=2)
     side = strides[-1]
     features = {str(level): torch.zeros(1, 1, side // stride, side // stride) for level, stride in enumerate(strides)}

@@ -22,7 +22,7 @@ MASK_THRESHOLD = 0.5
 def as_coco_results(
     image_id: int, detections: Mapping[str, Tensor], categories: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The detections in an image as entries of COCO's result files.
+    """Return the detections in an image as entries of COCO's result files.
 
     Args:
         image_id: of the image.
@@ -47,7 +47,7 @@ def as_coco_results(
 
 
 def average_precision(coco: COCO, results: Sequence[dict[str, Any]], masks: bool) -> dict[str, float]:
-    """COCO's average precision, over IoU from 0.5 to 0.95, at 0.5 and 0.75, and of small, medium and large objects.
+    """Measure COCO's average precision: over IoU 0.5 to 0.95, at 0.5 and 0.75, of small, medium and large objects.
 
     Args:
         coco: the annotations; crowds in it are ignored, as COCO does.
@@ -69,7 +69,7 @@ def average_precision(coco: COCO, results: Sequence[dict[str, Any]], masks: bool
 
 
 def precision_table(figures: Mapping[str, float]) -> str:
-    """Average precisions in 0..1 as a Markdown table in %; a dash where there is no object to find."""
+    """Return average precisions in 0..1 as a Markdown table in %, with a dash where there is no object to find."""
     kinds = [kind for kind in KINDS if f"{kind}_AP" in figures]
     rows = [[kind, *(_percent(figures[f"{kind}_{name}"]) for name in FIGURES)] for kind in kinds]
     return markdown_table(("%", *(name.replace("_", " ") for name in FIGURES)), rows)

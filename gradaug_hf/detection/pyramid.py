@@ -1,4 +1,4 @@
-"""Feature pyramid networks (arXiv 1612.03144) on networks of timm, whose bottom-up part can be sliced."""
+"""Feature pyramid networks (arXiv 1612.03144) on models of timm, whose bottom-up part can be sliced."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ FINEST_STRIDE = 4
 
 
 class BottomUp(nn.Module):
-    """The feature maps of a network, each through the pyramid's lateral convolution.
+    """The feature maps of a model, each through the pyramid's lateral convolution.
 
     This is the part of a detector that sub-networks slice: the channels of a feature map are the inputs of a lateral
     convolution, whose outputs, those of this module, stay whole. A narrower map so meets the weights of the channels
@@ -33,7 +33,7 @@ class BottomUp(nn.Module):
             nn.init.zeros_(lateral.bias)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) -> a list of (N, out_channels, H / stride, W / stride)."""
+        """Map (N, 3, H, W) to a list of (N, out_channels, H / stride, W / stride)."""
         return [lateral(feature) for lateral, feature in zip(self.laterals, self.body(images), strict=True)]
 
 
@@ -41,18 +41,18 @@ class Pyramid(nn.Module):
     """A feature pyramid, as torchvision's detectors take it for a backbone.
 
     Args:
-        network: a classifier of timm, of which the feature maps from stride 4 on are used, the deepest of each stride.
+        model: a classifier of timm, of which the feature maps from stride 4 on are used, the deepest of each stride.
             What comes after them is cut off.
         out_channels: number of channels of each level.
 
     Raises:
-        ValueError: the network does not give its feature maps.
+        ValueError: the model does not give its feature maps.
     """
 
-    def __init__(self, network: nn.Module, out_channels: int) -> None:
+    def __init__(self, model: nn.Module, out_channels: int) -> None:
         super().__init__()
-        indices = _deepest_of_each_stride(network)
-        body = FeatureGetterNet(network, indices)
+        indices = _deepest_of_each_stride(model)
+        body = FeatureGetterNet(model, indices)
         self.strides = body.feature_info.reduction()
         self.out_channels = out_channels
         self.bottom_up = BottomUp(body, body.feature_info.channels(), out_channels)
@@ -60,19 +60,19 @@ class Pyramid(nn.Module):
         self.fpn.inner_blocks = nn.ModuleList(nn.Identity() for _ in indices)  # the laterals are in the bottom-up part
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(N, 3, H, W) -> levels "0", "1", ... and "pool", each (N, out_channels, H / stride, W / stride)."""
+        """Map (N, 3, H, W) to levels "0", "1", ... and "pool", each (N, out_channels, H / stride, W / stride)."""
         return self.fpn(OrderedDict((str(level), lateral) for level, lateral in enumerate(self.bottom_up(images))))
 
 
-def _deepest_of_each_stride(network: nn.Module) -> list[int]:
-    info = getattr(network, "feature_info", None)
-    if not hasattr(network, "forward_intermediates") or not info:
-        raise ValueError(f"{type(network).__name__} does not give its feature maps, which a detector needs")
+def _deepest_of_each_stride(model: nn.Module) -> list[int]:
+    info = getattr(model, "feature_info", None)
+    if not hasattr(model, "forward_intermediates") or not info:
+        raise ValueError(f"{type(model).__name__} does not give its feature maps, which a detector needs")
     strides = [stage["reduction"] for stage in info]
     deepest = {stride: index for index, stride in enumerate(strides) if stride >= FINEST_STRIDE}
     if not deepest:
         raise ValueError(
-            f"the feature maps of {type(network).__name__} have strides {strides}; a detector needs some of at least "
+            f"the feature maps of {type(model).__name__} have strides {strides}; a detector needs some of at least "
             f"{FINEST_STRIDE}"
         )
     return list(deepest.values())

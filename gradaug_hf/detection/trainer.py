@@ -73,7 +73,7 @@ class DetectionGradAug(GradAug):
 
 
 def total_loss(losses: dict[str, Tensor]) -> Tensor:
-    """The sum of a detector's losses."""
+    """Return the sum of a detector's losses."""
     return sum(losses.values())
 
 
@@ -120,24 +120,24 @@ class DetectionTrainer(GradAugTrainer):
 
     # ---- the detector and its sub-networks ----
 
-    def _prepare_network(self, network: Detector) -> None:
-        check_checkpointing(network, self.args)
-        network.make_slimmable(self.args.width_divisor)
-        if slicing_report(network).sliced_macs == 0:
+    def _prepare_network(self, model: Detector) -> None:
+        check_checkpointing(model, self.args)
+        model.make_slimmable(self.args.width_divisor)
+        if slicing_report(model).sliced_macs == 0:
             warnings.warn(
-                f"0 % of the backbone {network.settings.backbone} is sliced, so that its sub-networks differ from it "
+                f"0 % of the backbone {model.settings.backbone} is sliced, so that its sub-networks differ from it "
                 "by their images only",
                 stacklevel=3,
             )
-        self._resolutions = self.args.resolutions or default_resolutions(network.settings.min_size)
-        self._resolution_trial = ResolutionTrial(network.bottom_up)
+        self._resolutions = self.args.resolutions or default_resolutions(model.settings.min_size)
+        self._resolution_trial = ResolutionTrial(model.bottom_up)
         self._resolution_trial.check(sorted({padded(side) for side in self._resolutions}))
 
     def _side(self, images: Sequence[Tensor]) -> int:
         return self._detector.settings.min_size
 
     def _see(self, images: Sequence[Tensor], subnets: list[Subnet]) -> None:
-        """Nothing is drawn of images of different sizes."""
+        """Keep no batch for the plots, which show images of one size."""
 
     @property
     def _detector(self) -> Detector:
@@ -160,7 +160,7 @@ class DetectionTrainer(GradAugTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """`Trainer.evaluation_loop`, whose predictions are entries of COCO's result files, from all processes.
+        """Evaluate as `Trainer.evaluation_loop`; predictions are entries of COCO's result files, from all processes.
 
         The metrics are those of `average_precision`, on the images of a `CocoImages`.
         """
@@ -178,7 +178,7 @@ class DetectionTrainer(GradAugTrainer):
 
     @torch.no_grad()
     def _detect(self, dataloader: DataLoader, detector: Detector) -> dict[int, list[dict[str, Any]]]:
-        """The detections in this process's images, by image."""
+        """Return the detections in this process's images, by image."""
         detector.to(self.args.device).eval()
         self.callback_handler.eval_dataloader = dataloader
         found = {}

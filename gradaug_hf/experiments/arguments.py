@@ -1,27 +1,101 @@
 """Command line of the recipes: flags, a YAML or JSON file, and defaults that a recipe and a method set."""
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from gradaug_hf.experiments.methods import METHODS
 from gradaug_hf.experiments.presets import PRESETS, preset_settings
 from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.utils.command_line import BriefParser
 
+USAGE = "[SETTINGS.yaml] [--FLAG VALUE ...]"
 FILE_ENDINGS = (".yaml", ".yml", ".json")
+TRAINER_FIELDS = {f.name for f in fields(TrainingArguments)}
 # What a recipe, method or preset sets gives way to the other setting, on the left, that says the same in its own way.
 GIVES_WAY = {"warmup_steps": ("warmup_epochs", 0.0), "lr_scheduler_type": ("lr_drops", []), "fp16": ("bf16", False)}
 
 
+class CheckedArguments:
+    """Arguments of a recipe that name the field that is out of its range."""
+
+    def _check(self, name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
+
+
 @dataclass
-class ExperimentArguments:
-    """What a recipe needs to know beside GradAugConfig.
+class DataArguments(CheckedArguments):
+    """Columns, splits and number of the images that a recipe loads.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset that has several."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of images; found if not given."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of classes; found if not given."})
+    train_split: str = field(default="train", metadata={"help": "Split of the training images."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on; by default `validation`, else `test`."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Number of images to evaluate on, sampled with the seed; default: all."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check("max_eval_samples", self.max_eval_samples is None or self.max_eval_samples >= 1, "at least 1")
+
+    def loading_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of `load_image_data` and `stream_image_data`."""
+        return {
+            "config_name": self.dataset_config_name,
+            "train_split": self.train_split,
+            "eval_split": self.eval_split,
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+        }
+
+
+@dataclass
+class ScheduleArguments(CheckedArguments):
+    """Batch and learning rate of a training.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    batch_size: int = field(
+        default=128,
+        metadata={"help": "Images in an optimiser step, over all processes and accumulated batches."},
+    )
+    warmup_epochs: float = field(
+        default=0.0, metadata={"help": "Epochs in which the learning rate rises linearly to its highest value."}
+    )
+    lr_drops: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "Shares of the training, in (0, 1), after which the learning rate is a tenth of what it was."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._check("batch_size", self.batch_size >= 1, "at least 1")
+        self._check("warmup_epochs", self.warmup_epochs >= 0, "at least 0")
+        self._check("lr_drops", all(0 < share < 1 for share in self.lr_drops), "a list of shares in (0, 1)")
+
+
+@dataclass
+class ExperimentArguments(ScheduleArguments, DataArguments):
+    """Arguments of a recipe that trains a classifier, beside those of GradAugConfig.
 
     Raises:
         ValueError: a field is out of its range.
@@ -46,7 +120,7 @@ class ExperimentArguments:
         default="resnet50",
         metadata={
             "help": (
-                "Name of a timm network, which is trained from scratch; or a Hub id, as user/name or "
+                "Name of a timm model, which is trained from scratch; or a Hub id, as user/name or "
                 "user/name@revision, or a folder, of timm or transformers, whose weights are loaded."
             )
         },
@@ -65,23 +139,11 @@ class ExperimentArguments:
         default="ILSVRC/imagenet-1k",
         metadata={"help": "Hub id, parquet file, folder of parquet files, or folder of images sorted by class."},
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub data set that has several."}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; found if not given."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of classes; found if not given."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on; by default `validation`, else `test`."}
-    )
     labels_per_class: int | None = field(
-        default=None, metadata={"help": "Number of training images of each class, drawn from the seed; default: all."}
+        default=None, metadata={"help": "Training images of each class, sampled with the seed; default: all."}
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Number of training images, drawn from the seed; default: all."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Number of images to evaluate on, drawn from the seed; default: all."}
+        default=None, metadata={"help": "Number of training images, sampled with the seed; default: all."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Whether to read the images while training instead of downloading first."}
@@ -90,37 +152,55 @@ class ExperimentArguments:
         default=False,
         metadata={"help": "Whether to leave out, and count, images that cannot be decoded instead of stopping."},
     )
-    batch_size: int = field(
-        default=128,
-        metadata={"help": "Images in an optimiser step, over all processes and accumulated batches."},
-    )
-    warmup_epochs: float = field(
-        default=0.0, metadata={"help": "Epochs in which the learning rate rises linearly to its highest value."}
-    )
-    lr_drops: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": "Shares of the training, in (0, 1), after which the learning rate is a tenth of what it was."
-        },
-    )
     subnet_rotation: bool = field(
         default=False,
         metadata={"help": "Whether each sub-network sees the images turned by 0, 90, 180 or 270 degrees."},
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "labels_per_class", "max_train_samples", "max_eval_samples"):
+        DataArguments.__post_init__(self)
+        ScheduleArguments.__post_init__(self)
+        for name in ("labels_per_class", "max_train_samples"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
         for name in ("drop_path_rate", "drop_block_rate", "shake_drop_rate"):
             self._check(name, 0 <= (getattr(self, name) or 0) < 1, "in [0, 1)")
         self._check("skip_bad_images", not (self.skip_bad_images and self.streaming), "False with streaming")
-        self._check("warmup_epochs", self.warmup_epochs >= 0, "at least 0")
-        self._check("lr_drops", all(0 < share < 1 for share in self.lr_drops), "a list of shares in (0, 1)")
 
-    def _check(self, name: str, valid: bool, allowed: str) -> None:
-        if not valid:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
+
+class RecipeParser(BriefParser, HfArgumentParser):
+    """Parser of the flags of a recipe, whose help has the recipe's, then GradAug's, then the Trainer's.
+
+    Args:
+        kinds: dataclasses of the arguments.
+        kwargs: keyword arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, kinds: Any, **kwargs: Any) -> None:
+        super().__init__(kinds, allow_abbrev=False, **kwargs)
+
+    def parse_args_into_dataclasses(
+        self, args: Sequence[str] | None = None, return_remaining_strings: bool = False, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """Parse flags as HfArgumentParser does, and refuse in one line those that are not known.
+
+        Raises:
+            SystemExit: a flag is not known, or its value has a wrong type.
+        """
+        *found, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True, **kwargs)
+        if return_remaining_strings:
+            return *found, unknown
+        self.refuse(unknown)
+        return tuple(found)
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        is_config = issubclass(dtype, TrainingArguments)
+        titles = ("GradAug", "the Trainer of transformers") if is_config else ("the recipe",)
+        self._groups = [self.add_argument_group(title) for title in titles]
+        super()._add_dataclass_arguments(dtype)
+
+    def _parse_dataclass_field(self, parser: ArgumentParser, field: Field) -> None:
+        super()._parse_dataclass_field(self._groups[-1 if field.name in TRAINER_FIELDS else 0], field)
 
 
 def parse(
@@ -129,7 +209,7 @@ def parse(
     description: str | None,
     argv: Sequence[str],
 ) -> tuple[ExperimentArguments, GradAugConfig]:
-    """The arguments of a run: flags, then the file, preset, method and recipe, then the classes' defaults.
+    """Return the arguments of a run: flags, then the file, preset, method and recipe, then the classes' defaults.
 
     Args:
         settings: what the recipe sets, by name of the field.
@@ -141,7 +221,7 @@ def parse(
         ValueError: a setting is out of its range, or the file is not one of settings.
         SystemExit: a flag is not known, or its value has a wrong type.
     """
-    parser = HfArgumentParser((ExperimentArguments, GradAugConfig), description=description)
+    parser = RecipeParser((ExperimentArguments, GradAugConfig), description=description, usage=USAGE)
     given = given_settings(parser, settings, argv)
     method = given.get("method", settings.get("method", ExperimentArguments.method))
     chosen = {**settings, **methods[method], **given, "method": method}
@@ -150,7 +230,7 @@ def parse(
 
 
 def given_settings(parser: HfArgumentParser, settings: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
-    """What flags and a file set, and what gives way to that, by name of the field.
+    """Return the settings of flags and a file, and those that give way to them, by name of the field.
 
     Args:
         parser: knows the fields.
@@ -177,7 +257,7 @@ def _names(parser: HfArgumentParser) -> list[str]:
 
 
 def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Values of the flags that are there, of the right types, without defaults."""
+    """Return the values of the flags that are given, of the right types."""
     absent = object()
     parsed = parser.parse_args(argv, Namespace(**dict.fromkeys(_names(parser), absent)))
     return {name: value for name, value in vars(parsed).items() if value is not absent}
@@ -200,7 +280,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as flags, without those that are empty.
+    """Return settings as flags, without those that are empty.
 
     A file's values are thereby read as those of the command line are, 1e-4 for example.
     """

@@ -2,21 +2,24 @@
 
 import ctypes
 import gc
+import re
 import sys
-import threading
+from pathlib import Path
 from types import TracebackType
 
-import psutil
 import torch
 
-SAMPLING_INTERVAL = 0.01  # seconds
+# Linux' record of a process, and the file that starts the record of its peak anew.
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+START_PEAK_ANEW = "5"
 
 
 class PeakMemory:
-    """Context that measures the peak memory of what runs inside it.
+    """Measure the peak memory of the work inside a context.
 
-    On a GPU that is what torch's allocator held; else the resident memory of the process, sampled a hundred times a
-    second. What earlier work freed is first returned to the system, where the C library can.
+    On a GPU it is the memory of torch's allocator, on the CPU the resident memory of the process by Linux' record;
+    elsewhere that since the process started. The Trainer's own `skip_memory_metrics=False` has a thread read the
+    memory without pause, which takes a core from a training on the CPU.
 
         with PeakMemory(device) as peak:
             train()
@@ -33,12 +36,9 @@ class PeakMemory:
     def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        else:
+        elif CLEAR.exists():
             _return_freed_memory()
-            self._process = psutil.Process()
-            self._done = threading.Event()
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
+            CLEAR.write_text(START_PEAK_ANEW)
         return self
 
     def __exit__(
@@ -47,19 +47,20 @@ class PeakMemory:
         if self.device.type == "cuda":
             self.mebibytes = torch.cuda.max_memory_allocated(self.device) / 2**20
         else:
-            self._done.set()
-            self._thread.join()
-            self._sample()
+            self.mebibytes = _peak_of_process()
 
-    def _watch(self) -> None:
-        while not self._done.wait(SAMPLING_INTERVAL):
-            self._sample()
 
-    def _sample(self) -> None:
-        self.mebibytes = max(self.mebibytes, self._process.memory_info().rss / 2**20)
+def _peak_of_process() -> float:
+    peak = re.search(r"VmHWM:\s*(\d+) kB", STATUS.read_text()) if STATUS.exists() else None
+    if peak is not None:
+        return int(peak[1]) / 2**10
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
+
+    return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _return_freed_memory() -> None:
+    """Return to the system what earlier work freed, where the C library can."""
     gc.collect()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc's alone
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's alone
         trim(0)

@@ -27,12 +27,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradaug_cutmix": CUTMIX,
     "gradaug_mixup": MIXUP,
 }
-# Arguments that are passed to the constructor of the network.
+# Arguments that are passed to the constructor of the model.
 NETWORK_ARGUMENTS = ("drop_path_rate", "drop_block_rate", "shake_drop_rate", "zero_init_last")
 
 
 def methods_with(**changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The methods with the settings that a recipe has for some of them.
+    """Return the methods with the settings that a recipe has for some of them.
 
     Args:
         changes: name of a method -> what it sets beside or instead of its own.
@@ -47,17 +47,17 @@ def check_method(
     model: str,
     accepted: set[str],
 ) -> None:
-    """Make sure that a network has what a method regularises.
+    """Make sure that a model has the parts that a method regularises.
 
     Args:
         method: name of the method.
         methods: what each method sets.
-        network_arguments: the settings of the run that are for the network's constructor.
-        model: name of the network.
+        network_arguments: the settings of the run that are for the model's constructor.
+        model: name of the model.
         accepted: parameters of its constructor.
 
     Raises:
-        ValueError: the constructor lacks a parameter that is on; names the methods that the network can be trained by.
+        ValueError: the constructor lacks a parameter that is on; names the methods that the model can be trained by.
     """
     missing = _missing(network_arguments, accepted)
     if missing:
@@ -69,11 +69,11 @@ def check_method(
 
 
 def methods_for(methods: Mapping[str, Mapping[str, Any]], accepted: set[str]) -> list[str]:
-    """Names of the methods that a network can be trained by.
+    """Return the names of the methods that a model can be trained by.
 
     Args:
         methods: what each method sets.
-        accepted: parameters of the network's constructor.
+        accepted: parameters of the model's constructor.
     """
     return [name for name, settings in methods.items() if not _missing(settings, accepted)]
 

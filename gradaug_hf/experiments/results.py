@@ -1,69 +1,25 @@
-"""Results of training runs: table and JSON; `python -m gradaug_hf.experiments.results DIR...` compares runs."""
+"""Results of training runs: table, JSON and comparison."""
 
 import json
 import statistics
 import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, plot_comparison
+from gradaug_hf.reports.runs import Result, Run
 from gradaug_hf.utils.environment import device_name, public_command, versions
 from gradaug_hf.utils.tables import markdown_table
 
 RESULTS = "results.json"
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one training run came to.
-
-    Args:
-        method: Name of the method.
-        top1: Top-1 accuracy of the final epoch, in 0..1.
-        top5: Top-5 accuracy of the final epoch, in 0..1.
-        steps: Steps of the optimiser.
-        seconds: Time of training, without that of evaluation.
-        peak_memory: Peak memory while training, in mebibytes.
-        curve: Step and top-1 accuracy in 0..1 at each evaluation.
-        widths: Width, top-1 and top-5 accuracy in 0..1 of each sub-network that was evaluated.
-    """
-
-    method: str
-    top1: float
-    top5: float
-    steps: int
-    seconds: float
-    peak_memory: float
-    curve: list[tuple[int, float]]
-    widths: list[tuple[float, float, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A result and what of its settings tells it from others.
-
-    Args:
-        model: Name of the network.
-        data: Name of the data set.
-        seed: Seed of the run.
-        result: What the run came to.
-        file: Where it was read.
-    """
-
-    model: str
-    data: str
-    seed: int
-    result: Result
-    file: Path
-
-
 def results_table(results: Sequence[Result]) -> str:
-    """Results as a Markdown table, one row each."""
+    """Return results as a Markdown table, one row each."""
     header = ("method", "top-1 %", "top-5 %", "steps", "seconds", "peak memory MiB")
     rows = [
         (
@@ -80,7 +36,7 @@ def results_table(results: Sequence[Result]) -> str:
 
 
 def widths_table(widths: Sequence[tuple[float, float, float]]) -> str:
-    """Width, top-1 and top-5 accuracy in 0..1 of networks as a Markdown table."""
+    """Return width, top-1 and top-5 accuracy in 0..1 as a Markdown table in %."""
     rows = [(f"{width:g}", f"{top1:.2%}"[:-1], f"{top5:.2%}"[:-1]) for width, top1, top5 in widths]
     return markdown_table(("width", "top-1 %", "top-5 %"), rows)
 
@@ -99,7 +55,7 @@ def save_results(results: Sequence[Result], file: Path, settings: dict[str, Any]
 
 
 def run_context(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What is needed to get results again: command, settings, device, threads and versions.
+    """Return what is needed to get results again: command, settings, device, threads and versions.
 
     Args:
         settings: of the run, the seed among them.
@@ -115,7 +71,7 @@ def run_context(settings: dict[str, Any], device: torch.device) -> dict[str, Any
 
 
 def load_runs(folder: Path) -> list[Run]:
-    """The runs in `results.json` of a folder.
+    """Read the runs in `results.json` of a folder.
 
     Raises:
         ValueError: there is no such file, or it does not hold results.
@@ -136,7 +92,7 @@ def load_runs(folder: Path) -> list[Run]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs that differ in their seed alone, by model, data, method and number of steps, in the order of the first.
+    """Group runs that differ in their seed alone, by model, data, method and number of steps, in their order.
 
     Raises:
         ValueError: two runs of a group have the same seed.
@@ -154,7 +110,7 @@ def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def comparison_table(groups: Sequence[Sequence[Run]]) -> str:
-    """Mean and sample deviation over the seeds of each group as a Markdown table."""
+    """Return mean and sample deviation over the seeds of each group as a Markdown table."""
     header = ("method", "model", "data", "steps", "seeds", "top-1 %", "top-5 %", "seconds", "peak memory MiB")
     rows = [
         (
@@ -174,32 +130,27 @@ def comparison_table(groups: Sequence[Sequence[Run]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and sample deviation of some values as text."""
+    """Return mean and sample deviation of some values as text."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Compare finished runs, as the command line says."""
-    parser = ArgumentParser(
-        prog="python -m gradaug_hf.experiments.results", description="Compare runs by their results.json."
-    )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="output folder of a run")
-    parser.add_argument("--plot", type=Path, default=Path("results.png"), help="PNG file to write")
-    args = parser.parse_args(argv)
+def compare(folders: Sequence[Path], plot: Path) -> str:
+    """Plot the top-1 accuracies of finished runs, and return a table of them.
+
+    Args:
+        folders: output folders of the runs.
+        plot: PNG file to write.
+
+    Raises:
+        ValueError: a folder does not hold the results of a run, two runs are the same but for their folder,
+            matplotlib is not installed, or the plot cannot be written.
+    """
+    groups = group_runs([run for folder in folders for run in load_runs(folder)])
     try:
-        groups = group_runs([run for folder in args.folders for run in load_runs(folder)])
-    except ValueError as error:
-        parser.error(str(error))
-    print(comparison_table(groups))
-    try:
-        plot_comparison(groups, args.plot)
-    except ModuleNotFoundError:
-        parser.error(NEEDS_MATPLOTLIB)
+        plot_comparison(groups, plot)
+    except ModuleNotFoundError as error:
+        raise ValueError(NEEDS_MATPLOTLIB) from error
     except (OSError, ValueError) as error:
-        parser.error(f"plot {args.plot} cannot be written: {error}")
-    print(f"\nwrote {args.plot}")
-
-
-if __name__ == "__main__":
-    main()
+        raise ValueError(f"plot {plot} cannot be written: {error}") from error
+    return comparison_table(groups)

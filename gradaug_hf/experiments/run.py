@@ -1,12 +1,9 @@
-"""What the recipes share: from the command line to `results.json`."""
+"""Recipes from the command line to `results.json`."""
 
 import math
 import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,11 +11,8 @@ from typing import Any, TypeVar
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.training_args import OptimizerNames
 
 from gradaug_hf.data.bad_images import SkippingDataset, readable_images
 from gradaug_hf.data.decoding import UnreadableImageError, with_pixels
@@ -36,7 +30,8 @@ from gradaug_hf.data.transforms import Transform
 from gradaug_hf.experiments.arguments import ExperimentArguments, parse
 from gradaug_hf.experiments.memory import PeakMemory
 from gradaug_hf.experiments.methods import NETWORK_ARGUMENTS, check_method
-from gradaug_hf.experiments.results import RESULTS, Result, results_table, save_results, widths_table
+from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
+from gradaug_hf.experiments.results import RESULTS, results_table, save_results, widths_table
 from gradaug_hf.hub.networks import (
     accepted_arguments,
     create_network,
@@ -48,11 +43,12 @@ from gradaug_hf.hub.networks import (
 from gradaug_hf.hub.preprocessing import as_its_pipeline, image_processor_of
 from gradaug_hf.hub.pushing import PushError
 from gradaug_hf.objective.transforms import RandomQuarterTurn
+from gradaug_hf.reports.runs import Result
 from gradaug_hf.trainer.checkpoints import CheckpointError, ResumeError
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.loss_watch import NonFiniteLossError
 from gradaug_hf.trainer.metrics import topk_accuracy
-from gradaug_hf.trainer.trainer import GradAugTrainer
+from gradaug_hf.utils.command_line import errors_as_messages
 from gradaug_hf.utils.launch import process_state
 from gradaug_hf.utils.threads import use_all_cores
 
@@ -73,7 +69,6 @@ SETTINGS = {
     "dataloader_persistent_workers": True,
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
-MOMENTUM = 0.9
 Loaded = TypeVar("Loaded")
 LAST = "last"
 # What can go wrong while training.
@@ -91,7 +86,7 @@ class Recipe:
         methods: what each method sets, by name.
         transform: makes the transform of an image from whether to augment, `mean` and `std`.
         description: shown by --help.
-        initialise: gives a new network the paper's initial weights; None keeps the network's own.
+        initialise: gives a new model the paper's initial weights; None keeps the model's own.
     """
 
     settings: Mapping[str, Any]
@@ -101,76 +96,16 @@ class Recipe:
     initialise: Callable[[nn.Module], None] | None = None
 
 
-class RecipeTrainer(GradAugTrainer):
-    """GradAugTrainer with the paper's SGD and learning rate.
-
-    With `optim="sgd"` momentum is Nesterov's, and weight decay is on all parameters, batch norm and biases among them.
+def run(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
+    """Train, or only evaluate, as the command line says, print accuracies and write `results.json`.
 
     Args:
-        trainer_args: positional arguments of GradAugTrainer.
-        lr_drops: shares of the training after which the learning rate is a tenth; none: `lr_scheduler_type` holds.
-        experiment: what else has to be the same when the training is resumed, by name.
-        kwargs: keyword arguments of GradAugTrainer.
+        recipe: the experiment.
+        argv: flags, after the name of a YAML or JSON file if there is one; None: those of this process.
     """
-
-    def __init__(
-        self,
-        *trainer_args: Any,
-        lr_drops: Sequence[float] = (),
-        experiment: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.lr_drops = lr_drops
-        self.experiment = experiment or {}
-        self.evaluation_seconds = 0.0
-        super().__init__(*trainer_args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`GradAugTrainer.evaluate`, whose time is added to `evaluation_seconds`."""
-        start = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
-        self.evaluation_seconds += time.perf_counter() - start
-        return metrics
-
-    def settings(self) -> dict[str, Any]:
-        """What has to be the same when a training is resumed."""
-        return super().settings() | dict(self.experiment)
-
-    def training_seconds(self) -> float:
-        """Seconds that the training has taken so far, without those of evaluation."""
-        return super().training_seconds() - self.evaluation_seconds
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """SGD with Nesterov momentum on all parameters, or what another `optim` stands for."""
-        if self.args.optim != OptimizerNames.SGD or self.optimizer is not None:
-            return super().create_optimizer(model)
-        self.optimizer = SGD(
-            (self.model if model is None else model).parameters(),
-            lr=self.args.learning_rate,
-            momentum=MOMENTUM,
-            nesterov=True,
-            weight_decay=self.args.weight_decay,
-        )
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """The learning rate of each step, with `lr_drops` where there are any."""
-        if not self.lr_drops or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-
-        def factor(step: int) -> float:
-            drops = sum(step >= share * num_training_steps for share in self.lr_drops)
-            return (step / warmup if step < warmup else 1.0) * 0.1**drops
-
-        self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
-        return self.lr_scheduler
-
-
-def run(recipe: Recipe) -> None:
-    """Train, or only evaluate, as the command line says; prints accuracies and writes `results.json`."""
     with errors_as_messages(OSError, ValueError):
-        args, config = parse({**SETTINGS, **recipe.settings}, recipe.methods, recipe.description, sys.argv[1:])
+        argv = sys.argv[1:] if argv is None else argv
+        args, config = parse({**SETTINGS, **recipe.settings}, recipe.methods, recipe.description, argv)
         hide_token(config.hub_token)
         use_all_cores()
         complete(args, config)
@@ -189,25 +124,8 @@ def hide_token(token: str | None) -> None:
         sys.argv[:] = [word.replace(token, "<HUB_TOKEN>") for word in sys.argv]
 
 
-@contextmanager
-def errors_as_messages(*kinds: type[Exception], of_one_process: bool = False) -> Iterator[None]:
-    """End the process with the message of an error that the user can do something about, without a trace.
-
-    Args:
-        kinds: of errors that are such; others are raised.
-        of_one_process: whether a process may be the only one with the error, so that each says its own.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
-    except kinds as error:
-        speaks = of_one_process or process_state().is_main_process
-        raise SystemExit(f"error: {error}" if speaks else 1) from error
-
-
 def complete(args: ExperimentArguments, config: GradAugConfig) -> None:
-    """Settle what follows from the arguments.
+    """Settle the settings that follow from the arguments.
 
     Raises:
         ValueError: the arguments do not fit each other or the number of processes.
@@ -218,7 +136,7 @@ def complete(args: ExperimentArguments, config: GradAugConfig) -> None:
 
 
 def complete_config(config: GradAugConfig, batch_size: int, warmup_epochs: float) -> None:
-    """Settle what of the Trainer's settings follows from those of a recipe.
+    """Settle the Trainer's settings that follow from those of a recipe.
 
     Args:
         config: the settings, with an `output_dir`; changed in place.
@@ -254,11 +172,11 @@ def complete_config(config: GradAugConfig, batch_size: int, warmup_epochs: float
 
 
 def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfig) -> RecipeTrainer:
-    """Network, data and trainer of a run.
+    """Make the model, the data and the trainer of a run.
 
     Raises:
-        OSError: the data set cannot be found, reached or read.
-        ValueError: the arguments do not fit the network or the data.
+        OSError: the dataset cannot be found, reached or read.
+        ValueError: the arguments do not fit the model or the data.
     """
     arguments = {name: getattr(args, name) for name in NETWORK_ARGUMENTS}
     if config.do_train:
@@ -270,20 +188,20 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
 
     set_seed(config.seed)
     if config.do_train:
-        network = create_network(args.model, class_names(data), arguments)
+        model = create_network(args.model, class_names(data), arguments)
         if recipe.initialise is not None and not is_checkpoint(args.model):
-            recipe.initialise(network)
+            recipe.initialise(model)
     else:
-        network = load_network(args.model, len(class_names(data)))
-    statistics = pixel_statistics(network, image_processor(args.model))
-    evaluation = as_its_pipeline(recipe.transform(False, **statistics), network)
+        model = load_network(args.model, len(class_names(data)))
+    statistics = pixel_statistics(model, image_processor(args.model))
+    evaluation = as_its_pipeline(recipe.transform(False, **statistics), model)
     trainer = RecipeTrainer(
-        network,
+        model,
         config,
         train_dataset=training_images(data["train"], recipe.transform(True, **statistics), args, config.seed),
         eval_dataset=with_pixels(data["eval"], evaluation),
         compute_metrics=topk_accuracy,
-        processing_class=image_processor_of(evaluation, network),
+        processing_class=image_processor_of(evaluation, model),
         subnet_transform=RandomQuarterTurn() if args.subnet_rotation else None,
         lr_drops=args.lr_drops,
         experiment={name: value for name, value in asdict(args).items() if name not in CHANGEABLE},
@@ -297,7 +215,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
 def training_images(
     split: Dataset | IterableDataset, transform: Transform, args: ExperimentArguments, seed: int
 ) -> SeededDataset | SeededStream:
-    """Images to train on, whose augmentation is a function of the seed, so that a training can be resumed exactly."""
+    """Return images to train on, whose augmentation follows from the seed, so that a run can be resumed exactly."""
     images = with_pixels(split, transform)
     if args.streaming:
         return SeededStream(images, seed)
@@ -305,12 +223,12 @@ def training_images(
 
 
 def load_data_once(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
-    """`load_data` on the main process, and then on the others from its cache."""
+    """Load the data on the main process, and then on the others from its cache."""
     return first_on_main_process(lambda: load_data(args, seed))
 
 
 def first_on_main_process(load: Callable[[], Loaded]) -> Loaded:
-    """What a function loads, on the main process first; each process fails for a reason of its own."""
+    """Load on the main process first; each process fails for a reason of its own."""
     failure = None
     with process_state().main_process_first():
         try:
@@ -323,14 +241,8 @@ def first_on_main_process(load: Callable[[], Loaded]) -> Loaded:
 
 
 def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
-    """The images to train on and to evaluate on, as many of them as are asked for."""
-    options = {
-        "config_name": args.dataset_config_name,
-        "train_split": args.train_split,
-        "eval_split": args.eval_split,
-        "image_column": args.image_column,
-        "label_column": args.label_column,
-    }
+    """Load the images to train on and to evaluate on, as many of them as are asked for."""
+    options = args.loading_options()
     if args.streaming:
         data = stream_image_data(args.dataset_name, **options)
     else:
@@ -353,7 +265,7 @@ def settle_steps(args: ExperimentArguments, config: GradAugConfig, train_split: 
     """Set the number of steps of a stream, which the Trainer has to know.
 
     Raises:
-        ValueError: neither the data set nor the arguments say how many images or steps there are.
+        ValueError: neither the dataset nor the arguments say how many images or steps there are.
     """
     if not (args.streaming and config.do_train) or config.max_steps > 0:
         return
@@ -367,7 +279,7 @@ def settle_steps(args: ExperimentArguments, config: GradAugConfig, train_split: 
 
 
 def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
-    """Train, evaluate after the final epoch, and save the network and `results.json`."""
+    """Train, evaluate after the final epoch, and save the model and `results.json`."""
     config = trainer.args
     with PeakMemory(config.device) as peak:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
@@ -396,17 +308,17 @@ def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
             print(f"{widths_table(result.widths)}\n")
         if args.skip_bad_images:
             print(f"skipped {skipped} training images that cannot be decoded")
-        print(f"wrote the network and {RESULTS} to {config.output_dir}")
+        print(f"wrote the model and {RESULTS} to {config.output_dir}")
 
 
 def images_skipped(trainer: RecipeTrainer) -> int:
-    """Number of training images that some process could not decode."""
+    """Return the number of training images that some process could not decode."""
     skipped = trainer.train_dataset.dataset.skipped.to(trainer.args.device)
     return int((trainer.accelerator.reduce(skipped, "sum") > 0).sum())
 
 
 def push(trainer: RecipeTrainer) -> None:
-    """Push the network and its results, if they are to be."""
+    """Push the model and its results where that was asked for."""
     if trainer.args.push_to_hub:
         commit = trainer.push_to_hub()
         if trainer.args.should_save:
@@ -423,5 +335,5 @@ def evaluate(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
 
 
 def accuracies(metrics: Mapping[str, float], widths: Sequence[float]) -> list[tuple[float, float, float]]:
-    """Width, top-1 and top-5 of each width that was evaluated."""
+    """Return width, top-1 and top-5 of each width that was evaluated."""
     return [(w, metrics[f"eval_width{w:g}_top1"], metrics[f"eval_width{w:g}_top5"]) for w in widths]

@@ -1,4 +1,4 @@
-"""Many training runs, one process each: `python -m gradaug_hf.experiments.sweep PLAN.yaml` trains what a plan lists.
+"""Sweeps: many training runs that a plan lists, one process each.
 
 Every run has a folder of its own. Started again, finished runs are skipped, and one that was interrupted goes on from
 its last checkpoint.
@@ -7,9 +7,7 @@ its last checkpoint.
 import json
 import shlex
 import subprocess
-import sys
 import time
-from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,9 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from gradaug_hf.experiments.arguments import as_flags
-from gradaug_hf.experiments.results import RESULTS, Result, load_runs, spread
+from gradaug_hf.experiments.results import RESULTS, load_runs, spread
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
+from gradaug_hf.reports.runs import Result
 from gradaug_hf.utils.tables import markdown_table
 
 SETTINGS, LOG = "settings.json", "log.txt"
@@ -49,7 +48,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Name of its folder."""
+        """Return the name of its folder."""
         words = f"{self.column} {self.row} seed{self.seed}".split()
         return "-".join("".join(c if c.isalnum() or c in "._+" else "_" for c in word) for word in words)
 
@@ -85,7 +84,7 @@ class Plan:
             raise ValueError("hub_token would be written with the settings of each run; use `hf auth login`")
 
     def runs(self) -> list[PlannedRun]:
-        """All runs, seed by seed, so that every row has a first result early."""
+        """Return all runs, seed by seed, so that every row has a first result early."""
         return [
             PlannedRun(row, column, seed, {**self.settings, **shared, **own, "seed": seed})
             for seed in self.seeds
@@ -165,7 +164,7 @@ def _check_settings(run: PlannedRun, folder: Path) -> None:
 
 
 def _train(run: PlannedRun, recipe: Path, folder: Path, launch: str) -> str | None:
-    """Train a run in a process of its own; the end of its log if that failed."""
+    """Train a run in a process of its own, and return the end of its log if that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(json.dumps(dict(run.settings), indent=2) + "\n")
     flags = as_flags({**run.settings, "output_dir": str(folder)})
@@ -188,7 +187,7 @@ def _result(run: PlannedRun, folder: Path) -> Result:
 
 
 def summarise(plan: Plan, folder: Path) -> list[dict[str, Any]]:
-    """What the finished runs of a plan came to, a record for each."""
+    """Return a record of each finished run of a plan."""
     finished = [run for run in plan.runs() if (folder / run.name / RESULTS).exists()]
     records = []
     for run in finished:
@@ -210,7 +209,7 @@ def summarise(plan: Plan, folder: Path) -> list[dict[str, Any]]:
 
 
 def summary_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Top-1 accuracy in percent, mean and sample deviation over the seeds, as a Markdown table.
+    """Return top-1 accuracy in %, mean and sample deviation over the seeds, as a Markdown table.
 
     With a single column the other measures are beside it, and the gain over the first row in runs of the same seed.
 
@@ -249,7 +248,7 @@ def _accuracy(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def train_and_report(plan: Plan, folder: Path, launch: str, seeds: Sequence[int] | None = None) -> None:
-    """Train a plan, and write and print what is known of it, also after an interruption.
+    """Train a plan, and write and print its results so far, also after an interruption.
 
     Args:
         plan: as for `train_all`.
@@ -287,7 +286,7 @@ def report(plan: Plan, folder: Path) -> None:
 
 
 def plot_summary(records: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draw top-1 accuracy of each row, a panel for each column: every seed, their mean and sample deviation.
+    """Plot top-1 accuracy of each row, a panel for each column: every seed, their mean and sample deviation.
 
     Args:
         records: of `summarise`.
@@ -300,24 +299,8 @@ def plot_summary(records: Sequence[Mapping[str, Any]], file: Path) -> None:
     plot_spreads(rows, {column: [found.get((row, column), []) for row in rows] for column in columns}, file)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train and compare what a plan lists, as the command line says."""
-    parser = ArgumentParser(prog="python -m gradaug_hf.experiments.sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("plan", type=Path, help="YAML or JSON file with recipe, rows, seeds, settings and columns")
-    parser.add_argument("--output_dir", type=Path, help="folder of all runs; default: outputs/ and the plan's name")
-    parser.add_argument("--launch", default=LAUNCH, help=f"command that starts the recipe; default: {LAUNCH}")
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to train now; default: all that the plan lists")
-    args, flags = parser.parse_known_args(argv)
-    try:
-        plan = read_plan(args.plan)
-        plan = Plan(plan.recipe, plan.rows, plan.seeds, {**plan.settings, **flag_settings(flags)}, plan.columns)
-        train_and_report(plan, args.output_dir or Path("outputs") / args.plan.stem, args.launch, args.seeds)
-    except ValueError as error:
-        parser.error(str(error))
-
-
 def flag_settings(flags: Sequence[str]) -> dict[str, Any]:
-    """Further flags of the recipe as settings, such as `--dataset_name DIR --use_cpu`.
+    """Return further flags of the recipe, such as `--dataset_name DIR --use_cpu`, as settings.
 
     Raises:
         ValueError: a word does not follow a flag.
@@ -334,7 +317,3 @@ def flag_settings(flags: Sequence[str]) -> dict[str, Any]:
             settings[name].append(word)
     single = {name: words[0] if len(words) == 1 else words for name, words in settings.items()}
     return {name: "true" if value == [] else value for name, value in single.items()}
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -7,7 +7,6 @@ from typing import Any
 
 import timm
 import torch
-from datasets import ClassLabel
 from timm.models._hub import save_config_for_hf
 from timm.models._input import get_model_args, get_model_input_config
 from timm.models._pretrained import filter_pretrained_cfg
@@ -172,8 +171,8 @@ def label_names(model: nn.Module, *datasets: Any) -> list[str] | None:
     for dataset in datasets:
         features = getattr(dataset, "features", None) or {}
         for column in ("label", "labels"):
-            if isinstance(features.get(column), ClassLabel):
-                return features[column].names
+            if names := getattr(features.get(column), "names", None):  # a ClassLabel
+                return names
         classes = getattr(dataset, "classes", None)
         if isinstance(classes, Sequence) and all(isinstance(name, str) for name in classes):
             return list(classes)

@@ -1,6 +1,4 @@
-"""Turns weights that the paper's own code trained into a checkpoint folder of timm.
-
-python -m gradaug_hf.hub.official FILE.pth.tar --arch resnet50 --output DIR
+"""Weights that the paper's own code trained become a checkpoint folder of timm.
 
 A ResNet-110 becomes the network that was trained: the paper's code multiplies the residuals by their survival
 probability when it tests, although its full network never drops a block while training.
@@ -8,8 +6,7 @@ probability when it tests, although its full network never drops a block while t
 
 import pickle
 import re
-from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,25 +166,3 @@ def convert_file(file: Path, arch: str, output: Path) -> nn.Module:
         save_configs(network, folder)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return network
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Convert a checkpoint, as the command line says."""
-    parser = ArgumentParser(
-        prog="python -m gradaug_hf.hub.official",
-        description="Turn weights that the paper's own code trained into a checkpoint folder of timm.",
-    )
-    parser.add_argument("file", type=Path, metavar="FILE", help="checkpoint of the paper's code, such as x.pth.tar")
-    parser.add_argument("--arch", required=True, choices=OFFICIAL_NAMES, help="the network that it holds")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
-    args = parser.parse_args(argv)
-    try:
-        network = convert_file(args.file, args.arch, args.output)
-    except ValueError as error:
-        parser.error(str(error))
-    print(f"wrote {args.output}: {args.arch} with {network.num_classes} classes")
-    print(f'timm.create_model("local-dir:{args.output}", pretrained=True) loads it once gradaug_hf is imported')
-
-
-if __name__ == "__main__":
-    main()

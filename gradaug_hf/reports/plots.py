@@ -16,12 +16,11 @@ from torch import Tensor
 from gradaug_hf.objective.sampling import Subnet
 from gradaug_hf.objective.transforms import ImageTransform, transform_for_subnet
 from gradaug_hf.reports.history import LOSS, Entry, Evaluation, shares, title, training_log
+from gradaug_hf.reports.runs import Result, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from gradaug_hf.experiments.results import Result, Run
 
 PLOTS = "plots"
 CURVES, WIDTHS, SUBNETS = "curves.png", "widths.png", "subnets.png"

@@ -1,4 +1,4 @@
-"""What a run ran on and by which command, as it may be shown to others."""
+"""Versions, device and command of a run, as they may be shown to others."""
 
 import platform
 import re
@@ -19,7 +19,7 @@ TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of those that it stands on."""
+    """Return the versions of Python, of this package and of those that it stands on."""
     return {
         "python": platform.python_version(),
         "gradaug_hf": __version__,
@@ -28,19 +28,19 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Name of a GPU or of the processor."""
+    """Return the name of a GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine() or "CPU"
 
 
 def launched_script() -> list[str] | None:
-    """The script that this process runs and its arguments; None in a notebook and in an interactive session."""
+    """Return this process's script and its arguments; None in a notebook and in an interactive session."""
     return sys.argv if hasattr(sys.modules["__main__"], "__file__") else None
 
 
 def public_command(argv: Sequence[str]) -> str:
-    """A command line without secrets and without the folders of this machine.
+    """Return a command line without secrets and without the folders of this machine.
 
     Args:
         argv: script and arguments. Of a path that is absolute or leads out of the working folder only its last part

@@ -11,12 +11,12 @@ CPU_LAUNCH = "accelerate launch --config_file recipes/accelerate/cpu_2.yaml SCRI
 
 
 def process_state() -> PartialState:
-    """accelerate's state of this process, made if there is none; without an accelerator processes meet over gloo."""
+    """Return accelerate's state of this process, which is made if need be; on the CPU processes meet over gloo."""
     return PartialState(cpu=meets_on_cpu())
 
 
 def meets_on_cpu() -> bool:
-    """Whether this is one of several processes on a machine without an accelerator.
+    """Return whether this is one of several processes on a machine without an accelerator.
 
     Where it is not told that it runs on the CPU, accelerate takes each of them for a run of its own.
     """

@@ -1,4 +1,4 @@
-"""Random numbers of Python, NumPy and torch that are drawn aside, without a trace in the global ones."""
+"""Random numbers of Python, NumPy and torch that leave no trace in the global ones."""
 
 import random
 from collections.abc import Iterator

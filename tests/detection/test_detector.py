@@ -170,7 +170,7 @@ def test_weights_that_are_missing_or_of_another_detector_are_refused(tmp_path):
 )
 def test_settings_out_of_range_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        DetectorConfig("test_resnet", CATEGORIES, **(SMALL | settings))
+        DetectorConfig(backbone="test_resnet", categories=CATEGORIES, **(SMALL | settings))
 
 
 def test_the_size_of_images_comes_back_after_a_pass_and_after_an_error():

@@ -8,10 +8,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from gradaug_hf import GradAugConfig
 from gradaug_hf.experiments.arguments import ExperimentArguments, parse
-from gradaug_hf.experiments.run import SETTINGS, RecipeTrainer, complete, make_trainer
+from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
+from gradaug_hf.experiments.recipes import CIFAR_WIDERESNET, start_as_in_the_paper
+from gradaug_hf.experiments.run import SETTINGS, complete, make_trainer
 from gradaug_hf.hub.networks import create_network
-from recipes.cifar_wideresnet import RECIPE
-from recipes.imagenet_resnet50 import initialise
 from tests.helpers.checkpoints import save_images
 
 
@@ -90,7 +90,7 @@ def test_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
 def test_resnet50_starts_as_in_the_paper():
     torch.manual_seed(0)
     network = create_network("resnet50", [str(i) for i in range(1000)], {"zero_init_last": False})
-    initialise(network)
+    start_as_in_the_paper(network)
     assert sum(p.numel() for p in network.parameters()) == 25_557_032
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -111,9 +111,9 @@ def test_evaluation_sees_the_pixels_that_the_folder_s_processor_prepares(tmp_pat
         model = str(tmp_path / "network")
         ResNetForImageClassification(ResNetConfig(hidden_sizes=[8], depths=[1], num_labels=3)).save_pretrained(model)
     flags = f"--model {model} --dataset_name {photos} --eval_split test --output_dir {tmp_path / 'out'} --use_cpu"
-    args, config = parse({**SETTINGS, **RECIPE.settings}, RECIPE.methods, None, flags.split())
+    args, config = parse({**SETTINGS, **CIFAR_WIDERESNET.settings}, CIFAR_WIDERESNET.methods, None, flags.split())
     complete(args, config)
-    trainer = make_trainer(RECIPE, args, config)
+    trainer = make_trainer(CIFAR_WIDERESNET, args, config)
     with PIL.Image.open(tmp_path / "photos/test/class0/0.png") as photo:
         expected = trainer.processing_class(photo, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(trainer.eval_dataset[0]["pixel_values"], expected, rtol=0, atol=1e-5)

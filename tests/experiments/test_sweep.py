@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradaug_hf.experiments.sweep import Plan, flag_settings, main, read_plan, summary_table, train_all
+from gradaug_hf.cli import main
+from gradaug_hf.experiments.sweep import Plan, flag_settings, read_plan, summary_table, train_all
 
 # Stands for a recipe: writes down that it ran, and results that follow from its flags.
 RECIPE = """
@@ -101,7 +102,15 @@ def test_table_shows_means_deviations_and_gains_over_the_first_row(recipe, tmp_p
         rows={"plain": {"method": "baseline"}, "ours": {"method": "gradaug"}, "bad": {"method": "broken"}},
         seeds=[0, 2],
     )
-    line = [str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path / "runs"), "--launch", LAUNCH, "--use_cpu"]
+    line = [
+        "sweep",
+        str(tmp_path / "plan.yaml"),
+        "--output_dir",
+        str(tmp_path / "runs"),
+        "--launch",
+        LAUNCH,
+        "--use_cpu",
+    ]
     with pytest.raises(SystemExit, match="error: 2 runs failed: bad-seed0, bad-seed2"):
         main(line)
     table = (tmp_path / "runs" / "table.md").read_text()

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from gradaug_hf import convert_official, make_slimmable
-from gradaug_hf.hub.official import main
+from gradaug_hf import make_slimmable
+from gradaug_hf.cli import main
+from gradaug_hf.hub import official
 from gradaug_hf.slimming import subnet_pass
 
 
@@ -146,15 +147,14 @@ def save(file: Path, weights: dict[str, Tensor], key: str | None = "state_dict",
 
 def convert(file: Path, arch: str, output: Path) -> nn.Module:
     """The network that timm makes of the folder written by the command line."""
-    main([str(file), "--arch", arch, "--output", str(output)])
+    main(["convert", str(file), "--arch", arch, "--output", str(output)])
     return timm.create_model(f"local-dir:{output}", pretrained=True)
 
 
 def refusal(capsys: pytest.CaptureFixture, file: Path, arch: str, output: Path) -> str:
     with pytest.raises(SystemExit) as stopped:
-        main([str(file), "--arch", arch, "--output", str(output)])
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
+        main(["convert", str(file), "--arch", arch, "--output", str(output)])
+    return f"{stopped.value.code}"
 
 
 Pair = tuple[Callable[[Tensor], Tensor], Official, nn.Module]
@@ -340,7 +340,7 @@ def test_nothing_is_left_of_a_folder_that_cannot_be_written_whole(weights, tmp_p
         raise OSError(28, "No space left on device")
 
     file = save(tmp_path / "x.pth.tar", weights)
-    monkeypatch.setattr(convert_official, "save_file", fill_the_disk)
+    monkeypatch.setattr(official, "save_file", fill_the_disk)
     error = refusal(capsys, file, "resnet110_cifar", tmp_path / "out")
     assert "cannot be written: [Errno 28] No space left on device" in error
     assert [each.name for each in tmp_path.iterdir()] == ["x.pth.tar"]

@@ -8,9 +8,8 @@ import pytest
 
 from gradaug_hf.detection.arguments import parse
 from gradaug_hf.detection.detector import Detector
-from gradaug_hf.detection.experiment import run
+from gradaug_hf.detection.experiment import RECIPE, run
 from gradaug_hf.experiments.run import SETTINGS
-from recipes import coco_maskrcnn
 from tests.detection.conftest import content, write_coco  # noqa: F401  (fixtures)
 from tests.detection.test_detector import classifier  # noqa: F401  (fixture)
 
@@ -24,7 +23,7 @@ SPLITS = "--train_annotations annotations/boxes_train.json --val_annotations ann
 
 def run_recipe(flags: str, monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["coco_maskrcnn.py", *flags.split()])
-    run(coco_maskrcnn.SETTINGS, coco_maskrcnn.__doc__)
+    run()
 
 
 def results(folder: Path) -> dict:
@@ -32,19 +31,19 @@ def results(folder: Path) -> dict:
 
 
 def test_the_settings_are_those_of_torchvisions_training():
-    args, config = parse({**SETTINGS, **coco_maskrcnn.SETTINGS}, None, [])
-    assert (args.detector, args.backbone, args.batch_size) == ("mask_rcnn", "resnet50", 16)
-    assert (args.min_size, args.max_size, args.anchor_scale, args.channels) == (800, 1333, 8, 256)
+    args, detector, config = parse({**SETTINGS, **RECIPE}, None, [])
+    assert (detector.detector, args.backbone, args.batch_size) == ("mask_rcnn", "resnet50", 16)
+    assert (detector.min_size, detector.max_size, detector.anchor_scale, detector.channels) == (800, 1333, 8, 256)
     assert (config.num_train_epochs, config.learning_rate, config.weight_decay) == (12, 0.02, 1e-4)
     assert args.lr_drops == [8 / 12, 11 / 12]
     assert config.num_subnets == 0
-    assert parse({**SETTINGS, **coco_maskrcnn.SETTINGS}, None, ["--gradaug"])[1].num_subnets == 3
+    assert parse({**SETTINGS, **RECIPE}, None, ["--gradaug"])[-1].num_subnets == 3
 
 
 def test_another_schedule_takes_the_place_of_the_drops_also_from_a_file(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("lr_scheduler_type: cosine\nlearning_rate: 1e-3\n")
-    args, config = parse({**SETTINGS, **coco_maskrcnn.SETTINGS}, None, [str(file), "--warmup_steps", "5"])
+    args, _, config = parse({**SETTINGS, **RECIPE}, None, [str(file), "--warmup_steps", "5"])
     assert (args.lr_drops, args.warmup_epochs) == ([], 0)
     assert (config.learning_rate, config.warmup_steps) == (1e-3, 5)
 

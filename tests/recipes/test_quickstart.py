@@ -71,7 +71,7 @@ def test_both_checkpoints_and_the_plot_are_written(launched):
 def test_checkpoint_of_another_accuracy_ends_with_an_error(launched):
     _, folder = launched
     args = QuickstartArguments(labels_per_class=1, max_eval_samples=60, output_dir=str(folder))
-    with pytest.raises(SystemExit, match="another accuracy than the trained network: 12.30%"):
+    with pytest.raises(SystemExit, match="another accuracy than the trained model: 12.30%"):
         check_checkpoint(args, expected_top1=0.123)
 
 

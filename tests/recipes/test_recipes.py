@@ -516,7 +516,7 @@ def test_two_processes_share_the_batch_and_speak_once(tmp_path, few_images):
     images = f"--dataset_name {few_images} --output_dir {tmp_path}"
     done = launch_twice(f"{images} --max_steps -1 --num_train_epochs 1 --batch_size 20")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote the network and results.json") == 1
+    assert done.stdout.count("wrote the model and results.json") == 1
     assert json.loads((tmp_path / "results.json").read_text())["runs"][0]["steps"] == TRAINING_IMAGES // 20
 
 

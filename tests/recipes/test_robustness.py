@@ -175,7 +175,7 @@ def test_an_image_that_cannot_be_read_is_named(models, run, tmp_path):
 
 
 def test_the_same_network_twice_is_refused(models, run, tmp_path):
-    with pytest.raises(SystemExit, match="must be a list of different networks"):
+    with pytest.raises(SystemExit, match="must be a list of different models"):
         run("--model", models[0], "--model", models[0], "--output_dir", tmp_path)
 
 

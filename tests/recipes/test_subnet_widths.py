@@ -78,19 +78,19 @@ def test_all_widths_are_measured_of_all_networks_and_kept(models, run, tmp_path,
 def evaluation(models, photos, tmp_path) -> Evaluation:
     args = WidthArguments(model=models[:1], dataset_name=photos, num_workers=0, output_dir=str(tmp_path / "out"))
     evaluation = Evaluation(args, args.model)
-    make_slimmable(evaluation.networks[models[0]].network, input_size=32)
+    make_slimmable(evaluation.models[models[0]].network, input_size=32)
     return evaluation
 
 
 def test_full_width_is_the_network_as_it_was_trained(models, evaluation):
     pixels = torch.rand(2, 3, 32, 32)
-    network = evaluation.networks[models[0]]
+    network = evaluation.models[models[0]]
     subnet = subnet_at(evaluation, network, 1.0)
     assert torch.equal(subnet(pixels), network(pixels))
 
 
 def test_narrower_width_has_the_batch_norm_of_the_training_images(models, evaluation, photos):
-    network = evaluation.networks[models[0]]
+    network = evaluation.models[models[0]]
     subnet = subnet_at(evaluation, network, 0.5)
     # The first batch norm by hand: mean and unbiased variance of what the first 8 filters make of all training images.
     images = evaluation.images("train")
@@ -109,7 +109,7 @@ def test_the_exported_sub_network_is_the_one_that_was_measured(models, run, tmp_
     assert folder.name == "plain-width0.5"
     assert f"wrote the sub-network of width 0.5 to {folder}, which torch.export loads" in capsys.readouterr().out
     exported = torch.export.load(folder / "model.pt2").module()
-    subnet = subnet_at(evaluation, evaluation.networks[models[0]], 0.5)
+    subnet = subnet_at(evaluation, evaluation.models[models[0]], 0.5)
     images = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(exported(images), subnet.network(images), rtol=1e-4, atol=1e-5)
 
@@ -119,7 +119,7 @@ def test_the_exported_sub_network_is_the_one_that_was_measured(models, run, tmp_
 
 def test_exports_that_would_be_one_folder_are_refused(models, run, tmp_path):
     twin = save_network(tmp_path / "plain", seed=2)
-    with pytest.raises(SystemExit, match=r"error: export: two of the networks would be written to .*plain-width0.5"):
+    with pytest.raises(SystemExit, match=r"error: export: two of the models would be written to .*plain-width0.5"):
         run("--model", models[0], "--model", twin, "--export", 0.5, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

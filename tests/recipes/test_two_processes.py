@@ -45,7 +45,7 @@ def test_recipe_trains_in_two_processes_that_share_a_batch(name, few_images, tmp
     (run,) = results["runs"]
     assert run["steps"] == 4  # two epochs of 16 images, of which each process has four in a step
     assert results["settings"]["per_device_train_batch_size"] == 4
-    assert printed.count(f"wrote the network and results.json to {tmp_path / 'out'}") == 1
+    assert printed.count(f"wrote the model and results.json to {tmp_path / 'out'}") == 1
     trained = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert all(parameter.isfinite().all() for parameter in trained.parameters())
 

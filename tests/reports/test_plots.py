@@ -8,7 +8,6 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from gradaug_hf.experiments.results import Result
 from gradaug_hf.objective.sampling import Subnet
 from gradaug_hf.objective.transforms import RandomQuarterTurn, transform_for_subnet
 from gradaug_hf.reports.history import evaluations
@@ -22,6 +21,7 @@ from gradaug_hf.reports.plots import (
     plot_curves,
     plot_training,
 )
+from gradaug_hf.reports.runs import Result
 
 HISTORY = [
     {"loss": 2.5, "loss_full": 2.25, "loss_subnets": 0.25, "epoch": 1.0, "step": 5},

@@ -1,1 +1,1 @@
-"""Trained networks side by side: under attacks and corruptions, and at several widths."""
+"""Trained models side by side: under attacks and corruptions, and at several widths."""

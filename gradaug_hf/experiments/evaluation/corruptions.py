@@ -44,7 +44,7 @@ def check_corruptions(side: int) -> None:
 
 
 def corrupt_image(pixels: Tensor, name: str, severity: int, seed: int) -> Tensor:
-    """One corruption of one image, with ImageNet-C's settings of its severity whatever the size of the image.
+    """Corrupt an image with ImageNet-C's settings of a severity, whatever the size of the image.
 
     Args:
         pixels: uint8 (3, H, W), of at least 32 pixels a side.
@@ -64,7 +64,7 @@ def corrupt_image(pixels: Tensor, name: str, severity: int, seed: int) -> Tensor
 
 
 class CorruptedImages(Dataset):
-    """A data set under one corruption; what is drawn for an image follows from the seed, its index and the corruption.
+    """A dataset under one corruption, whose random numbers follow from the seed, the index and the corruption.
 
     Args:
         images: examples of `pixel_values`, uint8 (3, H, W), and `labels`.

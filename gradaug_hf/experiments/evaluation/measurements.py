@@ -1,4 +1,4 @@
-"""Measurements of networks, kept in a JSON file as they are made, so that an interrupted run goes on."""
+"""Measurements of models, kept in a JSON file as they are made, so that an interrupted run goes on."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from gradaug_hf.experiments.results import run_context
 
 
 class Measurements:
-    """What was measured of each model, by name of the measurement.
+    """Measurements of each model, by name of the measurement.
 
     Args:
         file: JSON file; what it holds of the same settings and weights is taken over.
@@ -44,11 +44,11 @@ class Measurements:
                 self._models[model] = {"weights": digest, "measured": {}}
 
     def of(self, model: str) -> dict[str, Any]:
-        """What was measured of a model."""
+        """Return the measurements of a model."""
         return self._models[model]["measured"]
 
     def without(self, name: str) -> list[str]:
-        """The models of which a measurement is missing."""
+        """Return the models that lack a measurement."""
         return [model for model in self.weights if name not in self.of(model)]
 
     def add(self, name: str, values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Networks that take pixels: images in 0..1 go in, and the normalisation is a part of the network."""
+"""Models that take pixels: images in 0..1 go in, and the normalisation is a part of the model."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,59 +12,59 @@ from gradaug_hf.hub.networks import image_processor, load_network, pixel_statist
 from gradaug_hf.objective.objective import logits_of
 from gradaug_hf.slimming.meta import example_sizes
 
-# ImageNet's images are evaluated on the centre of 256 pixels, those of data sets of small images as they are.
+# ImageNet's images are evaluated on the centre of 256 pixels, those of datasets of small images as they are.
 CROP = 224 / 256
 SMALL_SIDE = 96
 
 
 class PixelNetwork(nn.Module):
-    """A network behind the normalisation of its images.
+    """A model behind the normalisation of its images.
 
     Args:
-        network: of timm or transformers.
+        model: of timm or transformers.
         mean: of each channel, in 0..1.
         std: of each channel, in 0..1.
     """
 
-    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        self.network = network
+        self.network = model
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, channels, H, W) in 0..1 to logits (N, classes)."""
+        """Map pixels (N, channels, H, W) in 0..1 to logits (N, classes)."""
         return logits_of(self.network((pixels - self.mean) / self.std), len(pixels))
 
 
 def load_pixel_network(model: str, num_classes: int) -> PixelNetwork:
-    """A trained network to evaluate: on pixels, in eval mode and float32, without gradients of its parameters.
+    """Load a trained model to evaluate: on pixels, in eval mode and float32, without gradients of its parameters.
 
     Args:
         model: as for `gradaug_hf.hub.networks.load_network`.
-        num_classes: of the data set.
+        num_classes: of the dataset.
 
     Raises:
-        ValueError: there is no such network, it has another number of classes, or does not say how its images are
+        ValueError: there is no such model, it has another number of classes, or does not say how its images are
             normalised.
     """
-    network = load_network(model, num_classes)
-    statistics = pixel_statistics(network, image_processor(model))
+    loaded = load_network(model, num_classes)
+    statistics = pixel_statistics(loaded, image_processor(model))
     if not statistics:
         raise ValueError(
             f"model {model!r} does not say by which mean and std its images are normalised; its folder must hold a "
             "preprocessor_config.json"
         )
-    return PixelNetwork(network, **statistics).float().eval().requires_grad_(False)
+    return PixelNetwork(loaded, **statistics).float().eval().requires_grad_(False)
 
 
-def native_side(network: PixelNetwork) -> int:
-    """Side in pixels of the images that a network was made for."""
-    return next(iter(example_sizes(network.network, None)))[-1]
+def native_side(model: PixelNetwork) -> int:
+    """Return the side in pixels of the images that a model was made for."""
+    return next(iter(example_sizes(model.network, None)))[-1]
 
 
 def pixel_transform(side: int) -> Transform:
-    """The centre of an image as ImageNet-C takes it: the short side resized to 8/7 of `side`, then a square of `side`.
+    """Make ImageNet-C's transform: the short side resized to 8/7 of `side`, then the centre, a square of `side`.
 
     Up to 96 pixels the short side is resized to `side` itself.
 
@@ -79,14 +79,14 @@ def pixel_transform(side: int) -> Transform:
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 pixels as float32 in 0..1."""
+    """Return uint8 pixels as float32 in 0..1."""
     return pixels.float() / 255
 
 
-def weights_digest(network: nn.Module) -> str:
-    """SHA-256 of the state dict, by which a network is known again."""
+def weights_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of the state dict, by which a model is recognised."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

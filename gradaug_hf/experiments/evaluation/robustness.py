@@ -1,4 +1,4 @@
-"""Robustness of networks: the fast gradient sign method, corruption errors, their table and plot."""
+"""Robustness of models: the fast gradient sign method, corruption errors, their table and plot."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ CLEAN = "clean"
 Errors = Mapping[str, float]
 
 
-def fgsm(network: nn.Module, pixels: Tensor, labels: Tensor, epsilons: Sequence[float]) -> Iterator[Tensor]:
-    """Images that the fast gradient sign method (arXiv 1412.6572) turned against a network, for each epsilon.
+def fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, epsilons: Sequence[float]) -> Iterator[Tensor]:
+    """Yield images that the fast gradient sign method (arXiv 1412.6572) turned against a model, for each epsilon.
 
-    Each pixel moves by epsilon in the direction in which the network's cross-entropy rises. The parameters get no
+    Each pixel moves by epsilon in the direction in which the model's cross-entropy rises. The parameters get no
     gradients.
 
     Args:
-        network: of pixels in 0..1, in eval mode.
+        model: of pixels in 0..1, in eval mode.
         pixels: (N, C, H, W) in 0..1.
         labels: (N,), the true classes.
         epsilons: in 0..1, as the pixels.
@@ -31,30 +31,30 @@ def fgsm(network: nn.Module, pixels: Tensor, labels: Tensor, epsilons: Sequence[
         Pixels (N, C, H, W), clipped to 0..1.
 
     Raises:
-        ValueError: the network is not in eval mode.
+        ValueError: the model is not in eval mode.
     """
-    if network.training:
-        raise ValueError("the network is in training mode, in which images change each other; call network.eval()")
+    if model.training:
+        raise ValueError("the model is in training mode, in which images change each other; call model.eval()")
     with torch.enable_grad():
         pixels = pixels.detach().requires_grad_()
-        loss = cross_entropy(network(pixels), labels, reduction="sum")
+        loss = cross_entropy(model(pixels), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, pixels)
     for epsilon in epsilons:
         yield (pixels.detach() + epsilon * gradient.sign()).clamp(0, 1)
 
 
 def fgsm_condition(epsilon: float) -> str:
-    """Name of the error under the fast gradient sign method."""
+    """Return the name of the error under the fast gradient sign method."""
     return f"fgsm {epsilon:g}"
 
 
 def corruption_condition(name: str, severity: int) -> str:
-    """Name of the error under a corruption."""
+    """Return the name of the error under a corruption."""
     return f"{name} {severity}"
 
 
 def corruption_errors(errors: Errors) -> dict[str, float]:
-    """Top-1 error in 0..1 of each corruption, averaged over its severities.
+    """Return the top-1 error in 0..1 of each corruption, averaged over its severities.
 
     Args:
         errors: name of the condition -> top-1 error in 0..1.
@@ -66,19 +66,19 @@ def corruption_errors(errors: Errors) -> dict[str, float]:
 
 
 def mean_error(errors: Errors) -> float:
-    """Top-1 error in 0..1, averaged over all corruptions and severities."""
+    """Return the top-1 error in 0..1, averaged over all corruptions and severities."""
     return sum(corruption_errors(errors).values()) / len(CORRUPTIONS)
 
 
 def mean_corruption_error(errors: Errors, baseline: Errors) -> float | None:
-    """mCE of arXiv 1903.12261: errors of each corruption over those of a baseline, averaged over the corruptions.
+    """Return the mCE of arXiv 1903.12261: each corruption's errors over those of a baseline, averaged over them.
 
     Args:
-        errors: of the network: name of the condition -> top-1 error in 0..1.
+        errors: of the model: name of the condition -> top-1 error in 0..1.
         baseline: of the baseline.
 
     Returns:
-        1 for a network as robust as the baseline; None where the baseline makes no error under a corruption.
+        1 for a model as robust as the baseline; None where the baseline makes no error under a corruption.
     """
     own, reference = corruption_errors(errors), corruption_errors(baseline)
     if not all(reference.values()):
@@ -89,12 +89,12 @@ def mean_corruption_error(errors: Errors, baseline: Errors) -> float | None:
 def robustness_table(
     errors: Mapping[str, Errors], epsilons: Sequence[float], corruptions: bool, baseline: str | None
 ) -> str:
-    """Errors of networks side by side as a Markdown table.
+    """Return errors of models side by side as a Markdown table.
 
     Args:
         errors: model -> name of the condition -> top-1 error in 0..1.
         epsilons: of the fast gradient sign method.
-        corruptions: whether the networks were measured under the corruptions.
+        corruptions: whether the models were measured under the corruptions.
         baseline: the model that mCE is relative to; None leaves it out.
     """
 
@@ -117,14 +117,14 @@ def robustness_table(
 def plot_robustness(
     errors: Mapping[str, Errors], epsilons: Sequence[float], corruptions: bool, file: Path, title: str
 ) -> None:
-    """Draw the errors of networks side by side: against epsilon, against severity, and of each corruption.
+    """Plot the errors of models side by side: against epsilon, against severity, and of each corruption.
 
     Networks differ in line style, marker and lightness, so that colour need not be seen.
 
     Args:
         errors: model -> name of the condition -> top-1 error in 0..1.
         epsilons: of the fast gradient sign method.
-        corruptions: whether the networks were measured under the corruptions.
+        corruptions: whether the models were measured under the corruptions.
         file: PNG file to write.
         title: Title of the plot.
     """

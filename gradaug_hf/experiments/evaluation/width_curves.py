@@ -12,13 +12,13 @@ from torch.utils.benchmark import Timer
 from gradaug_hf.reports.plots import line_style
 from gradaug_hf.utils.tables import markdown_table
 
-# Seconds for which a network is run to time it.
+# Seconds for which a model is run to time it.
 TIMED = 1.0
 
 
 @dataclass(frozen=True)
 class WidthResult:
-    """What a sub-network does and costs.
+    """Accuracy and cost of a sub-network.
 
     Args:
         top1: Top-1 accuracy in 0..1.
@@ -38,23 +38,23 @@ class WidthResult:
 
 
 @torch.inference_mode()
-def cpu_latency(network: nn.Module, side: int) -> tuple[float, float]:
-    """Median and interquartile range of the time of one image on one CPU thread, in milliseconds.
+def cpu_latency(model: nn.Module, side: int) -> tuple[float, float]:
+    """Return median and interquartile range of the time of one image on one CPU thread, in milliseconds.
 
     It is the time that the thread computes, which on an idle machine is the latency; other work does not add to it.
 
     Args:
-        network: on the CPU, in eval mode.
+        model: on the CPU, in eval mode.
         side: of the image (1, 3, side, side) in pixels.
     """
     images = torch.rand(1, 3, side, side)
-    timer = Timer("network(images)", timer=thread_time, globals={"network": network, "images": images})
+    timer = Timer("model(images)", timer=thread_time, globals={"model": model, "images": images})
     times = timer.blocked_autorange(min_run_time=TIMED)
     return 1000 * times.median, 1000 * times.iqr
 
 
 def widths_side_by_side(results: Mapping[str, Mapping[float, WidthResult]]) -> str:
-    """Results as a Markdown table, those of a width below each other.
+    """Return results as a Markdown table, those of a width below each other.
 
     Args:
         results: model -> width -> what it came to; all models have the same widths.
@@ -77,7 +77,7 @@ def widths_side_by_side(results: Mapping[str, Mapping[float, WidthResult]]) -> s
 
 
 def plot_widths(results: Mapping[str, Mapping[float, WidthResult]], file: Path, title: str) -> None:
-    """Draw top-1 accuracy against width, multiply-adds, parameters and latency, a curve for each model.
+    """Plot top-1 accuracy against width, multiply-adds, parameters and latency, a curve for each model.
 
     Curves differ in line style, marker and lightness, so that colour need not be seen.
 

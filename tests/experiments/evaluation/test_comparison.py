@@ -39,11 +39,11 @@ def test_accuracy_counts_each_image_once_whatever_the_batches(tmp_path):
     for batch_size in (2, 9):
         args = EvaluationArguments([model], photos, batch_size=batch_size, num_workers=0, output_dir=str(tmp_path))
         evaluation = Evaluation(args, [model])
-        found.append(evaluation.accuracies(evaluation.networks, evaluation.images("eval"), "")[model])
+        found.append(evaluation.accuracies(evaluation.models, evaluation.images("eval"), "")[model])
     images = evaluation.images("eval")
     pixels = torch.stack([images[index]["pixel_values"] for index in range(9)]) / 255
     labels = torch.tensor([images[index]["labels"] for index in range(9)])
-    expected = (evaluation.networks[model](pixels).argmax(1) == labels).double().mean().item()
+    expected = (evaluation.models[model](pixels).argmax(1) == labels).double().mean().item()
     assert found == [(pytest.approx(expected), 1.0)] * 2
 
 

@@ -1,0 +1,76 @@
+"""Command lines that answer what is wrong in one line."""
+
+import os
+import signal
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import NoReturn
+
+from gradaug_hf.utils.launch import process_state
+
+RED, PLAIN = "\033[1;31m", "\033[0m"
+
+
+class BriefParser(ArgumentParser):
+    """Parse flags, and answer a wrong one in one line with the flag nearest to it, without all others."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
+        """Parse flags, of which each has to be known.
+
+        Raises:
+            SystemExit: a flag is not known, or its value has a wrong type.
+        """
+        found, unknown = self.parse_known_args(args, namespace)
+        self.refuse(unknown)
+        return found
+
+    def refuse(self, unknown: Sequence[str]) -> None:
+        """End the process if there are words that no flag takes.
+
+        Args:
+            unknown: these words.
+
+        Raises:
+            SystemExit: there are some.
+        """
+        if not unknown:
+            return
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        if not flags:
+            self.error(f"{' '.join(unknown)} follows no flag that takes it")
+        near = get_close_matches(flags[0], self._option_string_actions, n=1)
+        self.error(f"{flags[0]} is no flag; " + (f"near it: {near[0]}" if near else "--help lists them"))
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with one line."""
+        self.exit(2, f"{marked(f'error: {message}')}\n" if is_first_process() else None)
+
+
+@contextmanager
+def errors_as_messages(*kinds: type[Exception], of_one_process: bool = False) -> Iterator[None]:
+    """End the process with the message of an error that the user can do something about, without a trace.
+
+    Args:
+        kinds: of errors that are such; others are raised.
+        of_one_process: whether a process may be the only one with the error, so that each says its own.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except kinds as error:
+        speaks = of_one_process or process_state().is_main_process
+        raise SystemExit(marked(f"error: {error}") if speaks else 1) from error
+
+
+def is_first_process() -> bool:
+    """Return whether this process is alone or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def marked(line: str) -> str:
+    """Return a line in red for a terminal, where it has to be found among those that a launcher adds."""
+    return f"{RED}{line}{PLAIN}" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else line
