@@ -19,7 +19,7 @@ from gradaug_hf.data.loading import class_names
 from gradaug_hf.experiments.arguments import ExperimentArguments, RecipeParser, as_flags, parse
 from gradaug_hf.experiments.cost import relative_cost
 from gradaug_hf.experiments.methods import METHODS, check_method, methods_for
-from gradaug_hf.experiments.run import SETTINGS, Recipe, load_data
+from gradaug_hf.experiments.run import SETTINGS, Recipe, check_batch, load_data
 from gradaug_hf.experiments.sweep import LAUNCH, Plan, flag_settings, train_and_report
 from gradaug_hf.hub.networks import accepted_arguments
 from gradaug_hf.trainer.config import GradAugConfig
@@ -88,8 +88,11 @@ def resolved(recipe: Recipe, settings: dict[str, Any]) -> tuple[ExperimentArgume
 def equal_compute(recipe: Recipe, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the row of a baseline with as many multiply-adds as GradAug."""
     _, config = resolved(recipe, settings)
-    epochs = round(relative_cost(config) * config.num_train_epochs)
-    return {f"baseline, {epochs} epochs": {"method": "baseline", "num_train_epochs": epochs}}
+    cost = relative_cost(config, recipe.image_side())
+    length = "max_steps" if config.max_steps > 0 else "num_train_epochs"
+    more = max(1, round(cost * getattr(config, length)))
+    words = {"max_steps": "steps", "num_train_epochs": "epochs"}[length]
+    return {f"baseline, {more} {words}": {"method": "baseline", length: more}}
 
 
 def label_columns(args: LowDataArguments, recipe: Recipe, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -101,7 +104,8 @@ def label_columns(args: LowDataArguments, recipe: Recipe, settings: dict[str, An
         if labels < 0 or labels % classes:
             raise ValueError(f"labels holds {labels}; it must be a multiple of {classes}, the number of classes, or 0")
         own = {"labels_per_class": labels // classes} if labels else {}
-        load_data(resolved(recipe, {**settings, **own})[0], seed=0)
+        data = load_data(resolved(recipe, {**settings, **own})[0], seed=0)
+        check_batch(experiment.batch_size, len(data["train"]))
         columns[f"{labels} labels" if labels else "all labels"] = own
     return columns
 

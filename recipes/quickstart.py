@@ -29,11 +29,12 @@ from gradaug_hf.data.loading import balanced_subset, class_names, load_image_dat
 from gradaug_hf.data.transforms import Transform, cifar_transform
 from gradaug_hf.experiments.arguments import RecipeParser
 from gradaug_hf.experiments.memory import PeakMemory
-from gradaug_hf.experiments.results import results_table, save_results
+from gradaug_hf.experiments.results import check_free, results_table, save_results
 from gradaug_hf.hub.preprocessing import image_processor_of
 from gradaug_hf.reports.plots import plot_curves
 from gradaug_hf.reports.runs import Result
 from gradaug_hf.trainer.metrics import topk_accuracy
+from gradaug_hf.utils.command_line import errors_as_messages
 from gradaug_hf.utils.threads import use_all_cores
 
 COST = 2.7  # computation of a GradAug step over that of a plain one
@@ -63,11 +64,16 @@ class QuickstartArguments:
     )
     seed: int = field(default=0, metadata={"help": "Seed of images, weights, batches and sub-networks."})
     output_dir: str = field(default="outputs/quickstart", metadata={"help": "Folder for everything that is written."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether to write over the results of another run in output_dir."}
+    )
 
 
 def main() -> None:
     (args,) = RecipeParser(QuickstartArguments).parse_args_into_dataclasses()
     use_all_cores()
+    with errors_as_messages(ValueError):
+        check_free(args.output_dir, None, args.overwrite_output_dir)
     with PartialState().main_process_first():
         data = load_data(args)
     set_seed(args.seed)
@@ -155,7 +161,7 @@ def train(
     return Result(
         method=method,
         top1=final["eval_top1"],
-        top5=final["eval_top5"],
+        top5=final.get("eval_top5"),
         steps=trainer.state.global_step,
         seconds=seconds - sum(entry["eval_runtime"] for entry in evaluations),
         peak_memory=peak.mebibytes,

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gradaug_hf.detection.detector import DetectorSettings
-from gradaug_hf.experiments.arguments import USAGE, RecipeParser, ScheduleArguments, given_settings
+from gradaug_hf.experiments.arguments import USAGE, RecipeParser, ScheduleArguments, folder_of_run, given_settings
+from gradaug_hf.experiments.methods import concerns_subnets
 from gradaug_hf.trainer.config import GradAugConfig
 
 
@@ -66,6 +68,7 @@ class DetectionArguments(ScheduleArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_texts()
         self._check("flip", 0 <= self.flip <= 1, "in [0, 1]")
         try:
             self._check("backbone_args", isinstance(json.loads(self.backbone_args), dict), "a JSON object")
@@ -84,11 +87,25 @@ def parse(
         argv: flags, after the name of a YAML or JSON file if there is one.
 
     Raises:
-        ValueError: a setting is out of its range, or the file is not one of settings.
+        ValueError: a setting is out of its range or has no effect, or the file is not one of settings.
         SystemExit: a flag is not known, or its value has a wrong type.
     """
     parser = RecipeParser((DetectionArguments, DetectorSettings, GradAugConfig), description=description, usage=USAGE)
-    args, detector, config = parser.parse_dict({**settings, **given_settings(parser, settings, argv)})
-    if not args.gradaug:
-        config.num_subnets = 0
-    return args, detector, config
+    given = given_settings(parser, settings, argv)
+    if not given.get("gradaug"):
+        if vain := [name for name, value in given.items() if concerns_subnets(name) and value not in (None, 0)]:
+            raise ValueError(
+                f"{', '.join(vain)} is given, but gradaug is False; give --gradaug as well, or leave it out"
+            )
+        given["num_subnets"] = 0
+    elif given.get("num_subnets") == 0:
+        raise ValueError("gradaug is True, but num_subnets is 0; leave one of them out")
+    chosen = {**settings, **given}
+    if chosen.get("output_dir") is None:
+        kind = chosen.get("detector", DetectorSettings.detector)
+        model = chosen.get("model") or chosen.get("backbone", DetectionArguments.backbone)
+        method = "gradaug" if given.get("gradaug") else "plain"
+        chosen["output_dir"] = folder_of_run(
+            f"{kind}-{Path(model).name}", method, chosen.get("seed", GradAugConfig.seed)
+        )
+    return parser.parse_dict(chosen)

@@ -1,6 +1,7 @@
 """Faster and Mask R-CNN of torchvision on models of timm."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -27,6 +28,7 @@ from gradaug_hf.hub.configs import CONFIG, timm_network
 from gradaug_hf.hub.networks import pixel_statistics, timm_name
 from gradaug_hf.slimming import make_slimmable, meta_copy
 from gradaug_hf.slimming.meta import example_images
+from gradaug_hf.trainer.ranges import check_side
 
 DETECTORS = ("mask_rcnn", "faster_rcnn")
 WEIGHTS = "model.safetensors"
@@ -64,8 +66,9 @@ class DetectorSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
         if self.max_size < self.min_size:
             raise ValueError(f"max_size is {self.max_size!r}; it must be at least min_size, {self.min_size}")
-        if not self.anchor_scale > 0:
-            raise ValueError(f"anchor_scale is {self.anchor_scale!r}; it must be above 0")
+        if not 0 < self.anchor_scale < math.inf:
+            raise ValueError(f"anchor_scale is {self.anchor_scale!r}; it must be above 0 and finite")
+        check_side("max_size", self.max_size)
 
     @property
     def has_masks(self) -> bool:

@@ -18,8 +18,8 @@ from gradaug_hf.detection.evaluation import precision_table
 from gradaug_hf.detection.trainer import DetectionTrainer
 from gradaug_hf.experiments.memory import PeakMemory
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
-from gradaug_hf.experiments.results import RESULTS, run_context
-from gradaug_hf.experiments.run import FAULTS, SETTINGS, complete_config
+from gradaug_hf.experiments.results import RESULTS, check_free, run_context
+from gradaug_hf.experiments.run import FAULTS, SETTINGS, check_batch, complete
 from gradaug_hf.hub.pushing import PushError
 from gradaug_hf.trainer.checkpoints import ResumeError
 from gradaug_hf.trainer.config import GradAugConfig
@@ -63,11 +63,8 @@ def run(argv: Sequence[str] | None = None) -> None:
         argv = sys.argv[1:] if argv is None else argv
         args, settings, config = parse({**SETTINGS, **RECIPE}, DESCRIPTION, argv)
         use_all_cores()
-        if config.output_dir is None:
-            method = "gradaug" if args.gradaug else "plain"
-            name = Path(args.model or args.backbone).name
-            config.output_dir = str(Path("outputs") / f"{settings.detector}-{name}-{method}-seed{config.seed}")
-        complete_config(config, args.batch_size, args.warmup_epochs)
+        complete(args, config)
+        check_free(config.output_dir, config.resume_from_checkpoint, args.overwrite_output_dir)
         trainer = make_trainer(args, settings, config)
     with errors_as_messages(ResumeError, PushError), errors_as_messages(*FAULTS, of_one_process=True):
         results = train(trainer) if config.do_train else {}
@@ -120,6 +117,7 @@ def make_trainer(
     train, val = (load_images(args, split, settings.has_masks) for split in ("train", "val"))
     if train.categories != val.categories:
         raise ValueError(f"{args.train_annotations} and {args.val_annotations} have different categories")
+    check_batch(args.batch_size, len(train))
     detector, loaded = create_detector(
         args.backbone, train.categories, json.loads(args.backbone_args), **asdict(settings)
     )

@@ -1,16 +1,17 @@
 """Command line of the recipes: flags, a YAML or JSON file, and defaults that a recipe and a method set."""
 
 import json
+import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from gradaug_hf.experiments.methods import METHODS
+from gradaug_hf.experiments.methods import METHODS, check_flags
 from gradaug_hf.experiments.presets import PRESETS, preset_settings
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.utils.command_line import BriefParser
@@ -28,6 +29,10 @@ class CheckedArguments:
     def _check(self, name: str, valid: bool, allowed: str) -> None:
         if not valid:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
+
+    def _check_texts(self) -> None:
+        for name, value in vars(self).items():
+            self._check(name, not (isinstance(value, str) and not value.strip()), "a text that is not empty")
 
 
 @dataclass
@@ -87,9 +92,13 @@ class ScheduleArguments(CheckedArguments):
         },
     )
 
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Whether to write over the results of another run in output_dir."}
+    )
+
     def __post_init__(self) -> None:
         self._check("batch_size", self.batch_size >= 1, "at least 1")
-        self._check("warmup_epochs", self.warmup_epochs >= 0, "at least 0")
+        self._check("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0 and finite")
         self._check("lr_drops", all(0 < share < 1 for share in self.lr_drops), "a list of shares in (0, 1)")
 
 
@@ -160,6 +169,7 @@ class ExperimentArguments(ScheduleArguments, DataArguments):
     def __post_init__(self) -> None:
         DataArguments.__post_init__(self)
         ScheduleArguments.__post_init__(self)
+        self._check_texts()
         for name in ("labels_per_class", "max_train_samples"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
@@ -218,15 +228,25 @@ def parse(
         argv: flags, after the name of a YAML or JSON file if there is one.
 
     Raises:
-        ValueError: a setting is out of its range, or the file is not one of settings.
+        ValueError: a setting is out of its range or contradicts the method, or the file is not one of settings.
         SystemExit: a flag is not known, or its value has a wrong type.
     """
     parser = RecipeParser((ExperimentArguments, GradAugConfig), description=description, usage=USAGE)
     given = given_settings(parser, settings, argv)
     method = given.get("method", settings.get("method", ExperimentArguments.method))
+    check_flags(method, methods, given)
     chosen = {**settings, **methods[method], **given, "method": method}
     preset = preset_settings(chosen.get("preset", ExperimentArguments.preset), chosen.get("use_cpu", False))
-    return parser.parse_dict({**settings, **methods[method], **preset, **given, "method": method})
+    chosen = {**settings, **methods[method], **preset, **given, "method": method}
+    if chosen.get("output_dir") is None:
+        model, seed = chosen.get("model", ExperimentArguments.model), chosen.get("seed", GradAugConfig.seed)
+        chosen["output_dir"] = folder_of_run(model, method, seed)
+    return parser.parse_dict(chosen)
+
+
+def folder_of_run(model: str, method: str, seed: int) -> str:
+    """Return the folder of a run for which none is named."""
+    return str(Path("outputs") / f"{Path(model).name}-{method}-seed{seed}")
 
 
 def given_settings(parser: HfArgumentParser, settings: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
@@ -246,7 +266,7 @@ def given_settings(parser: HfArgumentParser, settings: Mapping[str, Any], argv: 
     if argv and argv[0].endswith(FILE_ENDINGS):
         from_file, argv = _read_settings(argv[0], _names(parser)), argv[1:]
     given = _given(parser, [*as_flags(from_file), *argv])
-    given = {name: value for name, value in from_file.items() if _is_empty(value)} | given
+    given = _empty_settings(parser, from_file) | given
     if "per_device_train_batch_size" in given:
         raise ValueError("per_device_train_batch_size follows from batch_size, the images in a step; set that instead")
     return dict(GIVES_WAY[name] for name in given if name in GIVES_WAY) | given
@@ -273,6 +293,21 @@ def _read_settings(file: str, known: Sequence[str]) -> dict[str, Any]:
     if unknown := sorted(str(name) for name in content if name not in known):
         raise ValueError(f"{file} sets {', '.join(unknown)}, which is no setting; --help lists them")
     return content
+
+
+def _empty_settings(parser: HfArgumentParser, from_file: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a file that are null or an empty list, which a flag cannot say.
+
+    Raises:
+        ValueError: one of them has to have a value.
+    """
+    empty = {name: value for name, value in from_file.items() if _is_empty(value)}
+    types = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
+    for name, value in empty.items():
+        wanted = (types[name], *get_args(types[name]))
+        if (type(None) if value is None else list) not in (*wanted, *map(get_origin, wanted)):
+            raise ValueError(f"{name} is {'null' if value is None else '[]'} in the file; it must have a value")
+    return empty
 
 
 def _is_empty(value: Any) -> bool:

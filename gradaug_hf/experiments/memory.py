@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work."""
+"""Memory of a training: what it takes at least, and what it took."""
 
 import ctypes
 import gc
@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+import psutil
 import torch
+from torch import Tensor, nn
+
+from gradaug_hf.slimming.meta import example_images, meta_copy
+from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.utils.randomness import random_states_kept
 
 # Linux' record of a process, and the file that starts the record of its peak anew.
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -64,3 +70,60 @@ def _return_freed_memory() -> None:
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's alone
         trim(0)
+
+
+def memory_of_step(model: nn.Module, batch: int, side: int) -> int:
+    """Return the bytes that a training step takes at least: weights, gradients, momentum and what a backward needs.
+
+    The model runs on the meta device, where nothing is computed. Sub-networks run one after the other and take less.
+
+    Args:
+        model: any image classifier.
+        batch: number of images.
+        side: of the images, in pixels.
+    """
+    shapes = meta_copy(model).train()
+    weights = {parameter.untyped_storage()._cdata for parameter in shapes.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with random_states_kept(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = shapes(example_images(shapes, batch, (3, side, side)))
+    activations = sum(storage.nbytes() for place, storage in kept.items() if place not in weights)
+    del output  # which held what the backward would need
+    return activations + 3 * sum(parameter.nbytes for parameter in shapes.parameters())
+
+
+def check_memory(model: nn.Module, batch: int, side: int, config: GradAugConfig) -> None:
+    """Make sure that a training step on the CPU does not end the process for want of memory.
+
+    An accelerator raises an error instead, and the batch that it can hold depends on its kernels.
+
+    Args:
+        model: the model, not yet wrapped.
+        batch: number of images that this process sees at a time.
+        side: of the images, in pixels.
+        config: the settings.
+
+    Raises:
+        ValueError: it takes more memory than is available.
+    """
+    if config.device.type != "cpu":
+        return
+    try:
+        least = memory_of_step(model, batch, side)
+    except Exception:  # a model may raise anything where it cannot run on the meta device or at this size
+        return
+    least //= 2 if config.bf16 or config.fp16 else 1  # at best all that is kept is of half the size
+    memory = psutil.virtual_memory()
+    available = memory.available + psutil.swap_memory().free
+    if least > available:
+        raise ValueError(
+            f"a step on {batch} images of {side} pixels takes at least {least / 2**30:.1f} GiB, and "
+            f"{available / 2**30:.1f} GiB are available; give a larger gradient_accumulation_steps, which splits the "
+            "batch, or a smaller batch_size"
+        )

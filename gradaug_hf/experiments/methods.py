@@ -31,6 +31,12 @@ METHODS: dict[str, dict[str, Any]] = {
 NETWORK_ARGUMENTS = ("drop_path_rate", "drop_block_rate", "shake_drop_rate", "zero_init_last")
 
 
+# Settings of mixing and of the model that a method may turn on.
+MIXING = ("mixup_alpha", "cutmix_alpha")
+# Settings that concern sub-networks alone, beside those whose names begin with `subnet_` or `kl_`.
+OF_SUBNETS = ("num_subnets", "min_width", "max_width", "width_levels", "resolutions", "min_survival", "min_tokens")
+
+
 def methods_with(**changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the methods with the settings that a recipe has for some of them.
 
@@ -38,6 +44,49 @@ def methods_with(**changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         changes: name of a method -> what it sets beside or instead of its own.
     """
     return {name: {**settings, **changes.get(name, {})} for name, settings in METHODS.items()}
+
+
+def concerns_subnets(setting: str) -> bool:
+    """Return whether a setting has an effect on sub-networks alone."""
+    return setting in OF_SUBNETS or setting.startswith(("subnet_", "kl_"))
+
+
+def trains_plainly(settings: Mapping[str, Any]) -> bool:
+    """Return whether the settings of a method leave GradAug's sub-networks out."""
+    return settings.get("num_subnets") == 0
+
+
+def check_flags(method: str, methods: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> None:
+    """Make sure that a run is the one that the name of its method says.
+
+    Args:
+        method: name of the method.
+        methods: what each method sets.
+        given: settings of the command line and the file, by name.
+
+    Raises:
+        ValueError: a setting contradicts the method; says which method goes with it.
+    """
+    own = methods[method]
+    on = {name: value for name, value in given.items() if value not in (None, [], False, 0)}
+    if trains_plainly(own):
+        if vain := [name for name in on if concerns_subnets(name)]:
+            raise ValueError(
+                f"method is {method!r}, which trains without sub-networks, but {', '.join(vain)} is given; leave that "
+                "out, or choose method 'gradaug'"
+            )
+        if other := [name for name in on if name in MIXING and not own.get(name)]:
+            raise ValueError(
+                f"method is {method!r}, but {other[0]} is {given[other[0]]!r}; leave that out, or choose method "
+                f"{other[0].removesuffix('_alpha')!r}"
+            )
+    for name in ("num_subnets", *MIXING, *NETWORK_ARGUMENTS):
+        turned_on = own.get(name) or (name == "num_subnets" and not trains_plainly(own))
+        if turned_on and given.get(name, True) in (None, False, 0):
+            raise ValueError(
+                f"method is {method!r}, but {name} is {given[name]!r}, which turns it off; leave that out, or choose "
+                "method 'baseline'"
+            )
 
 
 def check_method(

@@ -12,10 +12,30 @@ import torch
 
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, plot_comparison
 from gradaug_hf.reports.runs import Result, Run
-from gradaug_hf.utils.environment import device_name, public_command, versions
+from gradaug_hf.utils.environment import device_name, public_command, public_settings, versions
 from gradaug_hf.utils.tables import markdown_table
 
 RESULTS = "results.json"
+
+
+def check_free(output_dir: str, checkpoint: str | None, overwrite: bool) -> None:
+    """Make sure that a run does not write over the results of another one.
+
+    Args:
+        output_dir: folder of the run.
+        checkpoint: the one that the run goes on from, if any.
+        overwrite: whether results may be written over.
+
+    Raises:
+        ValueError: the folder holds results, which are not those of the run that goes on.
+    """
+    file = Path(output_dir) / RESULTS
+    goes_on = checkpoint is not None and Path(output_dir).resolve() in Path(checkpoint).resolve().parents
+    if file.exists() and not (overwrite or goes_on):
+        raise ValueError(
+            f"{output_dir} holds {RESULTS} of another run; give another output_dir, resume_from_checkpoint, or "
+            "overwrite_output_dir"
+        )
 
 
 def results_table(results: Sequence[Result]) -> str:
@@ -24,8 +44,8 @@ def results_table(results: Sequence[Result]) -> str:
     rows = [
         (
             r.method,
-            f"{r.top1:.2%}"[:-1],
-            f"{r.top5:.2%}"[:-1],
+            percent(r.top1),
+            percent(r.top5),
             str(r.steps),
             f"{r.seconds:.1f}",
             f"{r.peak_memory:.0f}",
@@ -35,9 +55,14 @@ def results_table(results: Sequence[Result]) -> str:
     return markdown_table(header, rows)
 
 
-def widths_table(widths: Sequence[tuple[float, float, float]]) -> str:
+def percent(share: float | None) -> str:
+    """Return a share in 0..1 in %, or a dash for None."""
+    return "-" if share is None else f"{share:.2%}"[:-1]
+
+
+def widths_table(widths: Sequence[tuple[float, float, float | None]]) -> str:
     """Return width, top-1 and top-5 accuracy in 0..1 as a Markdown table in %."""
-    rows = [(f"{width:g}", f"{top1:.2%}"[:-1], f"{top5:.2%}"[:-1]) for width, top1, top5 in widths]
+    rows = [(f"{width:g}", percent(top1), percent(top5)) for width, top1, top5 in widths]
     return markdown_table(("width", "top-1 %", "top-5 %"), rows)
 
 
@@ -63,7 +88,7 @@ def run_context(settings: dict[str, Any], device: torch.device) -> dict[str, Any
     """
     return {
         "command": public_command(sys.argv),
-        "settings": settings,
+        "settings": public_settings(settings),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -120,7 +145,7 @@ def comparison_table(groups: Sequence[Sequence[Run]]) -> str:
             str(runs[0].result.steps),
             str(len(runs)),
             spread([100 * run.result.top1 for run in runs], 2),
-            spread([100 * run.result.top5 for run in runs], 2),
+            "-" if runs[0].result.top5 is None else spread([100 * run.result.top5 for run in runs], 2),
             spread([run.result.seconds for run in runs], 1),
             f"{max(run.result.peak_memory for run in runs):.0f}",
         )

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import PIL.Image
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
@@ -27,11 +28,11 @@ from gradaug_hf.data.loading import (
 )
 from gradaug_hf.data.seeded import SeededDataset, SeededStream
 from gradaug_hf.data.transforms import Transform
-from gradaug_hf.experiments.arguments import ExperimentArguments, parse
-from gradaug_hf.experiments.memory import PeakMemory
+from gradaug_hf.experiments.arguments import ExperimentArguments, ScheduleArguments, parse
+from gradaug_hf.experiments.memory import PeakMemory, check_memory
 from gradaug_hf.experiments.methods import NETWORK_ARGUMENTS, check_method
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
-from gradaug_hf.experiments.results import RESULTS, results_table, save_results, widths_table
+from gradaug_hf.experiments.results import RESULTS, check_free, results_table, save_results, widths_table
 from gradaug_hf.hub.networks import (
     accepted_arguments,
     create_network,
@@ -72,7 +73,7 @@ SETTINGS = {
 Loaded = TypeVar("Loaded")
 LAST = "last"
 # What can go wrong while training.
-FAULTS = (CheckpointError, NonFiniteLossError, UnreadableImageError)
+FAULTS = (CheckpointError, NonFiniteLossError, UnreadableImageError, torch.OutOfMemoryError)
 # Of ExperimentArguments, what a training that is resumed may change.
 CHANGEABLE = ("batch_size", "eval_split", "max_eval_samples", "skip_bad_images")
 
@@ -94,6 +95,10 @@ class Recipe:
     transform: Callable[..., Transform]
     description: str | None
     initialise: Callable[[nn.Module], None] | None = None
+
+    def image_side(self) -> int:
+        """Return the side in pixels of the images that the model is trained and evaluated on."""
+        return self.transform(False)(PIL.Image.new("RGB", (256, 256))).shape[-1]
 
 
 def run(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
@@ -124,51 +129,64 @@ def hide_token(token: str | None) -> None:
         sys.argv[:] = [word.replace(token, "<HUB_TOKEN>") for word in sys.argv]
 
 
-def complete(args: ExperimentArguments, config: GradAugConfig) -> None:
-    """Settle the settings that follow from the arguments.
-
-    Raises:
-        ValueError: the arguments do not fit each other or the number of processes.
-    """
-    if config.output_dir is None:
-        config.output_dir = str(Path("outputs") / f"{Path(args.model).name}-{args.method}-seed{config.seed}")
-    complete_config(config, args.batch_size, args.warmup_epochs)
-
-
-def complete_config(config: GradAugConfig, batch_size: int, warmup_epochs: float) -> None:
+def complete(args: ScheduleArguments, config: GradAugConfig) -> None:
     """Settle the Trainer's settings that follow from those of a recipe.
 
     Args:
-        config: the settings, with an `output_dir`; changed in place.
-        batch_size: images in an optimiser step, over all processes and accumulated batches.
-        warmup_epochs: epochs in which the learning rate rises.
+        args: the recipe's.
+        config: the Trainer's; changed in place.
 
     Raises:
-        ValueError: the settings do not fit each other or the number of processes.
+        ValueError: the settings do not fit each other or the number of processes, or the folder holds other results.
     """
     if not (config.do_train or config.do_eval):
         raise ValueError("do_train and do_eval are both False, so there is nothing to do")
     if config.load_best_model_at_end:
         raise ValueError("load_best_model_at_end is True, but results are those of the final epoch; leave it out")
+    if config.max_steps < 1 and config.max_steps != -1:
+        raise ValueError(
+            f"max_steps is {config.max_steps}; it must be at least 1, or -1, which num_train_epochs decides"
+        )
+    if config.do_train and config.max_steps == -1 and not config.num_train_epochs > 0:
+        raise ValueError(f"num_train_epochs is {config.num_train_epochs}; it must be above 0")
     devices = config.world_size * max(1, config.n_gpu)
     batches = devices * config.gradient_accumulation_steps
-    if batch_size % batches:
+    if args.batch_size % batches:
         raise ValueError(
-            f"batch_size is {batch_size}, which {devices} processes with gradient_accumulation_steps "
+            f"batch_size is {args.batch_size}, which {devices} processes with gradient_accumulation_steps "
             f"{config.gradient_accumulation_steps} cannot share; it must be a multiple of {batches}"
         )
-    config.per_device_train_batch_size = batch_size // batches
+    config.per_device_train_batch_size = args.batch_size // batches
     config.dataloader_persistent_workers &= config.dataloader_num_workers > 0
-    if warmup_epochs >= config.num_train_epochs and warmup_epochs > 0:
-        raise ValueError(f"warmup_epochs is {warmup_epochs}; it must be below num_train_epochs")
-    if warmup_epochs > 0:
-        config.warmup_steps = warmup_epochs / config.num_train_epochs
+    if args.warmup_epochs >= config.num_train_epochs and args.warmup_epochs > 0:
+        raise ValueError(f"warmup_epochs is {args.warmup_epochs}; it must be below num_train_epochs")
+    if args.warmup_epochs > 0:
+        config.warmup_steps = args.warmup_epochs / config.num_train_epochs
     if config.resume_from_checkpoint == LAST:
         config.resume_from_checkpoint = (
             get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
         )
         if config.resume_from_checkpoint is None:
             raise ValueError(f"resume_from_checkpoint is {LAST!r}, but {config.output_dir} holds no checkpoint")
+    if config.do_train:
+        check_free(config.output_dir, config.resume_from_checkpoint, args.overwrite_output_dir)
+
+
+def check_batch(batch_size: int, images: int | None) -> None:
+    """Make sure that a step's images are not more than there are.
+
+    Args:
+        batch_size: images in an optimiser step.
+        images: to train on; None: not known.
+
+    Raises:
+        ValueError: the batch is larger than the training set.
+    """
+    if images is not None and batch_size > images:
+        raise ValueError(
+            f"batch_size is {batch_size}, but there are {images} images to train on; it must be at most as many, with "
+            "a learning_rate for it"
+        )
 
 
 def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfig) -> RecipeTrainer:
@@ -184,13 +202,17 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         check_method(args.method, recipe.methods, arguments, args.model, accepted)
         arguments = {name: value for name, value in arguments.items() if value is not None and name in accepted}
     data = load_data_once(args, config.seed)
-    settle_steps(args, config, data["train"])
+    images = images_to_train_on(args, data["train"])
+    if config.do_train:
+        check_batch(args.batch_size, images)
+        settle_steps(args, config, images)
 
     set_seed(config.seed)
     if config.do_train:
         model = create_network(args.model, class_names(data), arguments)
         if recipe.initialise is not None and not is_checkpoint(args.model):
             recipe.initialise(model)
+        check_memory(model, config.per_device_train_batch_size, recipe.image_side(), config)
     else:
         model = load_network(args.model, len(class_names(data)))
     statistics = pixel_statistics(model, image_processor(args.model))
@@ -261,21 +283,26 @@ def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDat
     return data
 
 
-def settle_steps(args: ExperimentArguments, config: GradAugConfig, train_split: Dataset | IterableDataset) -> None:
+def images_to_train_on(args: ExperimentArguments, split: Dataset | IterableDataset) -> int | None:
+    """Return the number of training images, or None where a stream does not say it."""
+    counts = [count for count in (number_of_images(split), args.max_train_samples) if count is not None]
+    return min(counts, default=None)
+
+
+def settle_steps(args: ExperimentArguments, config: GradAugConfig, images: int | None) -> None:
     """Set the number of steps of a stream, which the Trainer has to know.
 
     Raises:
         ValueError: neither the dataset nor the arguments say how many images or steps there are.
     """
-    if not (args.streaming and config.do_train) or config.max_steps > 0:
+    if not args.streaming or config.max_steps > 0:
         return
-    counts = [count for count in (number_of_images(train_split), args.max_train_samples) if count is not None]
-    if not counts:
+    if images is None:
         raise ValueError(
             f"{args.dataset_name} does not say how many images split {args.train_split!r} has; give max_steps, or "
             "leave out streaming"
         )
-    config.max_steps = round(config.num_train_epochs * math.ceil(min(counts) / args.batch_size))
+    config.max_steps = round(config.num_train_epochs * math.ceil(images / args.batch_size))
 
 
 def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
@@ -293,7 +320,7 @@ def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
     result = Result(
         method=args.method,
         top1=final["eval_top1"],
-        top5=final["eval_top5"],
+        top5=final.get("eval_top5"),
         steps=state.global_step,
         seconds=seconds,
         peak_memory=peak.mebibytes,
@@ -329,11 +356,11 @@ def evaluate(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
     """Print the accuracy of a checkpoint at full width and at `eval_widths`."""
     metrics = trainer.evaluate()
     if trainer.args.should_save:
-        full = (1.0, metrics["eval_top1"], metrics["eval_top5"])
+        full = (1.0, metrics["eval_top1"], metrics.get("eval_top5"))
         print(f"\n{args.model} on {args.dataset_name}\n")
         print(widths_table([full, *accuracies(metrics, trainer.args.eval_widths)]))
 
 
-def accuracies(metrics: Mapping[str, float], widths: Sequence[float]) -> list[tuple[float, float, float]]:
+def accuracies(metrics: Mapping[str, float], widths: Sequence[float]) -> list[tuple[float, float, float | None]]:
     """Return width, top-1 and top-5 of each width that was evaluated."""
-    return [(w, metrics[f"eval_width{w:g}_top1"], metrics[f"eval_width{w:g}_top5"]) for w in widths]
+    return [(w, metrics[f"eval_width{w:g}_top1"], metrics.get(f"eval_width{w:g}_top5")) for w in widths]

@@ -17,6 +17,7 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from gradaug_hf.experiments.arguments import as_flags
+from gradaug_hf.experiments.methods import METHODS, concerns_subnets, trains_plainly
 from gradaug_hf.experiments.results import RESULTS, load_runs, spread
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
 from gradaug_hf.reports.runs import Result
@@ -84,13 +85,21 @@ class Plan:
             raise ValueError("hub_token would be written with the settings of each run; use `hf auth login`")
 
     def runs(self) -> list[PlannedRun]:
-        """Return all runs, seed by seed, so that every row has a first result early."""
+        """Return all runs, seed by seed, so that every row has a first result early.
+
+        Settings of sub-networks that rows share are left out where a row's method has none.
+        """
         return [
-            PlannedRun(row, column, seed, {**self.settings, **shared, **own, "seed": seed})
+            PlannedRun(row, column, seed, {**_shared_settings({**self.settings, **shared}, own), **own, "seed": seed})
             for seed in self.seeds
             for column, shared in self.columns.items()
             for row, own in self.rows.items()
         ]
+
+
+def _shared_settings(shared: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    method = METHODS.get(own.get("method", shared.get("method", "")), {})
+    return {name: value for name, value in shared.items() if not (trains_plainly(method) and concerns_subnets(name))}
 
 
 def read_plan(file: Path) -> Plan:

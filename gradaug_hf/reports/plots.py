@@ -172,14 +172,20 @@ def draw_batch(batch: SeenBatch) -> Figure:
 
 
 def plot_comparison(groups: Sequence[Sequence[Run]], file: Path) -> None:
-    """Plot top-1 accuracy of each seed of each group, with mean and sample deviation.
+    """Plot top-1 accuracy of each seed of each group, with mean and sample deviation, a panel for each dataset.
 
     Args:
         groups: Runs that differ in their seed.
         file: PNG file to write.
     """
-    labels = [f"{runs[0].result.method}, {runs[0].model}, {runs[0].result.steps} steps" for runs in groups]
-    plot_spreads(labels, {"": [[run.result.top1 for run in runs] for runs in groups]}, file)
+
+    def label(runs: Sequence[Run]) -> str:
+        return f"{runs[0].result.method}, {runs[0].model}, {runs[0].result.steps} steps"
+
+    found = {(label(runs), runs[0].data): [run.result.top1 for run in runs] for runs in groups}
+    labels, datasets = (list(dict.fromkeys(place)) for place in zip(*found, strict=True))
+    panels = {data: [found.get((name, data), []) for name in labels] for data in datasets}
+    plot_spreads(labels, panels, file)
 
 
 def plot_spreads(labels: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]], file: Path) -> None:

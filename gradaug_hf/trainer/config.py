@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 from transformers import TrainingArguments
 
 from gradaug_hf.objective.objective import ObjectiveSettings
+from gradaug_hf.trainer.ranges import check_ranges, check_side
+from gradaug_hf.utils.environment import public_text
 from gradaug_hf.utils.launch import check_processes, meets_on_cpu
 from gradaug_hf.utils.settings import documented_by
 
@@ -110,7 +112,10 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_ranges(self, GradAugConfig)
         ObjectiveSettings.__post_init__(self)
+        for side in self.resolutions or ():
+            check_side("resolutions", side)
         choices = ", ".join(map(repr, SUBNET_BACKWARDS))
         self._check("subnet_backward", self.subnet_backward in SUBNET_BACKWARDS, f"one of {choices}")
         self._check("width_divisor", isinstance(self.width_divisor, int) and self.width_divisor >= 1, "at least 1")
@@ -123,8 +128,9 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
         TrainingArguments.__post_init__(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the fields to pickle: all but the token, since `training_args.bin` is kept and pushed."""
-        return vars(self) | {"hub_token": None}
+        """Return the fields to pickle to `training_args.bin`, which is pushed: no token, no folders of the machine."""
+        public = {name: public_text(value) for name, value in vars(self).items() if type(value) is str}
+        return vars(self) | public | {"hub_token": None}
 
     def __copy__(self) -> "GradAugConfig":
         return self._with_state(vars(self))

@@ -15,7 +15,7 @@ def topk_accuracy(prediction: EvalPrediction) -> dict[str, float]:
         prediction: logits (N, classes), or a tuple that starts with them, and class indices (N,).
 
     Returns:
-        `top1` and `top5`, shares in 0..1. With fewer than five classes `top5` counts all of them.
+        `top1` and, with more than five classes, `top5`, shares in 0..1; with fewer every label is among the best five.
 
     Raises:
         ValueError: the shapes are others.
@@ -27,7 +27,8 @@ def topk_accuracy(prediction: EvalPrediction) -> dict[str, float]:
         raise ValueError(f"logits {logits.shape} and labels {labels.shape}; expected (N, classes) and (N,)")
     best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     hits = best == labels[:, None]
-    return {"top1": float(hits[:, :1].any(axis=1).mean()), "top5": float(hits.any(axis=1).mean())}
+    found = {"top1": float(hits[:, :1].any(axis=1).mean())}
+    return found | {"top5": float(hits.any(axis=1).mean())} if logits.shape[1] > best.shape[1] else found
 
 
 class RunningMeans:

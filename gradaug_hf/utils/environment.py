@@ -1,12 +1,14 @@
 """Versions, device and command of a run, as they may be shown to others."""
 
+import os
 import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,8 +45,8 @@ def public_command(argv: Sequence[str]) -> str:
     """Return a command line without secrets and without the folders of this machine.
 
     Args:
-        argv: script and arguments. Of a path that is absolute or leads out of the working folder only its last part
-            is kept; a flag whose name ends in `token` is left out with its value.
+        argv: script and arguments. Paths become those of `public_text`; a flag whose name ends in `token` is left out
+            with its value.
     """
     words, is_secret = [], False
     for word in argv:
@@ -54,6 +56,29 @@ def public_command(argv: Sequence[str]) -> str:
             continue
         is_secret = is_flag and word.lower().endswith("token")
         if not (is_secret or (is_flag and word.partition("=")[0].lower().endswith("token"))):
-            word = MACHINE_PATH.sub(lambda path: Path(path[0]).name, word)
-            words.append(TOKEN.sub("hf_...", word))
+            words.append(public_text(word))
     return shlex.join(words)
+
+
+def public_text(text: str) -> str:
+    """Return a text without tokens and without the folders of this machine.
+
+    A path below the working folder becomes relative to it; of one that is elsewhere only the last part is kept.
+    """
+    if text.startswith(("/", "~/", "../")):
+        return TOKEN.sub("hf_...", _public_path(text))
+    return TOKEN.sub("hf_...", MACHINE_PATH.sub(lambda path: _public_path(path[0]), text))
+
+
+def public_settings(value: Any) -> Any:
+    """Return settings, which may be nested, with texts as `public_text` gives them."""
+    if type(value) is str:
+        return public_text(value)
+    if isinstance(value, Mapping):
+        return {name: public_settings(each) for name, each in value.items()}
+    return [public_settings(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _public_path(path: str) -> str:
+    place, here = Path(os.path.abspath(Path(path).expanduser())), Path.cwd()
+    return str(place.relative_to(here)) if place.is_relative_to(here) else place.name

@@ -1,9 +1,11 @@
 import psutil
 import pytest
 import torch
+from torch import nn
 
+from gradaug_hf import GradAugConfig
 from gradaug_hf.experiments import memory
-from gradaug_hf.experiments.memory import PeakMemory
+from gradaug_hf.experiments.memory import PeakMemory, check_memory, memory_of_step
 
 MEBIBYTE = 2**20
 
@@ -48,3 +50,29 @@ def test_peak_of_the_whole_process_stands_in_where_the_system_keeps_no_record(mo
     with PeakMemory(torch.device("cpu")) as peak:
         torch.ones(300 * MEBIBYTE, dtype=torch.uint8)
     assert peak.mebibytes > 300
+
+
+def test_a_step_takes_weights_gradients_momentum_and_what_its_backward_needs():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5, bias=False))
+    images, features = 3 * 8 * 8, 4 * 6 * 6  # the ReLU keeps its output, which is the input of the last layer
+    weights = 4 * 3 * 9 + 5 * features
+    assert memory_of_step(model, batch=7, side=8) == 4 * (3 * weights + 7 * (images + features))
+
+
+def test_a_step_that_the_memory_cannot_hold_is_refused(tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 30 * 30, 5))
+    config = GradAugConfig(str(tmp_path), use_cpu=True)
+    check_memory(model, 8, 32, config)
+    message = (
+        r"a step on 100000000 images of 32 pixels takes at least \d+\.\d GiB, and .* GiB are available; give a larger"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_memory(model, 100_000_000, 32, config)
+
+
+def test_a_model_that_cannot_run_without_values_is_not_measured(tmp_path):
+    class ByValue(nn.Module):
+        def forward(self, images):
+            return images if images.mean().item() > 0 else -images
+
+    check_memory(ByValue(), 8, 32, GradAugConfig(str(tmp_path), use_cpu=True))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gradaug_hf.cli import main
-from gradaug_hf.experiments.results import load_runs, results_table, save_results
+from gradaug_hf.experiments.results import check_free, load_runs, results_table, save_results, widths_table
+from gradaug_hf.reports import plots
 from gradaug_hf.reports.runs import Result
 
 PLAIN = Result("plain", 0.87654, 0.99, 160, 12.34, 800.4, [(80, 0.5), (160, 0.87654)])
@@ -38,9 +39,9 @@ def test_json_holds_results_settings_command_and_versions(tmp_path, monkeypatch)
     assert content["versions"]["torch"] == torch.__version__.split("+")[0]
 
 
-def finished(folder: Path, result: Result, seed: int, model: str = "net") -> str:
+def finished(folder: Path, result: Result, seed: int, model: str = "net", data: str = "some/set") -> str:
     folder.mkdir()
-    settings = {"model": model, "dataset_name": "some/set", "seed": seed}
+    settings = {"model": model, "dataset_name": data, "seed": seed}
     save_results([result], folder / "results.json", settings, torch.device("cpu"))
     return str(folder)
 
@@ -80,6 +81,48 @@ def test_results_without_widths_of_the_quickstart_can_be_read(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(content))
     assert [run.result.method for run in load_runs(tmp_path)] == ["plain", "gradaug"]
     assert {run.data for run in load_runs(tmp_path)} == {"handwritten digits"}
+
+
+def test_runs_on_two_datasets_stand_in_two_panels(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(plots, "plot_spreads", lambda *given: drawn.append(given))
+    folders = [
+        finished(tmp_path / "a", PLAIN, seed=0),
+        finished(tmp_path / "b", GRADAUG, seed=0),
+        finished(tmp_path / "c", replace(PLAIN, top1=0.25), seed=0, data="other/set"),
+    ]
+    main(["results", *folders, "--plot", str(tmp_path / "all.png")])
+    ((labels, panels, _),) = drawn
+    assert labels == ["plain, net, 160 steps", "gradaug, net, 160 steps"]
+    assert panels == {"some/set": [[0.87654], [0.9]], "other/set": [[0.25], []]}
+
+
+def test_top5_of_few_classes_is_a_dash(tmp_path, capsys):
+    few = replace(PLAIN, top5=None, widths=[(0.9, 0.5, None)])
+    assert "|       - |" in results_table([few])
+    main(["results", finished(tmp_path / "a", few, seed=0), "--plot", str(tmp_path / "all.png")])
+    assert "|       - |" in capsys.readouterr().out
+    assert load_runs(tmp_path / "a")[0].result.top5 is None
+    assert "| 0.9 |" not in widths_table(few.widths) and "|   50.00 |       - |" in widths_table(few.widths)
+
+
+def test_results_of_another_run_are_not_written_over(tmp_path):
+    folder = finished(tmp_path / "a", PLAIN, seed=0)
+    check_free(str(tmp_path / "new"), None, overwrite=False)
+    check_free(folder, None, overwrite=True)
+    check_free(folder, f"{folder}/checkpoint-3", overwrite=False)
+    for checkpoint in (None, str(tmp_path / "b" / "checkpoint-3")):
+        with pytest.raises(ValueError, match="a holds results.json of another run; give another output_dir, resume"):
+            check_free(folder, checkpoint, overwrite=False)
+
+
+def test_json_has_no_folders_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {"dataset_name": "/data/private/cats", "output_dir": str(tmp_path / "runs" / "x"), "seed": 3}
+    save_results([PLAIN], tmp_path / "results.json", settings, torch.device("cpu"))
+    content = (tmp_path / "results.json").read_text()
+    assert json.loads(content)["settings"] == {"dataset_name": "cats", "output_dir": "runs/x", "seed": 3}
+    assert str(tmp_path) not in content and "/data" not in content
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from gradaug_hf import GradAugConfig
 from gradaug_hf.experiments.arguments import ExperimentArguments, parse
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
-from gradaug_hf.experiments.recipes import CIFAR_WIDERESNET, start_as_in_the_paper
-from gradaug_hf.experiments.run import SETTINGS, complete, make_trainer
+from gradaug_hf.experiments.recipes import CIFAR_WIDERESNET, RECIPES, start_as_in_the_paper
+from gradaug_hf.experiments.run import SETTINGS, check_batch, complete, make_trainer
 from gradaug_hf.hub.networks import create_network
 from tests.helpers.checkpoints import save_images
 
@@ -87,6 +87,46 @@ def test_batch_that_processes_cannot_share_is_refused(tmp_path, monkeypatch):
         complete(ExperimentArguments(batch_size=508), config)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_train_epochs": 0}, "num_train_epochs is 0; it must be above 0"),
+        ({"max_steps": 0}, "max_steps is 0; it must be at least 1, or -1"),
+        ({"max_steps": -3}, "max_steps is -3; it must be at least 1, or -1"),
+    ],
+)
+def test_a_training_of_no_step_is_refused(tmp_path, settings, message):
+    config = GradAugConfig(str(tmp_path), do_train=True, use_cpu=True, **settings)
+    with pytest.raises(ValueError, match=message):
+        complete(ExperimentArguments(batch_size=8), config)
+
+
+def test_a_run_that_is_only_evaluated_needs_no_epochs(tmp_path):
+    complete(
+        ExperimentArguments(batch_size=8), GradAugConfig(str(tmp_path), do_eval=True, num_train_epochs=0, use_cpu=True)
+    )
+
+
+def test_results_in_the_folder_are_refused_unless_they_are_to_be_written_over(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    config = GradAugConfig(str(tmp_path), do_train=True, use_cpu=True)
+    with pytest.raises(ValueError, match="holds results.json of another run"):
+        complete(ExperimentArguments(batch_size=8), config)
+    complete(ExperimentArguments(batch_size=8, overwrite_output_dir=True), config)
+
+
+def test_a_batch_that_is_larger_than_the_training_set_is_refused():
+    check_batch(244, 244)
+    check_batch(512, None)  # a stream that does not say how many images it has
+    with pytest.raises(ValueError, match="batch_size is 512, but there are 244 images to train on"):
+        check_batch(512, 244)
+
+
+@pytest.mark.parametrize(("recipe", "side"), [("imagenet_resnet50", 224), ("cifar_wideresnet", 32)])
+def test_a_recipe_knows_the_side_of_its_images(recipe, side):
+    assert RECIPES[recipe].image_side() == side
+
+
 def test_resnet50_starts_as_in_the_paper():
     torch.manual_seed(0)
     network = create_network("resnet50", [str(i) for i in range(1000)], {"zero_init_last": False})
@@ -110,7 +150,7 @@ def test_evaluation_sees_the_pixels_that_the_folder_s_processor_prepares(tmp_pat
     if library == "transformers":
         model = str(tmp_path / "network")
         ResNetForImageClassification(ResNetConfig(hidden_sizes=[8], depths=[1], num_labels=3)).save_pretrained(model)
-    flags = f"--model {model} --dataset_name {photos} --eval_split test --output_dir {tmp_path / 'out'} --use_cpu"
+    flags = f"--model {model} --dataset_name {photos} --eval_split test --output_dir {tmp_path / 'out'} --use_cpu --batch_size 2"
     args, config = parse({**SETTINGS, **CIFAR_WIDERESNET.settings}, CIFAR_WIDERESNET.methods, None, flags.split())
     complete(args, config)
     trainer = make_trainer(CIFAR_WIDERESNET, args, config)

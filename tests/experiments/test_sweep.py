@@ -64,6 +64,28 @@ def test_every_row_is_trained_with_every_seed_by_its_flags(recipe, tmp_path):
     ]
 
 
+def test_shared_settings_of_sub_networks_reach_the_rows_that_have_some(recipe):
+    rows = {
+        "plain": {"method": "cutmix"},
+        "ours": {"method": "gradaug"},
+        "own": {"method": "baseline", "kl_weight": 1},
+    }
+    shared = {"min_width": 0.5, "subnet_rotation": True, "learning_rate": 0.1}
+    plan = make_plan(recipe, rows=rows, seeds=[0], settings=shared, columns={"few": {"num_subnets": 1}})
+    settings = {run.row: dict(run.settings) for run in plan.runs()}
+    assert settings["plain"] == {"learning_rate": 0.1, "method": "cutmix", "seed": 0}
+    assert settings["ours"] == shared | {"num_subnets": 1, "method": "gradaug", "seed": 0}
+    assert settings["own"] == {"learning_rate": 0.1, "method": "baseline", "kl_weight": 1, "seed": 0}
+
+
+def test_a_flag_is_no_abbreviation_of_the_sweeps_own(recipe, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("gradaug_hf.experiments.sweep.train_and_report", lambda plan, *_: given.append(plan.settings))
+    write_plan(tmp_path, seeds=[0])
+    main(["sweep", str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path), "--seed_train_data", "false"])
+    assert given == [{"seed_train_data": "false"}]
+
+
 def test_finished_runs_are_skipped_and_interrupted_ones_go_on(recipe, tmp_path, capsys):
     folder = tmp_path / "runs"
     train_all(make_plan(recipe, seeds=[0]), folder, LAUNCH)

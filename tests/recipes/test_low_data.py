@@ -35,7 +35,7 @@ def cache(tmp_path_factory, monkeypatch) -> None:
 
 def plan_of(images: str, settings: dict | None = None, **arguments):
     arguments = {"dataset_name": images, "labels": [8, 0], "model": "wrn16_2", **arguments}
-    return make_plan(LowDataArguments(**arguments), settings or {"num_train_epochs": "10"})
+    return make_plan(LowDataArguments(**arguments), {"batch_size": "8"} | (settings or {"num_train_epochs": "10"}))
 
 
 def test_all_methods_of_the_network_are_compared_beside_a_baseline_of_equal_compute(images):
@@ -52,6 +52,25 @@ def test_all_methods_of_the_network_are_compared_beside_a_baseline_of_equal_comp
 def test_cost_of_the_baseline_follows_the_settings_of_gradaug(images):
     settings = {"num_train_epochs": "10", "num_subnets": "1", "min_width": "0.5", "resolutions": ["32"]}
     assert "baseline, 12 epochs" in plan_of(images, settings).rows  # 1 + 0.5 ** 2
+
+
+def test_baseline_of_equal_compute_sees_images_of_their_own_side(images):
+    # 1 + (128² + 96²) / 2 / 224² times (0.81 + 2 (0.81 + 0.9 + 1) / 3) = 1.67, not 3.04 as if images had 128 pixels
+    settings = {"num_train_epochs": "100", "resolutions": ["128", "96"], "batch_size": "8"}
+    plan = plan_of(images, settings, recipe="recipes/imagenet_resnet50.py", model="test_resnet", methods=["gradaug"])
+    assert list(plan.rows) == ["baseline", "baseline, 167 epochs", "gradaug"]
+
+
+def test_a_number_of_steps_is_that_of_equal_compute_as_well(images):
+    plan = plan_of(images, {"max_steps": "100", "batch_size": "8"}, methods=["gradaug"])
+    assert plan.rows["baseline, 276 steps"] == {"method": "baseline", "max_steps": 276}
+
+
+def test_flags_of_gradaug_reach_its_rows_alone(images):
+    plan = plan_of(images, {"num_subnets": "1", "min_width": "0.5", "batch_size": "8"}, methods=["mixup", "gradaug"])
+    for run in plan.runs():
+        of_gradaug = {"num_subnets", "min_width"} & run.settings.keys()
+        assert bool(of_gradaug) == (run.settings["method"] == "gradaug"), run
 
 
 @pytest.mark.parametrize(

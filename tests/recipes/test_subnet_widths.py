@@ -61,7 +61,8 @@ def test_all_widths_are_measured_of_all_networks_and_kept(models, run, tmp_path,
         assert full["macs"] == counted.get_total_flops() // 2
         assert 0.2 < half["macs"] / full["macs"] < 0.3
         for result in (full, half):
-            assert 0 <= result["top1"] <= result["top5"] <= 1
+            assert 0 <= result["top1"] <= 1
+            assert result["top5"] is None  # of three classes
             assert result["latency"] > 0
     printed = capsys.readouterr().out
     assert "multiply-adds (M)" in printed

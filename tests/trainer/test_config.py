@@ -104,6 +104,16 @@ def test_the_help_can_be_printed():
     assert "--min_width" in HfArgumentParser(GradAugConfig).format_help()
 
 
+def test_what_is_pickled_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = GradAugConfig(str(tmp_path / "runs" / "x"), resume_from_checkpoint="/far/away/checkpoint-3", use_cpu=True)
+    content = pickle.dumps(args)
+    assert str(tmp_path).encode() not in content and b"/far" not in content
+    read = pickle.loads(content)
+    assert (read.output_dir, read.resume_from_checkpoint) == ("runs/x", "checkpoint-3")
+    assert copy.deepcopy(args).output_dir == copy.copy(args).output_dir == str(tmp_path / "runs" / "x")
+
+
 def test_settings_survive_json_and_pickle(tmp_path):
     args = make(tmp_path, resolutions=[32, 28], eval_widths=[0.5])
     assert json.loads(args.to_json_string())["resolutions"] == [32, 28]

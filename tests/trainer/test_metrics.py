@@ -18,7 +18,13 @@ def test_top1_and_top5_count_the_labels_among_the_largest_logits():
 def test_logits_may_be_the_first_of_several_outputs_and_classes_few():
     logits = np.array([[1.0, 2.0], [3.0, 0.0]])
     metrics = topk_accuracy(EvalPrediction(predictions=(logits, None), label_ids=np.array([1, 1])))
-    assert metrics == {"top1": 0.5, "top5": 1.0}
+    assert metrics == {"top1": 0.5}  # every label is among the best five of two classes
+
+
+@pytest.mark.parametrize(("classes", "names"), [(2, {"top1"}), (5, {"top1"}), (6, {"top1", "top5"})])
+def test_top5_is_measured_with_more_than_five_classes_alone(classes: int, names: set[str]):
+    logits = np.eye(3, classes)
+    assert set(topk_accuracy(EvalPrediction(predictions=logits, label_ids=np.array([0, 1, 0])))) == names
 
 
 def test_a_wrong_shape_is_named():

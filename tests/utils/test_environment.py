@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gradaug_hf
-from gradaug_hf.utils.environment import device_name, launched_script, public_command, versions
+from gradaug_hf.utils.environment import device_name, launched_script, public_command, public_settings, versions
 
 TOKEN = "hf_" + "aB3" * 11
 
@@ -27,6 +27,24 @@ TOKEN = "hf_" + "aB3" * 11
 )
 def test_a_command_is_shown_without_tokens_and_folders_of_the_machine(argv: list[str], shown: str | None):
     assert public_command(argv) == (shown or "x.py --model best --dataset_name uoft-cs/cifar10")
+
+
+def test_settings_are_shown_with_paths_below_the_working_folder_and_no_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "output_dir": str(tmp_path / "outputs" / "run 1"),
+        "dataset_name": "/data/my pictures/cats",
+        "model": "uoft-cs/net",
+        "nested": {"paths": ["~/a", "../b/c", "d/e"], "rate": 0.1, "none": None},
+        "text": f"see {tmp_path}/log.txt",
+    }
+    assert public_settings(settings) == {
+        "output_dir": "outputs/run 1",
+        "dataset_name": "cats",
+        "model": "uoft-cs/net",
+        "nested": {"paths": ["a", "c", "d/e"], "rate": 0.1, "none": None},
+        "text": "see log.txt",
+    }
 
 
 @pytest.mark.parametrize("is_script", [True, False])

@@ -27,6 +27,7 @@ from gradaug_hf.experiments.evaluation.pixels import (
 from gradaug_hf.experiments.run import first_on_main_process
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot
 from gradaug_hf.trainer.checks import check_writable
+from gradaug_hf.trainer.ranges import check_side
 from gradaug_hf.utils.threads import use_all_cores
 
 # Settings on which what is measured does not depend.
@@ -69,6 +70,9 @@ class EvaluationArguments(DataArguments):
             self._check(name, value is None or value >= 1, "at least 1")
         for name in ("num_workers", "seed"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
+        if self.image_size is not None:
+            check_side("image_size", self.image_size)
+        self._check_texts()
         self._check("model", len(set(self.model)) == len(self.model), "a list of different models")
 
 
@@ -165,8 +169,8 @@ class Evaluation:
     @torch.inference_mode()
     def accuracies(
         self, models: Mapping[str, nn.Module], images: Dataset, description: str
-    ) -> dict[str, tuple[float, float]]:
-        """Measure top-1 and top-5 accuracy in 0..1 of models that see the same pixels.
+    ) -> dict[str, tuple[float, float | None]]:
+        """Measure top-1 and, with more than five classes, top-5 accuracy in 0..1 of models that see the same pixels.
 
         Args:
             models: of pixels in 0..1, by name.
@@ -177,7 +181,9 @@ class Evaluation:
         for pixels, labels in self.batches(images, description):
             for name, model in models.items():
                 hits[name].append(self.gather(topk_hits(model(pixels), labels)))
-        return {name: tuple(torch.cat(rows).double().mean(0).tolist()) for name, rows in hits.items()}
+        shares = {name: torch.cat(rows).double().mean(0).tolist() for name, rows in hits.items()}
+        few = len(class_names(self.data)) <= 5  # of which every label is among the best five
+        return {name: (top1, None if few else top5) for name, (top1, top5) in shares.items()}
 
 
 def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gradaug_hf.experiments.results import run_context
+from gradaug_hf.utils.environment import public_settings
 
 
 class Measurements:
@@ -35,7 +36,7 @@ class Measurements:
     ):
         self.file = file
         self.device = device
-        self.settings = dict(settings)
+        self.settings = public_settings(settings)
         self.weights = dict(weights)
         self._writes = writes
         self._models = _read(file, self.settings) if file.exists() else {}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
+from gradaug_hf.experiments.results import percent
 from gradaug_hf.reports.plots import line_style
 from gradaug_hf.utils.tables import markdown_table
 
@@ -22,7 +23,7 @@ class WidthResult:
 
     Args:
         top1: Top-1 accuracy in 0..1.
-        top5: Top-5 accuracy in 0..1.
+        top5: Top-5 accuracy in 0..1; None with five classes or fewer.
         macs: Multiply-adds for one image.
         params: Number of parameters.
         latency: Median computing time of one image on one CPU thread, in milliseconds.
@@ -30,7 +31,7 @@ class WidthResult:
     """
 
     top1: float
-    top5: float
+    top5: float | None
     macs: int
     params: int
     latency: float
@@ -64,8 +65,8 @@ def widths_side_by_side(results: Mapping[str, Mapping[float, WidthResult]]) -> s
         (
             model,
             f"{width:g}",
-            f"{100 * own[width].top1:.2f}",
-            f"{100 * own[width].top5:.2f}",
+            percent(own[width].top1),
+            percent(own[width].top5),
             f"{own[width].macs / 1e6:.2f}",
             f"{own[width].params / 1e3:.1f}",
             f"{own[width].latency:.2f} ± {own[width].latency_spread:.2f}",
