@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradaug_hf import models  # noqa: F401  (registers the paper's networks in timm)
 from gradaug_hf.data.seeded import SeededDataset, SeededStream
+from gradaug_hf.data.transforms import cifar_transform, imagenet_transform
 from gradaug_hf.experiments.presets import preset_settings
 from gradaug_hf.hub.subnet_folder import save_subnet
 from gradaug_hf.objective.objective import GradAug
@@ -28,15 +29,9 @@ from gradaug_hf.trainer.trainer import GradAugTrainer
 from gradaug_hf.version import __version__
 
 if TYPE_CHECKING:
-    from gradaug_hf.data.loading import (
-        balanced_subset,
-        cifar_transform,
-        class_names,
-        imagenet_transform,
-        load_digits_data,
-        load_image_data,
-        with_pixels,
-    )
+    from gradaug_hf.data.decoding import with_pixels
+    from gradaug_hf.data.digits import load_digits_data
+    from gradaug_hf.data.loading import balanced_subset, class_names, load_image_data
 
 __all__ = [
     "GradAug",
@@ -72,11 +67,21 @@ __all__ = [
 ]
 
 
+# Modules of names that are imported when they are used: training and slicing do not need the library `datasets`.
+_LATER = {
+    "balanced_subset": "gradaug_hf.data.loading",
+    "class_names": "gradaug_hf.data.loading",
+    "load_digits_data": "gradaug_hf.data.digits",
+    "load_image_data": "gradaug_hf.data.loading",
+    "with_pixels": "gradaug_hf.data.decoding",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Return a function of `gradaug_hf.data.loading`, whose library `datasets` training and slicing do not need."""
-    if name not in __all__:
+    """Return a public name whose module is imported now."""
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("gradaug_hf.data.loading"), name)
+    return getattr(import_module(_LATER[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,14 @@ from gradaug_hf.hub.official import OFFICIAL_NAMES
 from gradaug_hf.utils.command_line import BriefParser, errors_as_messages
 from gradaug_hf.version import __version__
 
-RECIPES = ("cifar_pyramidnet", "cifar_resnet110_depth", "cifar_wideresnet", "coco_maskrcnn", "imagenet_resnet50")
+RECIPES = (
+    "cifar_fine_tuning",
+    "cifar_pyramidnet",
+    "cifar_resnet110_depth",
+    "cifar_wideresnet",
+    "coco_maskrcnn",
+    "imagenet_resnet50",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

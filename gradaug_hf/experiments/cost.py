@@ -19,7 +19,7 @@ def relative_cost(settings: SubnetSettings, side: int | None = None) -> float:
     """
     if settings.num_subnets == 0:
         return 1.0
-    sides = settings.resolutions or default_resolutions(7)  # in the same ratios as those of any side
+    sides = settings.resolutions or default_resolutions(side or 7)
     scale = sum((each / (side or max(sides))) ** 2 for each in sides) / len(sides)
     others = settings.num_subnets - 1
     kept = settings.num_subnets

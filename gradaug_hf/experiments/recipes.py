@@ -1,9 +1,11 @@
-"""The paper's experiments on classification, with its hyper-parameters (arXiv 2006.07989)."""
+"""The paper's experiments on classification, with its hyper-parameters (arXiv 2006.07989), and fine-tuning."""
+
+from functools import partial
 
 from timm.models import ResNet
 from torch import nn
 
-from gradaug_hf.data.loading import cifar_transform, imagenet_transform
+from gradaug_hf.data.transforms import cifar_transform, imagenet_transform
 from gradaug_hf.experiments.methods import methods_with
 from gradaug_hf.experiments.run import Recipe
 
@@ -101,7 +103,26 @@ CIFAR_RESNET110_DEPTH = Recipe(
     transform=cifar_transform,
 )
 
+CIFAR_FINE_TUNING = Recipe(
+    description=f"A pretrained model fine-tuned on a few labels of CIFAR-10 at 64 pixels, with GradAug. {ENDING}",
+    settings={
+        "model": "timm/tf_efficientnet_lite0.in1k",
+        "dataset_name": "uoft-cs/cifar10",
+        "labels_per_class": 10,
+        "num_train_epochs": 30,
+        "batch_size": 20,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "num_subnets": 3,
+        "min_width": 0.9,
+        "resolutions": [64, 56, 48],
+    },
+    methods=methods_with(),
+    transform=partial(cifar_transform, size=64),
+)
+
 RECIPES = {
+    "cifar_fine_tuning": CIFAR_FINE_TUNING,
     "cifar_pyramidnet": CIFAR_PYRAMIDNET,
     "cifar_resnet110_depth": CIFAR_RESNET110_DEPTH,
     "cifar_wideresnet": CIFAR_WIDERESNET,

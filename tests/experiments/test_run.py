@@ -150,7 +150,8 @@ def test_evaluation_sees_the_pixels_that_the_folder_s_processor_prepares(tmp_pat
     if library == "transformers":
         model = str(tmp_path / "network")
         ResNetForImageClassification(ResNetConfig(hidden_sizes=[8], depths=[1], num_labels=3)).save_pretrained(model)
-    flags = f"--model {model} --dataset_name {photos} --eval_split test --output_dir {tmp_path / 'out'} --use_cpu --batch_size 2"
+    flags = f"--model {model} --dataset_name {photos} --eval_split test --output_dir {tmp_path / 'out'}"
+    flags += " --use_cpu --batch_size 2"
     args, config = parse({**SETTINGS, **CIFAR_WIDERESNET.settings}, CIFAR_WIDERESNET.methods, None, flags.split())
     complete(args, config)
     trainer = make_trainer(CIFAR_WIDERESNET, args, config)
