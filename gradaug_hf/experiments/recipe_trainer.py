@@ -9,6 +9,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers.training_args import OptimizerNames
 
+from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.trainer import GradAugTrainer
 
 MOMENTUM = 0.9
@@ -20,15 +21,18 @@ class RecipeTrainer(GradAugTrainer):
     With `optim="sgd"` momentum is Nesterov's, and weight decay is on all parameters, batch norm and biases among them.
 
     Args:
-        trainer_args: positional arguments of GradAugTrainer.
+        model: the model, made for the classes.
+        args: the settings.
         lr_drops: shares of the training after which the learning rate is a tenth; none: `lr_scheduler_type` holds.
         experiment: further settings that have to be the same when the training is resumed, by name.
-        kwargs: keyword arguments of GradAugTrainer.
+        kwargs: further keyword arguments of GradAugTrainer.
     """
 
     def __init__(
         self,
-        *trainer_args: Any,
+        model: nn.Module,
+        args: GradAugConfig,
+        *,
         lr_drops: Sequence[float] = (),
         experiment: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -36,7 +40,7 @@ class RecipeTrainer(GradAugTrainer):
         self.lr_drops = lr_drops
         self.experiment = experiment or {}
         self.evaluation_seconds = 0.0
-        super().__init__(*trainer_args, **kwargs)
+        super().__init__(model, args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as GradAugTrainer does, and add the time to `evaluation_seconds`."""

@@ -217,7 +217,10 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         model = load_network(args.model, len(class_names(data)))
     statistics = pixel_statistics(model, image_processor(args.model))
     evaluation = as_its_pipeline(recipe.transform(False, **statistics), model)
-    trainer = RecipeTrainer(
+    card = {"dataset": args.dataset_name, "dataset_args": args.dataset_config_name}
+    if is_checkpoint(args.model):
+        card["finetuned_from"] = args.model
+    return RecipeTrainer(
         model,
         config,
         train_dataset=training_images(data["train"], recipe.transform(True, **statistics), args, config.seed),
@@ -225,13 +228,10 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         compute_metrics=topk_accuracy,
         processing_class=image_processor_of(evaluation, model),
         subnet_transform=RandomQuarterTurn() if args.subnet_rotation else None,
+        card_metadata=card,
         lr_drops=args.lr_drops,
         experiment={name: value for name, value in asdict(args).items() if name not in CHANGEABLE},
     )
-    trainer.card_metadata = {"dataset": args.dataset_name, "dataset_args": args.dataset_config_name}
-    if is_checkpoint(args.model):
-        trainer.card_metadata["finetuned_from"] = args.model
-    return trainer
 
 
 def training_images(

@@ -316,7 +316,7 @@ def test_file_that_is_not_of_settings_is_refused(tmp_path, content: str, message
 
 
 def test_what_is_given_wins_over_method_and_recipe_even_by_another_name():
-    settings = settings_of(cifar_pyramidnet.RECIPE, "--method cutmix --mix_prob 0.9 --num_subnets 1")
+    settings = settings_of(cifar_pyramidnet.RECIPE, "--method gradaug_cutmix --mix_prob 0.9 --num_subnets 1")
     assert (settings["mix_prob"], settings["num_subnets"], settings["lr_drops"]) == (0.9, 1, [0.5, 0.75])
     settings = settings_of(cifar_pyramidnet.RECIPE, "--lr_scheduler_type cosine")
     assert settings["lr_drops"] == []

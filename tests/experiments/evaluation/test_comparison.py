@@ -37,7 +37,8 @@ def test_accuracy_counts_each_image_once_whatever_the_batches(tmp_path):
     photos = save_images(tmp_path / "photos", of_each_class=3)
     found = []
     for batch_size in (2, 9):
-        args = EvaluationArguments([model], photos, batch_size=batch_size, num_workers=0, output_dir=str(tmp_path))
+        settings = {"model": [model], "dataset_name": photos, "num_workers": 0, "output_dir": str(tmp_path)}
+        args = EvaluationArguments(batch_size=batch_size, **settings)
         evaluation = Evaluation(args, [model])
         found.append(evaluation.accuracies(evaluation.models, evaluation.images("eval"), "")[model])
     images = evaluation.images("eval")
