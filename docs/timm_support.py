@@ -1,9 +1,9 @@
-"""Measures how much of timm's networks is sliced and writes docs/timm-support.md.
+"""Measures how much of timm's networks is sliced and writes docs/timm_support.md.
 
     python docs/timm_support.py                         # the smallest network of every timm module
     python docs/timm_support.py resnet50 vit_base_patch16_224 --check
 
-Results are kept in docs/timm-support.json; what is there is not measured again unless it is named.
+Results are kept in docs/timm_support.json; what is there is not measured again unless it is named.
 """
 
 import argparse
@@ -26,7 +26,7 @@ sys.path.insert(0, str(DOCS.parent))
 from tests.helpers.outside import Outside  # noqa: E402
 from tests.slimming import test_zoo  # noqa: E402
 
-RESULTS = DOCS / "timm-support.json"
+RESULTS = DOCS / "timm_support.json"
 SMALLEST = DOCS.parent / "tests" / "slimming" / "smallest.json"
 SCALES = (6 / 7, 5 / 7, 4 / 7)
 
@@ -63,7 +63,7 @@ def main() -> None:
             results[name] = row
             print(name, row, flush=True)
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    (DOCS / "timm-support.md").write_text(table(results))
+    (DOCS / "timm_support.md").write_text(table(results))
 
 
 def measure(name: str) -> dict[str, object]:
