@@ -1,6 +1,6 @@
-"""Measures how much of timm's networks is sliced and writes docs/timm_support.md.
+"""Measure how much of timm's models is sliced, and write docs/timm_support.md.
 
-    python docs/timm_support.py                         # the smallest network of every timm module
+    python docs/timm_support.py                         # the smallest model of every timm module
     python docs/timm_support.py resnet50 vit_base_patch16_224 --check
 
 Results are kept in docs/timm_support.json; what is there is not measured again unless it is named.
@@ -30,18 +30,21 @@ RESULTS = DOCS / "timm_support.json"
 SMALLEST = DOCS.parent / "tests" / "slimming" / "smallest.json"
 SCALES = (6 / 7, 5 / 7, 4 / 7)
 
-HEADER = """# Which networks of timm are sliced
+HEADER = """# Which models of timm are sliced
 
-One network of every module of timm {version}, the smallest. *Multiply-adds* and *parameters* are the shares that
-shrink with the width. *Other sides* are those of 6/7, 5/7 and 4/7 of the native side that the network takes as timm
-builds it, and the arguments with which timm builds it to take them all. *Checked*: at widths 0.5, 0.75 and 0.9 the
-sub-network equals the full network with the left-out channels zeroed, in float64, and the extracted one, which runs in
-a process without gradaug_hf; forward and backward run; the full width is bit-identical (`tests/slimming/test_zoo.py`;
-of `deepseek_vit_412m` and `gemma4_vit_167m` with four of their blocks).
-*Patch* is the time of `make_slimmable` on 2 CPU cores, other work running beside it. Regenerate the table with
-`python docs/timm_support.py --check`.
+The smallest model of every module of timm {version}. The columns:
 
-| module | network | multiply-adds | parameters | side | other sides | checked | patch | at full width |
+- *multiply-adds* and *parameters*: the shares that shrink with the width;
+- *other sides*: those of 6/7, 5/7 and 4/7 of the native side that the model takes as timm builds it, and the arguments
+  with which timm builds it to take them all;
+- *checked*: in float64, at widths 0.5, 0.75 and 0.9, the sub-network equals the full model with the left-out channels
+  zeroed. So does the extracted one, in a process without gradaug_hf. Forward and backward run, and the full width is
+  bit-identical (`tests/slimming/test_zoo.py`; `deepseek_vit_412m` and `gemma4_vit_167m` with four of their blocks);
+- *patch*: the time of `make_slimmable` on 2 CPU cores, with other work running beside it.
+
+`python docs/timm_support.py --check` measures what is missing and writes the table.
+
+| module | model | multiply-adds | parameters | side | other sides | checked | patch | at full width |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -49,7 +52,7 @@ of `deepseek_vit_412m` and `gemma4_vit_167m` with four of their blocks).
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="architectures of timm; default: the smallest of every module")
-    parser.add_argument("--check", action="store_true", help="also compare with the zeroed full network (slow)")
+    parser.add_argument("--check", action="store_true", help="also compare with the zeroed full model (slow)")
     args = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     smallest = json.loads(SMALLEST.read_text())
@@ -67,7 +70,7 @@ def main() -> None:
 
 
 def measure(name: str) -> dict[str, object]:
-    """Shares, sides and patch time of one architecture, on the meta device."""
+    """Return shares, sides and patch time of one architecture, measured on the meta device."""
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=1000)
     start = time.perf_counter()
@@ -93,7 +96,7 @@ def measure(name: str) -> dict[str, object]:
 
 @contextmanager
 def another_process() -> Iterator[Outside]:
-    """A process without gradaug_hf, in which extracted sub-networks are run."""
+    """Start a process without gradaug_hf, in which extracted sub-networks are run."""
     with tempfile.TemporaryDirectory() as folder:
         outside = Outside(Path(folder))
         try:
@@ -103,15 +106,16 @@ def another_process() -> Iterator[Outside]:
 
 
 def check(name: str, outside: Outside) -> str:
-    """Run the test of the zoo on one architecture; "yes", or what went wrong."""
+    """Run the test of the zoo on one architecture, and return "yes" or what went wrong."""
     try:
         test_zoo.check(name, outside)
-    except Exception as error:  # a row of the table says what a network raised
+    except Exception as error:  # a row of the table says what a model raised
         return f"no: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
     return "yes"
 
 
 def table(results: dict[str, dict]) -> str:
+    """Return the page: its header, a row for each architecture, and a summary."""
     lines = []
     for name, row in sorted(results.items(), key=lambda item: (item[1]["module"], item[0])):
         reason = f"{row['refused']} layers: {row['reason']}"[:140].replace("|", "/") if row["refused"] else ""
@@ -123,9 +127,12 @@ def table(results: dict[str, dict]) -> str:
             f"| {sides} | {row.get('checked', 'not')} | {row['seconds']:.1f} s | {reason} |"
         )
     shares = [row["sliced_macs"] for row in results.values()]
-    counts = " and ".join(f"{sum(share >= limit for share in shares)} at least {limit:.0%}" for limit in (0.5, 0.9))
+    half, most = (sum(share >= limit for share in shares) for limit in (0.5, 0.9))
     checked = sum(row.get("checked") == "yes" for row in results.values())
-    summary = f"\nOf {len(shares)} networks {counts} of the multiply-adds are sliced; {checked} are checked.\n"
+    summary = (
+        f"\nOf {len(shares)} models, {most} are sliced in at least 90% of the multiply-adds and {half} in at least "
+        f"50%; {checked} are checked.\n"
+    )
     return HEADER.format(version=timm.__version__) + "\n".join(lines) + "\n" + summary
 
 
