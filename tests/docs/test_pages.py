@@ -10,7 +10,7 @@ from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from setuptools.config.setupcfg import read_configuration
 
-from gradaug_hf.slimming.__main__ import main as gradaug  # XXX
+from gradaug_hf.cli import main as gradaug
 from tests.helpers.pages import PAGES, README, ROOT, blocks, commands
 
 # The recipe that these start, whose flags they take too.
