@@ -10,6 +10,7 @@ from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 from setuptools.config.setupcfg import read_configuration
 
+import gradaug_hf
 from gradaug_hf.cli import main as gradaug
 from tests.helpers.pages import PAGES, README, ROOT, blocks, commands
 
@@ -106,3 +107,8 @@ def test_files_and_tests_that_a_page_names_exist(page):
     code = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     for test in re.findall(r"\b(test_\w+)`", text):
         assert timm.is_model(test) or f"def {test}(" in code, test
+
+
+def test_every_public_name_is_on_the_api_page():
+    shown = re.findall(r"^::: gradaug_hf\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert sorted(shown) == sorted(name for name in gradaug_hf.__all__ if name != "__version__")
