@@ -30,6 +30,11 @@ def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Datas
     Returns:
         Data whose examples are `pixel_values`, a tensor (3, H, W), and `labels`, an int. Reading an example raises
         `UnreadableImageError` with its row where the image cannot be decoded.
+
+    Example:
+        >>> split = with_pixels(load_image_data("photos")["train"], cifar_transform(train=True))
+        >>> split[0]["pixel_values"].shape, split[0]["labels"]
+        (torch.Size([3, 32, 32]), 0)
     """
     if isinstance(split, IterableDataset):
         read = partial(_read_batch, transform=transform, split=str(split.split))
