@@ -11,6 +11,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import DataCollator, PreTrainedModel
+from transformers.trainer_utils import has_length
 
 from gradaug_hf.data.collator import as_int64
 from gradaug_hf.objective.losses import check_labels
@@ -126,6 +127,12 @@ def check_columns(args: GradAugConfig, datasets: Mapping[str, Any]) -> None:
                 f"remove_unused_columns is True, which would remove the columns {columns} of {name} before its "
                 f"transform makes {IMAGES!r} of them; set remove_unused_columns=False"
             )
+
+
+def check_train_dataset(dataset: Any) -> None:
+    """Raise a ValueError if a dataset to train on has no images."""
+    if has_length(dataset) and not len(dataset):
+        raise ValueError("train_dataset has no images; it must have at least one")
 
 
 def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:

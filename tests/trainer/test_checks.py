@@ -15,6 +15,7 @@ from gradaug_hf.trainer.checks import (
     check_sharding,
 )
 from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.trainer.trainer import GradAugTrainer
 
 
 @pytest.fixture
@@ -97,6 +98,12 @@ def test_activation_checkpointing_is_refused_with_a_joint_backward(args):
     with pytest.raises(ValueError, match='subnet_backward="sequential"'):
         check_checkpointing(network, args)
     check_checkpointing(timm.create_model("test_resnet"), args)
+
+
+def test_an_empty_training_set_is_refused(args):
+    args.num_subnets = 1
+    with pytest.raises(ValueError, match="train_dataset has no images; it must have at least one"):
+        GradAugTrainer(timm.create_model("test_resnet"), args, train_dataset=[])
 
 
 def test_labels_are_checked_where_batches_are_made():
