@@ -158,6 +158,8 @@ def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
 class LabelCheckingCollator:
     """Collate a batch and check its labels while they lie on the CPU, where that costs nothing.
 
+    Its other attributes are those of the collator that makes the batch.
+
     Args:
         collate: makes the batch.
         num_classes: of the network.
@@ -165,6 +167,17 @@ class LabelCheckingCollator:
 
     collate: DataCollator
     num_classes: int
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "collate":  # asked for while a copy is made
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("collate", "num_classes"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.collate, name, value)
 
     def __call__(self, features: list[Any]) -> Any:
         batch = self.collate(features)
