@@ -30,6 +30,11 @@ def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Datas
     Returns:
         Data whose examples are `pixel_values`, a tensor (3, H, W), and `labels`, an int. Reading an example raises
         `UnreadableImageError` with its row where the image cannot be decoded.
+
+    Example:
+        >>> split = with_pixels(load_image_data("photos")["train"], cifar_transform(train=True))
+        >>> split[0]["pixel_values"].shape, split[0]["labels"]
+        (torch.Size([3, 32, 32]), 0)
     """
     if isinstance(split, IterableDataset):
         read = partial(_read_batch, transform=transform, split=str(split.split))
@@ -61,13 +66,18 @@ def decode(encoded: dict | None, row: int | None, split: str) -> PIL.Image.Image
     if encoded is None:
         raise UnreadableImageError(f"there is no image in {place}")
     try:
-        return _to_rgb(Image().decode_example(encoded))
+        return to_rgb(Image().decode_example(encoded))
     except Exception as error:  # Pillow's decoders raise errors of many kinds
         file = f" ({encoded['path']})" if encoded["path"] else ""
         raise UnreadableImageError(f"the image in {place}{file} cannot be decoded: {error}") from error
 
 
-def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return an image in RGB, scaled as `decode` says.
+
+    Raises:
+        ValueError: its values are in none of the ranges that `decode` names.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # which Pillow clips to 0..255
         image = PIL.Image.fromarray(_to_8_bits(image))
     if image.mode == "P":  # Pillow warns when it drops the transparency of a palette in one go

@@ -17,6 +17,11 @@ def load_digits_data(size: int = 32) -> DatasetDict:
 
     Returns:
         Splits `train` and `eval` with the columns `image`, `label` and `row`.
+
+    Example:
+        >>> data = load_digits_data(size=8)
+        >>> len(data["train"]), len(data["eval"])
+        (898, 899)
     """
     from sklearn.datasets import load_digits
 

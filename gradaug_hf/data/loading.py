@@ -64,6 +64,11 @@ def load_image_data(
         OSError: The dataset cannot be found, reached or read.
         ValueError: A split or column is missing or ambiguous, a split is empty, a label is missing or out of range,
             there is one class alone, or folders of images do not say what are splits and what classes.
+
+    Example:
+        >>> data = load_image_data("photos")  # photos/train/cat/1.png, photos/test/dog/2.png and so on
+        >>> len(data["train"]), class_names(data)
+        (4, ['cat', 'dog'])
     """
     chosen = _choose_splits(_load(name, config_name, label_column), train_split, eval_split)
     images, labels = find_columns(chosen["train"].features, image_column, label_column)
@@ -100,6 +105,11 @@ def stream_image_data(
         OSError: The dataset cannot be found, reached or read.
         ValueError: A split or column is missing or ambiguous, the labels have no names, or folders of images do not
             say what are splits and what classes.
+
+    Example:
+        >>> data = stream_image_data("photos")
+        >>> next(iter(data["train"]))["label"]
+        0
     """
     chosen = _choose_splits(_load(name, config_name, label_column, streaming=True), train_split, eval_split)
     if "eval" not in chosen:
@@ -157,6 +167,11 @@ def balanced_subset(split: Dataset, labels_per_class: int, seed: int = 0) -> Dat
 
     Raises:
         ValueError: `labels_per_class` is not positive, or larger than the number of images of a class.
+
+    Example:
+        >>> data = load_image_data("photos")
+        >>> len(balanced_subset(data["train"], labels_per_class=1))
+        2
     """
     if labels_per_class < 1:
         raise ValueError(f"labels_per_class={labels_per_class}: at least 1 is needed")

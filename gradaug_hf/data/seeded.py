@@ -67,6 +67,12 @@ class SeededDataset(_SeededWrapper, Dataset):
     Args:
         dataset: has `__getitem__` and `__len__`, and samples random numbers when an example is read.
         seed: any integer.
+
+    Example:
+        >>> photos = with_pixels(load_image_data("photos")["train"], cifar_transform(train=True))
+        >>> dataset = SeededDataset(photos, seed=0)
+        >>> torch.equal(dataset[0]["pixel_values"], dataset[0]["pixel_values"])
+        True
     """
 
     def __len__(self) -> int:

@@ -56,6 +56,10 @@ def cifar_transform(
         flip: Whether to flip half of the training images; wrong where left and right matter, as for digits.
         mean: Mean of each channel, in 0..1.
         std: Standard deviation of each channel, in 0..1.
+
+    Example:
+        >>> cifar_transform(train=True)(PIL.Image.new("RGB", (40, 60))).shape
+        torch.Size([3, 32, 32])
     """
     steps = [LimitAspectRatio(), v2.Resize(size), v2.CenterCrop(size)]
     if train:
@@ -80,6 +84,10 @@ def imagenet_transform(
         train: Whether to augment.
         mean: Mean of each channel, in 0..1.
         std: Standard deviation of each channel, in 0..1.
+
+    Example:
+        >>> imagenet_transform(train=False)(PIL.Image.new("RGB", (640, 480))).shape
+        torch.Size([3, 224, 224])
     """
     if train:
         steps = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4)]

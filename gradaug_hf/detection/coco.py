@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from gradaug_hf.data.decoding import UnreadableImageError
+from gradaug_hf.data.decoding import UnreadableImageError, to_rgb
 
 NAMED = 3  # how many of the things that are wrong an error names
 TABLES = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name")}
@@ -86,8 +86,8 @@ class CocoImages(Dataset):
         file = self.folder / described["file_name"]
         try:
             with Image.open(file) as image:
-                pixels = tv_tensors.Image(v2.functional.pil_to_tensor(image.convert("RGB")))
-        except (OSError, UnidentifiedImageError) as error:
+                pixels = tv_tensors.Image(v2.functional.pil_to_tensor(to_rgb(image)))
+        except (OSError, ValueError) as error:
             raise UnreadableImageError(f"{file} cannot be read as an image: {error}") from error
         size = described["height"], described["width"]
         if tuple(pixels.shape[1:]) != size:

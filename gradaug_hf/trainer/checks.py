@@ -11,6 +11,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import DataCollator, PreTrainedModel
+from transformers.trainer_utils import has_length
 
 from gradaug_hf.data.collator import as_int64
 from gradaug_hf.objective.losses import check_labels
@@ -128,6 +129,12 @@ def check_columns(args: GradAugConfig, datasets: Mapping[str, Any]) -> None:
             )
 
 
+def check_train_dataset(dataset: Any) -> None:
+    """Raise a ValueError if a dataset to train on has no images."""
+    if has_length(dataset) and not len(dataset):
+        raise ValueError("train_dataset has no images; it must have at least one")
+
+
 def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
     """Make sure that no layer is computed anew at another width than it had.
 
@@ -151,6 +158,8 @@ def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
 class LabelCheckingCollator:
     """Collate a batch and check its labels while they lie on the CPU, where that costs nothing.
 
+    Its other attributes are those of the collator that makes the batch.
+
     Args:
         collate: makes the batch.
         num_classes: of the network.
@@ -158,6 +167,17 @@ class LabelCheckingCollator:
 
     collate: DataCollator
     num_classes: int
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "collate":  # asked for while a copy is made
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("collate", "num_classes"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.collate, name, value)
 
     def __call__(self, features: list[Any]) -> Any:
         batch = self.collate(features)

@@ -74,6 +74,7 @@ from gradaug_hf.trainer.checks import (
     check_launch,
     check_output_dir,
     check_sharding,
+    check_train_dataset,
 )
 from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
@@ -335,6 +336,7 @@ class GradAugTrainer(Trainer):
 
     def _prepare_network(self, network: nn.Module) -> None:
         """Make a model slimmable, and settle its sub-networks before any long work."""
+        check_train_dataset(self.train_dataset)
         check_checkpointing(network, self.args)
         if self._subnet_mode == "tokens":
             find_tokens(network)

@@ -2,6 +2,8 @@ import json
 import math
 import re
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -154,6 +156,14 @@ def test_an_image_that_is_none_or_of_another_size_is_named(write_coco, content):
         data[0]
     with pytest.raises(UnreadableImageError, match=r"2\.png cannot be read as an image"):
         data[1]
+
+
+def test_pixels_of_more_than_8_bits_are_scaled_by_their_range(write_coco):
+    file, folder = write_coco()
+    pixels = np.full((HEIGHT, WIDTH), 51 * 256, dtype=np.uint16)
+    PIL.Image.fromarray(pixels).save(folder / "1.png")
+    image, _ = CocoImages(file, folder)[0]
+    assert (image * 255).round().unique().tolist() == [51]
 
 
 @pytest.mark.parametrize("place", ["train2017", "images/train2017"])

@@ -1,3 +1,5 @@
+import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from gradaug_hf.trainer.checks import (
     check_sharding,
 )
 from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.trainer.trainer import GradAugTrainer
 
 
 @pytest.fixture
@@ -97,6 +100,32 @@ def test_activation_checkpointing_is_refused_with_a_joint_backward(args):
     with pytest.raises(ValueError, match='subnet_backward="sequential"'):
         check_checkpointing(network, args)
     check_checkpointing(timm.create_model("test_resnet"), args)
+
+
+class Mixing:
+    """A collator whose user switches it on and off."""
+
+    def __init__(self) -> None:
+        self.factor = 2.0
+
+    def __call__(self, features: list) -> dict:
+        batch = default_data_collator(features)
+        return {**batch, "pixel_values": self.factor * batch["pixel_values"]}
+
+
+def test_attributes_of_the_collator_can_be_read_and_set():
+    collate = LabelCheckingCollator(Mixing(), 3)
+    collate.factor += 1
+    for collator in (collate, pickle.loads(pickle.dumps(collate)), copy.deepcopy(collate)):
+        assert collator.factor == 3
+        assert collator([{"pixel_values": torch.ones(1, 1, 1), "labels": 0}])["pixel_values"].item() == 3
+        assert not hasattr(collator, "missing")
+
+
+def test_an_empty_training_set_is_refused(args):
+    args.num_subnets = 1
+    with pytest.raises(ValueError, match="train_dataset has no images; it must have at least one"):
+        GradAugTrainer(timm.create_model("test_resnet"), args, train_dataset=[])
 
 
 def test_labels_are_checked_where_batches_are_made():

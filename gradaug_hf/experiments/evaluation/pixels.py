@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from gradaug_hf.data.transforms import Transform
+from gradaug_hf.data.transforms import LimitAspectRatio, Transform
 from gradaug_hf.hub.networks import image_processor, load_network, pixel_statistics
 from gradaug_hf.objective.objective import logits_of
 from gradaug_hf.slimming.meta import example_sizes
@@ -75,7 +75,7 @@ def pixel_transform(side: int) -> Transform:
         Function of an RGB image that returns a uint8 tensor (3, side, side).
     """
     resized = side if side <= SMALL_SIDE else round(side / CROP)
-    return v2.Compose([v2.Resize(resized), v2.CenterCrop(side), v2.ToImage(), v2.ToPureTensor()])
+    return v2.Compose([LimitAspectRatio(), v2.Resize(resized), v2.CenterCrop(side), v2.ToImage(), v2.ToPureTensor()])
 
 
 def to_unit(pixels: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,12 @@ def test_pixels_behind_the_normalisation_are_what_the_recipes_evaluate_on(size: 
     assert pixels.dtype == torch.uint8
     normalised = PixelNetwork(torch.nn.Flatten(), mean, std)(to_unit(pixels)[None])
     torch.testing.assert_close(normalised[0], expected.flatten())
+
+
+def test_an_image_that_is_very_long_is_quick():
+    start = time.process_time()
+    assert pixel_transform(224)(image(30_000, 1)).shape == (3, 224, 224)
+    assert time.process_time() - start < 1
 
 
 def test_a_loaded_network_is_evaluated_and_gets_no_gradients(tmp_path):
