@@ -154,7 +154,9 @@ def draw_batch(batch: SeenBatch) -> Figure:
     rows = [(f"full network: width 1, {_size(images)}", images)]
     for subnet in batch.subnets:
         seen = transform_for_subnet(images, subnet, batch.transform)
-        rows.append((f"sub-network: width {subnet.width:.3g}, {_size(seen)}{_drop(subnet, batch.num_blocks)}", seen))
+        rows.append(
+            (f"sub-network: width {subnet.width:.3g}, {_size(seen)}{_left_out(subnet, batch.num_blocks)}", seen)
+        )
     heights = [seen.shape[2] for _, seen in rows]
     pitch = 1.1 * max(seen.shape[3] for _, seen in rows)  # of the columns, in pixels
     inches = 1.25 / pitch
@@ -282,10 +284,14 @@ def _size(images: Tensor) -> str:
     return f"{images.shape[2]}×{images.shape[3]} pixels"
 
 
-def _drop(subnet: Subnet, num_blocks: int) -> str:
-    if subnet.survival == 1:
-        return ""
-    return f", {len(subnet.dropped_blocks(num_blocks))} of {num_blocks} blocks dropped"
+def _left_out(subnet: Subnet, num_blocks: int) -> str:
+    """Return what a sub-network does without beside channels and pixels, in words."""
+    text = f", {subnet.part.share:.0%} of the batch" if subnet.part is not None else ""
+    if subnet.tokens < 1:
+        text += f", {subnet.tokens:.0%} of the patches"
+    if subnet.survival < 1:
+        text += f", {len(subnet.dropped_blocks(num_blocks))} of {num_blocks} blocks dropped"
+    return text
 
 
 def _displayed(images: Tensor, low: Tensor, high: Tensor) -> np.ndarray:

@@ -66,14 +66,19 @@ def subnet_facts(
             yield "channels are multiples of", f"{args.width_divisor}"
         if drops_blocks(sampler.subnet_mode):
             yield "survival probability of the last residual block", f"{sampler.min_survival:g}"
+        if sampler.subnet_mode == "tokens":
+            yield "smallest share of the patches", f"{sampler.min_tokens:g}"
         if sampler.resolutions:
             yield "resolutions", " ".join(map(str, sampler.resolutions))
+        if sampler.subnet_share < 1:
+            yield "share of the images of a step", f"{sampler.subnet_share:.3g}"
     else:
         yield "sub-networks", f"sampled by a {type(sampler).__name__}"
     if transform is not None:
         yield "further transform of their images", type(transform).__name__
     yield "they learned", TARGETS[args.subnet_target]
-    yield "weight of their losses", f"{args.kl_weight:g}"
+    rising = f", rising from 0 over {args.kl_warmup:.3g} of the steps" if args.kl_warmup else ""
+    yield "weight of their losses", f"{args.kl_weight:g}{rising}"
     yield "backward", args.subnet_backward
 
 

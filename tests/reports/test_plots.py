@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,12 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+<<<<<<< HEAD
 from gradaug_hf.objective.sampling import Subnet
+=======
+from gradaug_hf.experiments.results import Result
+from gradaug_hf.objective.sampling import Part, Subnet
+>>>>>>> w28
 from gradaug_hf.objective.transforms import RandomQuarterTurn, transform_for_subnet
 from gradaug_hf.reports.history import evaluations
 from gradaug_hf.reports.plots import (
@@ -136,3 +142,9 @@ def test_without_matplotlib_one_message_says_what_to_install(monkeypatch, tmp_pa
     with pytest.raises(ModuleNotFoundError, match=NEEDS_MATPLOTLIB):
         plot_training(HISTORY, evaluations(HISTORY), BATCH, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_titles_say_which_share_of_the_batch_and_of_the_patches_was_seen():
+    subnet = Subnet(0.5, 16, part=Part(0, 1 / 3, seed=1), tokens=0.4)
+    _, row = draw_batch(replace(BATCH, subnets=[subnet])).axes
+    assert row.get_title(loc="left") == "sub-network: width 0.5, 16×16 pixels, 33% of the batch, 40% of the patches"
