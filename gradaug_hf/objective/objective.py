@@ -26,6 +26,7 @@ SubnetTarget = Literal["soft", "label"]
 SUBNET_TARGETS = get_args(SubnetTarget)
 # Parts of fewer images make the statistics of batch norm noisy.
 FEW_IMAGES = 16
+FullLoss = Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class GradAug:
         sampler: samples the sub-networks; the settings below that are about them then have no effect.
         transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized.
         total_steps: number of optimiser steps of the training, at least 1; needed by `kl_warmup` alone.
+        full_loss: returns the loss of the full network, a scalar, and its output with logits (N, classes), from the
+            model, images, labels and further inputs; None: the cross-entropy.
         {fields}
 
     Raises:
@@ -117,6 +120,7 @@ class GradAug:
         sampler: SubnetSampler | None = None,
         transform: ImageTransform | None = None,
         total_steps: int | None = None,
+        full_loss: FullLoss | None = None,
         **settings: Any,
     ) -> None:
         if not 0 <= label_smoothing <= 1:
@@ -132,6 +136,7 @@ class GradAug:
         self.subnet_target = own.subnet_target
         self.label_smoothing = label_smoothing
         self.transform = transform
+        self.full_loss = full_loss
         self.step = 0
         self.model = model
         network = model.module if isinstance(model, DistributedDataParallel) else model
@@ -269,6 +274,9 @@ class GradAug:
     def _full_pass(self, images: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Pass:
         """Run the full network's pass; its logits are the target of the sub-networks."""
         check_images(images)
+        if self.full_loss is not None:
+            loss, output = self.full_loss(self.model, images, labels, inputs)
+            return Pass(loss, logits_of(output, len(labels)).detach())
         logits = logits_of(self.model(images, **inputs), len(labels))
         return Pass(cross_entropy(logits, labels, self.label_smoothing), logits.detach())
 

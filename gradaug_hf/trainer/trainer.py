@@ -118,7 +118,7 @@ class GradAugTrainer(Trainer):
         eval_dataset: of `Trainer`.
         processing_class: the image processor, which is saved with the model.
         model_init: of `Trainer`.
-        compute_loss_func: of `Trainer`; for `num_subnets=0` alone.
+        compute_loss_func: of `Trainer`; for `num_subnets=0` alone, else override `full_loss`.
         compute_metrics: of `Trainer`, `topk_accuracy` for example.
         callbacks: of `Trainer`.
         optimizers: of `Trainer`.
@@ -182,6 +182,7 @@ class GradAugTrainer(Trainer):
         self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         self._partial_folder: Path | None = None  # while a checkpoint is written
         self._fingerprint: str | None = None  # of the training set
+        self._loss_was_computed = False
         with _label_smoothing_set_aside(args, model):
             super().__init__(
                 model,
@@ -218,7 +219,8 @@ class GradAugTrainer(Trainer):
             self._signature_columns = [IMAGES, "label", "label_ids", *self.label_names]
         if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
             self._mixer = self._make_mixer()
-        if args.num_subnets > 0 or self._mixer is not None or not self._network_has_loss:
+        is_plain = args.num_subnets == 0 and self._mixer is None and not self._has_own_full_loss
+        if not (is_plain and self._network_has_loss):
             self._use_own_loss()
             evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
             check_columns(args, {"train_dataset": train_dataset, **evaluated})
@@ -240,7 +242,9 @@ class GradAugTrainer(Trainer):
 
     def _use_own_loss(self) -> None:
         if self.compute_loss_func is not None:
-            raise ValueError("compute_loss_func is given, but GradAugTrainer has its own loss for this network")
+            raise ValueError(
+                "compute_loss_func is given, but GradAugTrainer has its own loss for this model; override full_loss"
+            )
         config = getattr(self.model, "config", None)
         problem = getattr(config, "problem_type", None)
         if problem not in (None, "single_label_classification"):
@@ -286,6 +290,7 @@ class GradAugTrainer(Trainer):
         """
         self._mixed_batches = (-1, 0)
         self._objective = None  # model and settings may be others than in an earlier training
+        self._loss_was_computed = False
         if self.args.num_subnets > 0 and self.model_init is None and self._resolution_trial is None:
             self._prepare_network(self.model)
         check_even_batches(self.args, self.train_dataset)
@@ -399,6 +404,7 @@ class GradAugTrainer(Trainer):
             seed=self.args.seed,
             total_steps=self.state.max_steps,
             **taken_from(ObjectiveSettings, self.args) | {"resolutions": self._resolutions or None},
+            **({"full_loss": self._loss_of_full_pass} if self._has_own_full_loss else {}),
         )
 
     # ---- the data ----
@@ -432,7 +438,15 @@ class GradAugTrainer(Trainer):
         with ExitStack() as stack:
             stack.callback(setattr, self, "_step_stack", None)
             self._step_stack = stack
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        if self.args.num_subnets > 0 and not self._loss_was_computed:
+            self._loss_was_computed = True  # warn once
+            warnings.warn(
+                f"{type(self).__name__}.compute_loss does not call that of GradAugTrainer, so that no sub-network is "
+                "trained; override full_loss(model, inputs) for another loss of the full network",
+                stacklevel=2,
+            )
+        return loss
 
     def compute_loss(
         self,
@@ -446,6 +460,7 @@ class GradAugTrainer(Trainer):
         In a training step with `subnet_backward="sequential"` all passes but the last have had their backward when
         this returns: the loss has the value of the whole objective and the graph of the last pass.
         """
+        self._loss_was_computed = True
         if model.training and self._mixer is not None:
             inputs = self._mix(inputs)
         if self.args.num_subnets == 0 or not model.training:
@@ -465,6 +480,42 @@ class GradAugTrainer(Trainer):
         self._record(done, images)
         loss = sum(p.loss for p in done)
         return (loss, {"loss": loss, "logits": done[0].logits}) if return_outputs else loss
+
+    def full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Return the loss of the full network and its output; override it for another loss than the cross-entropy.
+
+        Sub-networks go on learning the prediction of the full network.
+
+            class Weighted(GradAugTrainer):
+                def full_loss(self, model, inputs):
+                    logits = model(inputs["pixel_values"])
+                    return nn.functional.cross_entropy(logits, inputs["labels"], weight=weights), logits
+
+        Args:
+            model: the full network, wrapped or not.
+            inputs: the batch, with `pixel_values` (N, C, H, W) and `labels`.
+
+        Returns:
+            A scalar, averaged over the batch, and the model's output: logits (N, classes), or an object with `logits`.
+        """
+        images, labels, others = split_batch(inputs)
+        logits = logits_of(model(images, **others), len(labels))
+        return cross_entropy(logits, labels, self.args.label_smoothing_factor), logits
+
+    def _loss_of_full_pass(
+        self, model: nn.Module, images: Tensor, labels: Tensor, others: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        found = self.full_loss(model, {IMAGES: images, LABELS: labels, **others})
+        if not (isinstance(found, tuple) and len(found) == 2):
+            raise ValueError(
+                f"{type(self).__name__}.full_loss returned a {type(found).__name__}; expected a tuple of the loss and "
+                "the output, whose logits the sub-networks learn"
+            )
+        return found
+
+    @property
+    def _has_own_full_loss(self) -> bool:
+        return type(self).full_loss is not GradAugTrainer.full_loss
 
     def _run_sequentially(self, model: nn.Module, passes: Iterator[Pass], num_early: int) -> list[Pass]:
         """Run the passes and the backward of all but the last, which is the Trainer's, as it does that one."""
@@ -491,12 +542,11 @@ class GradAugTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
     ) -> Tensor | tuple[Tensor, Any]:
         soft_labels = isinstance(inputs.get(LABELS), Tensor) and inputs[LABELS].is_floating_point()
-        if self._network_has_loss and not soft_labels:
+        if self._network_has_loss and not soft_labels and not self._has_own_full_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         images, labels, others = split_batch(inputs)
-        logits = logits_of(model(images, **others), len(labels))
-        loss = cross_entropy(logits, labels, self.args.label_smoothing_factor)
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+        loss, output = self._loss_of_full_pass(model, images, labels, others)
+        return (loss, {"loss": loss, "logits": logits_of(output, len(labels))}) if return_outputs else loss
 
     def prediction_step(
         self,

@@ -774,6 +774,96 @@ def test_a_loss_or_a_problem_that_is_not_gradaugs_is_refused(tmp_path):
         GradAugTrainer(network, config(tmp_path), train_dataset=rows(4))
 
 
+# ---- another loss of the full network ----
+
+WEIGHTS = torch.tensor([5.0, 1.0, 1.0, 2.0, 0.5], dtype=torch.float64)
+
+
+class Weighted(GradAugTrainer):
+    def full_loss(self, model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
+        logits = model(inputs["pixel_values"])
+        return nn.functional.cross_entropy(logits, inputs["labels"], weight=WEIGHTS.to(logits.dtype)), logits
+
+
+@pytest.mark.parametrize("backward", ["sequential", "joint"])
+def test_sub_networks_learn_from_a_full_network_with_another_loss(tmp_path, backward):
+    network, data = make_network(), rows(6, 16, torch.float64)
+    start, seen = weights(network), []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    sgd = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    batch = {"max_steps": 1, "per_device_train_batch_size": 6, "resolutions": [16, 12]}
+    args = config(tmp_path, **sgd, **batch, logging_steps=1, subnet_backward=backward)
+    trainer = Weighted(network, args, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    images = seen[0]
+    labels = torch.tensor(
+        [next(i for i, r in enumerate(data) if torch.equal(r["pixel_values"], x)) % 5 for x in images]
+    )
+    subnets = SubnetSampler(3, 0.5, 1.0, [16, 12], seed=args.seed).sample(0)
+    drawn = [(subnet.width, subnet.resolution) for subnet in subnets]
+    reference = make_network()
+    _, whole = gradients_by_hand(reference, images, labels, drawn)
+    _, plain = gradients_by_hand(make_network(), images, labels, [])
+    weighted = make_network()
+    loss = nn.functional.cross_entropy(weighted(images), labels, weight=WEIGHTS)
+    loss.backward()
+    for name, parameter in network.named_parameters():
+        expected = whole[name] - plain[name] + weighted.get_parameter(name).grad
+        torch.testing.assert_close((start[name] - parameter) / 0.1, expected, rtol=0, atol=1e-10)
+    assert trainer.state.log_history[0]["loss_full"] == pytest.approx(loss.item(), abs=1e-10)
+    with torch.no_grad():
+        logits = network.eval()(torch.stack([row["pixel_values"] for row in data]))
+    expected = nn.functional.cross_entropy(logits, torch.arange(6) % 5, weight=WEIGHTS)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet", "timm"])
+def test_another_loss_holds_without_sub_networks_too(tmp_path, name):
+    class Nothing(GradAugTrainer):
+        def full_loss(self, model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor]:
+            output = model(inputs["pixel_values"])
+            logits = getattr(output, "logits", output)
+            return logits.sum() * 0, output
+
+    network = NETWORKS[name]()
+    start = dict(weights(network))
+    args = config(tmp_path, num_subnets=0, max_steps=2, weight_decay=0.0, logging_steps=1)
+    trainer = Nothing(network, args, train_dataset=rows(8), eval_dataset=rows(4))
+    trainer.train()
+    assert [log["loss"] for log in trainer.state.log_history if "loss" in log] == [0, 0]
+    assert all(torch.equal(parameter, start[key]) for key, parameter in network.named_parameters())
+    assert trainer.evaluate()["eval_loss"] == 0
+
+
+def test_a_loss_without_the_prediction_is_refused(tmp_path):
+    class Bare(GradAugTrainer):
+        def full_loss(self, model: nn.Module, inputs: dict) -> Tensor:
+            return model(inputs["pixel_values"]).sum()
+
+    with refused("Bare.full_loss returned a Tensor; expected a tuple of the loss and the output"):
+        Bare(plain_timm(), config(tmp_path, max_steps=1), train_dataset=rows(4)).train()
+
+
+def test_a_compute_loss_that_leaves_out_the_sub_networks_is_warned_of_once(tmp_path):
+    class Own(GradAugTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(inputs["pixel_values"])
+            loss = nn.functional.cross_entropy(logits, inputs["labels"])
+            return (loss, {"logits": logits}) if return_outputs else loss
+
+    class Calls(GradAugTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.warns(UserWarning, match=r"Own.compute_loss does not call that of GradAugTrainer.*full_loss") as found:
+        Own(plain_timm(), config(tmp_path, max_steps=2), train_dataset=rows(8)).train()
+    assert sum("compute_loss" in str(warning.message) for warning in found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        Own(plain_timm(), config(tmp_path, max_steps=1, num_subnets=0), train_dataset=rows(4)).train()
+        Calls(plain_timm(), config(tmp_path, max_steps=1), train_dataset=rows(4)).train()
+
+
 def test_random_depth_of_a_network_without_residual_blocks_is_refused(tmp_path):
     with refused("ResNetForImageClassification has no residual block with a drop_path"):
         GradAugTrainer(resnet(), config(tmp_path, subnet_mode="depth"), train_dataset=rows(4))
