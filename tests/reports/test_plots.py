@@ -9,12 +9,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-<<<<<<< HEAD
-from gradaug_hf.objective.sampling import Subnet
-=======
-from gradaug_hf.experiments.results import Result
 from gradaug_hf.objective.sampling import Part, Subnet
->>>>>>> w28
 from gradaug_hf.objective.transforms import RandomQuarterTurn, transform_for_subnet
 from gradaug_hf.reports.history import evaluations
 from gradaug_hf.reports.plots import (
