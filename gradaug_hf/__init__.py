@@ -11,7 +11,6 @@ from gradaug_hf.hub.subnet_folder import save_subnet
 from gradaug_hf.objective.objective import GradAug
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 from gradaug_hf.objective.transforms import RandomQuarterTurn
-from gradaug_hf.reports.plots import SeenBatch, draw_batch
 from gradaug_hf.slimming import (
     SlicingReport,
     at_width,
@@ -21,6 +20,7 @@ from gradaug_hf.slimming import (
     register_layer,
     set_width,
     slicing_report,
+    unpatch,
 )
 from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.trainer.config import GradAugConfig
@@ -40,7 +40,6 @@ __all__ = [
     "RandomQuarterTurn",
     "SeededDataset",
     "SeededStream",
-    "SeenBatch",
     "SlicingReport",
     "Subnet",
     "SubnetSampler",
@@ -49,7 +48,6 @@ __all__ = [
     "balanced_subset",
     "cifar_transform",
     "class_names",
-    "draw_batch",
     "extract_subnet",
     "imagenet_transform",
     "load_digits_data",
@@ -63,6 +61,7 @@ __all__ = [
     "set_width",
     "slicing_report",
     "topk_accuracy",
+    "unpatch",
     "with_pixels",
 ]
 
