@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from gradaug_hf.trainer.checkpoints import CheckpointError
+
 # Begins with an underscore, as what is never pushed does.
 LOCK = "_training.lock"
 # Errors of file systems without locks.
@@ -27,7 +29,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         run_dir: made if it is missing. On a file system without locks a warning says so.
 
     Raises:
-        ValueError: a training in another process holds the lock; names host and process.
+        CheckpointError: a training in another process holds the lock; names host and process.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = run_dir / LOCK
@@ -51,7 +53,7 @@ def _opened(file: Path) -> IO[str]:
             lock.seek(0)
             host, _, process = lock.read().strip().partition(" ")
             lock.close()
-            raise ValueError(
+            raise CheckpointError(
                 f"output_dir is {str(file.parent)!r}, where process {process or '?'} on {host or 'some host'} is "
                 "training; give another output_dir, or end that training first"
             ) from error

@@ -110,7 +110,6 @@ class ProgressCallback(TrainerCallback):
 
     def begin(self, checkpoint: str | None) -> None:
         """Begin a training, from the progress that a checkpoint holds or anew."""
-        self.means = RunningMeans()
         self._stored = {} if checkpoint is None else read_state(Path(checkpoint))["progress"]
 
     def seconds(self) -> float:
@@ -151,7 +150,7 @@ class ProgressCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on with the sums of the checkpoint, now that the Trainer has set its own to zero."""
-        self._started = time.perf_counter()
+        self._started, self.means = time.perf_counter(), RunningMeans()
         processes = self._stored.get("processes", [])
         self.first_step = 0 if processes else state.global_step
         if not processes:

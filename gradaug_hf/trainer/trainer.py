@@ -46,16 +46,12 @@ from gradaug_hf.objective.losses import cross_entropy
 from gradaug_hf.objective.mixing import BatchMixer
 from gradaug_hf.objective.objective import GradAug, ObjectiveSettings, Pass, logits_of
 from gradaug_hf.objective.resolutions import ResolutionTrial
-from gradaug_hf.objective.sampling import Subnet, SubnetSampler, drops_blocks, drops_channels
+from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 from gradaug_hf.objective.transforms import ImageTransform
 from gradaug_hf.reports.history import Evaluation
 from gradaug_hf.reports.model_card import as_metadata, write_model_card
 from gradaug_hf.reports.plots import IMAGES_SHOWN, NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
-from gradaug_hf.slimming import make_slimmable, slicing_report
-from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.patching import num_droppable_blocks
-from gradaug_hf.slimming.sync_batchnorm import synchronise_batchnorm
-from gradaug_hf.slimming.tokens import find_tokens
 from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, name_images, split_batch
 from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback
 from gradaug_hf.trainer.card_facts import model_facts
@@ -81,6 +77,7 @@ from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.trainer.interruption import Interruption
 from gradaug_hf.trainer.lock import locked
 from gradaug_hf.trainer.loss_watch import LossWatch, NonFiniteLossError
+from gradaug_hf.trainer.preparation import lay_out, leave_out_anything, make_subnets_possible
 from gradaug_hf.trainer.resuming import (
     ProgressCallback,
     checkpoint_to_resume,
@@ -230,7 +227,7 @@ class GradAugTrainer(Trainer):
             warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
         if self.model_init is None:
             name_images(self.model)
-            self._lay_out(self.model)
+            lay_out(self.model, self.args)
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled)
             check_sharding(args, getattr(self.accelerator.state, "deepspeed_plugin", None))
@@ -283,9 +280,9 @@ class GradAugTrainer(Trainer):
             ignore_keys_for_eval: of `Trainer.train`.
 
         Raises:
-            ResumeError: the checkpoint cannot be read, is of another model, or was trained with other settings.
+            ResumeError: the checkpoint cannot be read, is of another model, or of other settings or data.
             NonFiniteLossError: the loss is not finite.
-            CheckpointError: a checkpoint cannot be written.
+            CheckpointError: a checkpoint cannot be written, or another training writes to `args.output_dir`.
             KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; SIGTERM ends the process with status 143.
         """
         self._mixed_batches = (-1, 0)
@@ -327,37 +324,16 @@ class GradAugTrainer(Trainer):
         name_images(network)
         if not getattr(self, "is_in_train", False):
             return network
-        self._lay_out(network)
+        lay_out(network, self.args)
         if self.args.num_subnets > 0:
             self._prepare_network(network)
         return network
-
-    def _lay_out(self, network: nn.Module) -> None:
-        """Give a model its memory format and its batch norm, before it is made slimmable."""
-        if self.args.channels_last:
-            network.to(memory_format=torch.channels_last)
-        if self.args.sync_batchnorm and self.args.world_size > 1:
-            synchronise_batchnorm(network, self.args.device)
 
     def _prepare_network(self, network: nn.Module) -> None:
         """Make a model slimmable, and settle its sub-networks before any long work."""
         check_train_dataset(self.train_dataset)
         check_checkpointing(network, self.args)
-        if self._subnet_mode == "tokens":
-            find_tokens(network)
-            make_slimmable(network, width_divisor=self.args.width_divisor)
-        if drops_channels(self._subnet_mode):
-            make_slimmable(network, width_divisor=self.args.width_divisor)
-            if (sliced := slicing_report(network).sliced_macs) < 0.5:
-                others = "images and their dropped blocks" if drops_blocks(self._subnet_mode) else "images"
-                warnings.warn(
-                    f"{sliced:.0%} of {type(network).__name__} is sliced, so that its sub-networks differ from it by "
-                    f"their {others} {'mostly' if sliced else 'only'}; print(gradaug_hf.slicing_report(model)) says "
-                    "why",
-                    stacklevel=3,
-                )
-        if drops_blocks(self._subnet_mode):
-            make_droppable(network)
+        make_subnets_possible(network, self.args, self._subnet_mode)
         self._resolution_trial = ResolutionTrial(network)
         chosen = getattr(self._subnet_sampler or self.args, "resolutions", None)
         self._resolution_trial.check(chosen or [])
@@ -372,7 +348,8 @@ class GradAugTrainer(Trainer):
             self._resolutions = []
             return
         self._resolutions = self.args.resolutions or self._resolution_trial.default(side)
-        if set(self._resolutions) == {side} and not self._subnets_differ(network) and self.subnet_transform is None:
+        is_whole = set(self._resolutions) == {side} and self.subnet_transform is None
+        if is_whole and not leave_out_anything(network, self.args):
             raise ValueError(
                 f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions "
                 f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
@@ -385,13 +362,6 @@ class GradAugTrainer(Trainer):
     @property
     def _subnet_mode(self) -> str:
         return getattr(self._subnet_sampler or self.args, "subnet_mode", "width")
-
-    def _subnets_differ(self, network: nn.Module) -> bool:
-        """Return True if sub-networks leave out anything of a model."""
-        mode, args = self.args.subnet_mode, self.args
-        narrower = drops_channels(mode) and slicing_report(network).sliced_macs > 0 and args.min_width < 1
-        shorter = drops_blocks(mode) and args.min_survival < 1
-        return narrower or shorter or (mode == "tokens" and args.min_tokens < 1)
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from gradaug_hf.trainer.checkpoints import CheckpointError
 from gradaug_hf.trainer.lock import LOCK, locked
 from tests.helpers.small_training import checkpoints, make_trainer, start
 
@@ -34,7 +35,7 @@ def test_a_second_training_in_a_folder_is_refused_and_leaves_it_as_it_is(tmp_pat
     partial = tmp_path / "_tmp-checkpoint" / "checkpoint-1"  # that the first is writing
     partial.mkdir(parents=True)
     message = f"output_dir is '{tmp_path}', where process {holder} on {socket.gethostname()} is training; give another"
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
         make_trainer(tmp_path, max_steps=1).train()
     assert partial.exists()
     assert checkpoints(tmp_path) == []
