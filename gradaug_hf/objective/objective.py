@@ -1,10 +1,12 @@
 """The GradAug objective: the full network learns the labels, its sub-networks learn from the full network."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +19,8 @@ from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 
 SUBNET_TARGETS = ("soft", "label")
+# Classes that carry gradients from one process to the others; those of parameters that do have a device mesh.
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class GradAug:
             optimizer.zero_grad()
             loss = gradaug.backward(images, labels)
             optimizer.step()
+
+    In several processes the model is wrapped first: `GradAug(DistributedDataParallel(model))`.
 
     Args:
         model: a network in training mode, wrapped or not; made slimmable and droppable, as `subnet_mode` needs it, if
@@ -118,6 +124,7 @@ class GradAug:
         self.transform = transform
         self.step = 0
         self.model = model
+        warn_of_lone_gradients(model)
         network = model.module if isinstance(model, DistributedDataParallel) else model
         mode = getattr(self.sampler, "subnet_mode", "width")
         if drops_channels(mode) and not is_slimmable(network):
@@ -230,6 +237,20 @@ class GradAug:
             step = self.step
             self.step += 1
         return self.sampler.sample(step)
+
+
+def warn_of_lone_gradients(model: nn.Module) -> None:
+    """Warn where several processes train and nothing carries a model's gradients from one to the other."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if classes.isdisjoint(WRAPPERS) and not any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        warnings.warn(
+            f"{dist.get_world_size()} processes train, but this {type(model).__name__} is not wrapped, so that each "
+            "trains a model of its own; if it is a part of a wrapped model, give GradAug that one: "
+            "GradAug(DistributedDataParallel(model))",
+            stacklevel=3,
+        )
 
 
 def logits_of(output: Any, batch_size: int) -> Tensor:
