@@ -213,14 +213,17 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
         if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):
             with random_states_kept():
                 batch = self.data_collator([self.train_dataset[0]])
-            self._settle_resolutions(network, self._side(_split(batch)[0]))
+            self._settle_resolutions(network, _split(batch)[0])
 
-    def _settle_resolutions(self, network: nn.Module, side: int) -> None:
-        """Choose the resolutions of a network's sub-networks, for images of a side in pixels."""
+    def _settle_resolutions(self, network: nn.Module, images: Tensor) -> None:
+        """Choose the resolutions of a model's sub-networks, for images of the shape of these."""
+        side = self._side(images)
+        trial = self._resolution_trial.for_shape(images.shape[2:])
+        trial.check(getattr(self._subnet_sampler or self.args, "resolutions", None) or [])
         if self._subnet_sampler is not None:
             self._resolutions = []
             return
-        self._resolutions = self.args.resolutions or self._resolution_trial.default(side)
+        self._resolutions = self.args.resolutions or trial.default(side)
         if set(self._resolutions) == {side} and not self._subnets_differ(network) and self.subnet_transform is None:
             raise ValueError(
                 f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions "
@@ -243,7 +246,7 @@ class GradAugTrainer(PushingTrainer, ReportingTrainer, ResumableTrainer):
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
-            self._settle_resolutions(self.model, self._side(images))
+            self._settle_resolutions(self.model, images)
         args = self.args
         return self._objective_class(
             model,
