@@ -1,4 +1,4 @@
-"""Prints what of a timm network is sliced: `python -m gradaug_hf.slimming resnet50 --width 0.9`."""
+"""Print which layers of a timm model are sliced: `python -m gradaug_hf.slimming resnet50 --width 0.9`."""
 
 import argparse
 
@@ -11,10 +11,13 @@ from gradaug_hf.slimming.slimmable import make_slimmable, slicing_report
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m gradaug_hf.slimming", description="What of a network is sliced.")
+    parser = argparse.ArgumentParser(
+        prog="python -m gradaug_hf.slimming",
+        description="Print which layers of a timm model are sliced.",
+    )
     parser.add_argument("name", help="name of an architecture in timm")
     parser.add_argument("--width", type=float, help="width multiplier in (0, 1] to count multiply-adds at")
-    parser.add_argument("--input_size", type=int, help="side of the images in pixels; default: the network's own")
+    parser.add_argument("--input_size", type=int, help="side of the images in pixels; default: the model's own")
     args = parser.parse_args(arguments)
     if not timm.is_model(args.name):
         near = ", ".join(timm.list_models(f"*{args.name[:6]}*")[:8]) or "see timm.list_models()"
