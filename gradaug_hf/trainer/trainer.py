@@ -335,19 +335,28 @@ class GradAugTrainer(Trainer):
         check_checkpointing(network, self.args)
         make_subnets_possible(network, self.args, self._subnet_mode)
         self._resolution_trial = ResolutionTrial(network)
-        chosen = getattr(self._subnet_sampler or self.args, "resolutions", None)
-        self._resolution_trial.check(chosen or [])
-        if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):
-            with random_states_kept():
-                batch = self.data_collator([self.train_dataset[0]] * 2)  # some collators need an even number
-            self._settle_resolutions(network, self._side(split_batch(batch)[0]))
+        if self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
+            self._resolution_trial.check(self._given_resolutions)
+            return
+        with random_states_kept():
+            batch = self.data_collator([self.train_dataset[0]] * 2)  # some collators need an even number
+        self._settle_resolutions(network, split_batch(batch)[0])
 
-    def _settle_resolutions(self, network: nn.Module, side: int) -> None:
-        """Choose the resolutions of a model's sub-networks, for images of a side in pixels."""
+    @property
+    def _given_resolutions(self) -> list[int]:
+        return list(getattr(self._subnet_sampler or self.args, "resolutions", None) or [])
+
+    def _settle_resolutions(self, network: nn.Module, images: Any) -> None:
+        """Choose the resolutions of a model's sub-networks, for images of the shape of these."""
+        side = self._side(images)
+        trial = self._resolution_trial
+        if isinstance(images, Tensor):  # those of a detector differ in shape
+            trial = trial.for_shape(images.shape[2:])
+        trial.check(self._given_resolutions)
         if self._subnet_sampler is not None:
             self._resolutions = []
             return
-        self._resolutions = self.args.resolutions or self._resolution_trial.default(side)
+        self._resolutions = self.args.resolutions or trial.default(side)
         is_whole = set(self._resolutions) == {side} and self.subnet_transform is None
         if is_whole and not leave_out_anything(network, self.args):
             raise ValueError(
@@ -365,7 +374,7 @@ class GradAugTrainer(Trainer):
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
-            self._settle_resolutions(self.model, self._side(images))
+            self._settle_resolutions(self.model, images)
         return self._objective_class(
             model,
             sampler=self._subnet_sampler,
