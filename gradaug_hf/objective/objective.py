@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +28,8 @@ SUBNET_TARGETS = get_args(SubnetTarget)
 # Parts of fewer images make the statistics of batch norm noisy.
 FEW_IMAGES = 16
 FullLoss = Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], tuple[Tensor, Any]]
+# Classes that carry gradients from one process to the others; those of parameters that do have a device mesh.
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class GradAug:
             loss = gradaug.backward(images, labels)
             optimizer.step()
 
+    In several processes the model is wrapped first: `GradAug(DistributedDataParallel(model))`.
+
     Args:
         model: a model in training mode, wrapped or not; made slimmable and droppable, as `subnet_mode` needs it, if
             it is not yet.
@@ -139,6 +144,7 @@ class GradAug:
         self.full_loss = full_loss
         self.step = 0
         self.model = model
+        warn_of_lone_gradients(model)
         network = model.module if isinstance(model, DistributedDataParallel) else model
         mode = getattr(self.sampler, "subnet_mode", "width")
         if mode == "tokens":
@@ -338,6 +344,20 @@ def _normalises_batches(model: nn.Module) -> bool:
     """Return whether a model has batch norm that takes the statistics of its process's images."""
     synchronised = (nn.SyncBatchNorm, CpuSyncBatchNorm)
     return any(isinstance(m, _BatchNorm) and m.training and not isinstance(m, synchronised) for m in model.modules())
+
+
+def warn_of_lone_gradients(model: nn.Module) -> None:
+    """Warn where several processes train and nothing carries a model's gradients from one to the other."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    if classes.isdisjoint(WRAPPERS) and not any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        warnings.warn(
+            f"{dist.get_world_size()} processes train, but this {type(model).__name__} is not wrapped, so that each "
+            "trains a model of its own; if it is a part of a wrapped model, give GradAug that one: "
+            "GradAug(DistributedDataParallel(model))",
+            stacklevel=3,
+        )
 
 
 def logits_of(output: Any, batch_size: int) -> Tensor:

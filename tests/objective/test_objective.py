@@ -1,6 +1,8 @@
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from gradaug_hf.objective.objective import GradAug, logits_of
@@ -264,3 +266,25 @@ def test_bad_input_is_named(images, labels):
         GradAug(make_network(), subnet_target="hard")
     with pytest.raises(ValueError, match="label_smoothing is 2"):
         GradAug(make_network(), label_smoothing=2)
+
+
+@pytest.fixture
+def two_processes(tmp_path, monkeypatch):
+    """A process group that says it has two processes."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield lambda: monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
+    dist.destroy_process_group()
+
+
+def test_a_model_that_is_not_wrapped_in_several_processes_is_warned_about(two_processes, recwarn):
+    model = make_network().float()
+    wrapped = DistributedDataParallel(model)
+    GradAug(model, resolutions=[16])
+    two_processes()
+    GradAug(wrapped, resolutions=[16])
+    GradAug(torch.compile(wrapped), resolutions=[16])
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match="2 processes train, but this .* is not wrapped.*DistributedDataParallel"
+    ):
+        GradAug(wrapped.module, resolutions=[16])
