@@ -340,14 +340,17 @@ class GradAugTrainer(Trainer):
         if self.train_dataset is not None and not isinstance(self.train_dataset, IterableDataset):
             with random_states_kept():
                 batch = self.data_collator([self.train_dataset[0]] * 2)  # some collators need an even number
-            self._settle_resolutions(network, self._side(split_batch(batch)[0]))
+            self._settle_resolutions(network, split_batch(batch)[0])
 
-    def _settle_resolutions(self, network: nn.Module, side: int) -> None:
-        """Choose the resolutions of a model's sub-networks, for images of a side in pixels."""
+    def _settle_resolutions(self, network: nn.Module, images: Tensor) -> None:
+        """Choose the resolutions of a model's sub-networks, for images of the shape of these."""
+        side = self._side(images)
+        trial = self._resolution_trial.for_shape(images.shape[2:])
+        trial.check(getattr(self._subnet_sampler or self.args, "resolutions", None) or [])
         if self._subnet_sampler is not None:
             self._resolutions = []
             return
-        self._resolutions = self.args.resolutions or self._resolution_trial.default(side)
+        self._resolutions = self.args.resolutions or trial.default(side)
         is_whole = set(self._resolutions) == {side} and self.subnet_transform is None
         if is_whole and not leave_out_anything(network, self.args):
             raise ValueError(
@@ -365,7 +368,7 @@ class GradAugTrainer(Trainer):
 
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
-            self._settle_resolutions(self.model, self._side(images))
+            self._settle_resolutions(self.model, images)
         return self._objective_class(
             model,
             sampler=self._subnet_sampler,

@@ -716,6 +716,17 @@ def test_a_resolution_that_the_network_cannot_take_is_refused(tmp_path):
         GradAugTrainer(network, config(tmp_path, resolutions=[224, 192]), train_dataset=rows(4, 224))
 
 
+def test_a_resolution_at_which_one_side_of_the_images_does_not_fit_is_refused(tmp_path):
+    model = timm.create_model("test_vit", num_classes=5, dynamic_img_size=True, depth=1)
+    images = [{**row, "pixel_values": torch.zeros(3, 32, 80)} for row in rows(4)]  # patches of 16
+    GradAugTrainer(model, config(tmp_path, resolutions=[32, 64]), train_dataset=images)
+    with refused(r"resolutions holds 48, .* for images of 48 x 120 pixels"):
+        GradAugTrainer(model, config(tmp_path, resolutions=[32, 48]), train_dataset=images)
+    sampler = SubnetSampler(resolutions=[48])
+    with refused(r"resolutions holds 48, .* for images of 48 x 120 pixels"):
+        GradAugTrainer(model, config(tmp_path), train_dataset=images, subnet_sampler=sampler)
+
+
 @pytest.mark.filterwarnings("ignore:0% of VisionTransformer")
 def test_a_network_of_fixed_size_is_trained_at_it_with_a_warning(tmp_path):
     network = timm.create_model("vit_tiny_patch16_224", num_classes=5, depth=1, img_size=32)
