@@ -1,4 +1,4 @@
-"""Width slicing of networks at run time (slimmable networks, arXiv 1903.05134), with an unchanged state dict."""
+"""Slice the width of models at run time (slimmable networks, arXiv 1903.05134), with an unchanged state dict."""
 
 from gradaug_hf.slimming.analysis.tracing import register_layer
 from gradaug_hf.slimming.calibration import recalibrate_batchnorm

@@ -1,4 +1,4 @@
-"""Batch-norm statistics of a sub-network, measured without touching those of the full network."""
+"""Measure batch-norm statistics of a sub-network without touching those of the full model."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ def recalibrate_batchnorm(model: nn.Module, width: float, batches: Iterable[torc
     batches. Afterwards width and statistics are what they were, bit-identical, also after an exception.
 
     Args:
-        model: a network that `make_slimmable` was called on, or a wrapper of one.
+        model: a model that `make_slimmable` was called on, or a wrapper of one.
         width: width multiplier in (0, 1].
-        batches: image batches (N, C, H, W) on the model's device, of training images as the network is evaluated on.
+        batches: image batches (N, C, H, W) on the model's device, of training images as the model is evaluated on.
 
     Raises:
         ValueError: the width is out of range, the model is not slimmable, or there is no batch.
@@ -40,7 +40,7 @@ def recalibrate_batchnorm(model: nn.Module, width: float, batches: Iterable[torc
 
 
 def _fresh_statistics(norm: Any) -> dict[str, Any]:
-    """Statistics before the first batch; without a momentum the average over all batches is taken."""
+    """Return the statistics before the first batch; without a momentum the average over all batches is taken."""
     mean, var = norm.running_mean, norm.running_var
     return {
         "running_mean": torch.zeros_like(mean),

@@ -1,4 +1,4 @@
-"""Finds what stays of each residual block when it is dropped, and makes the blocks droppable.
+"""Find the shortcut that stays of each residual block when it is dropped, and make the blocks droppable.
 
 A residual block is known by its `drop_path`. It gives `act(shortcut(x) + drop_path(residual(x)))`, with a shortcut and
 an activation that go by many names. So they are not guessed but tried: with random weights and images a copy of the
@@ -29,7 +29,7 @@ TRIED_BATCH = 2
 
 
 class Call(NamedTuple):
-    """The arguments of a block's call."""
+    """Hold the arguments of a block's call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -48,13 +48,13 @@ class _Zeros(nn.Module):
 
 
 def make_droppable(model: nn.Module, *, input_size: int | Sequence[int] | None = None) -> nn.Module:
-    """Patch a network in place so that its residual blocks can be dropped; state dict and outputs do not change.
+    """Patch a model in place so that its residual blocks can be dropped; state dict and outputs do not change.
 
     Residual blocks are the outermost modules with a `drop_path`, whatever its rate. Dropped, a block is not computed
     but for its shortcut and what follows the sum. Warns of blocks that are never dropped.
 
     Args:
-        model: a timm network, a transformers image classifier, or any module that maps an image batch to logits; it
+        model: a timm model, a transformers image classifier, or any module that maps an image batch to logits; it
             may be slimmable, and stays so.
         input_size: side in pixels, (height, width) or (channels, height, width) of images that it can take; None finds
             one.
@@ -92,7 +92,7 @@ def make_droppable(model: nn.Module, *, input_size: int | Sequence[int] | None =
 def find_shortcuts(
     model: nn.Module, input_size: int | Sequence[int] | None = None
 ) -> tuple[dict[str, Shortcut], dict[str, str]]:
-    """What stays of the residual blocks of a network; the network itself is left as it is.
+    """Return the shortcuts of a model's residual blocks, and why others are never dropped; the model is left as it is.
 
     Args:
         model: any module that maps an image batch to logits.
@@ -107,7 +107,7 @@ def find_shortcuts(
     shortcuts, refused = {}, {}
     for name in (*calls, *(name for name in names if name not in calls)):
         if name not in calls:
-            refused[name] = f"the network does not run on the meta device: {error}" if error else "it does not run"
+            refused[name] = f"the model does not run on the meta device: {error}" if error else "it does not run"
             continue
         with seeded(0):
             found = _find_shortcut(_random_copy(model.get_submodule(name)), calls[name])
@@ -119,7 +119,7 @@ def find_shortcuts(
 
 
 def _residual_blocks(model: nn.Module) -> Iterator[str]:
-    """Names of the outermost modules with a drop path."""
+    """Yield the names of the outermost modules with a drop path."""
     outer = None
     for name, module in model.named_modules():
         if (outer is None or not name.startswith(f"{outer}.")) and next(_drop_paths(module), None):
@@ -128,7 +128,7 @@ def _residual_blocks(model: nn.Module) -> Iterator[str]:
 
 
 def _drop_paths(module: nn.Module) -> Iterator[str]:
-    """Names of a module's own drop paths; with a rate of 0 some networks have None instead."""
+    """Yield the names of a module's own drop paths; with a rate of 0 some models have None instead."""
     for name, value in (*vars(module).items(), *module._modules.items()):
         if DROP_PATH.fullmatch(name) and (value is None or isinstance(value, nn.Module)):
             yield name
@@ -137,7 +137,7 @@ def _drop_paths(module: nn.Module) -> Iterator[str]:
 def _record_calls(
     model: nn.Module, names: list[str], input_size: int | Sequence[int] | None
 ) -> tuple[dict[str, Call], Exception | None]:
-    """The first call of each block, or what the network raised at the first size."""
+    """Return the first call of each block, or the error that the model raised at the first size."""
     network = meta_copy(model).train()
     calls: dict[str, Call] = {}
 
@@ -152,7 +152,7 @@ def _record_calls(
         try:
             with torch.no_grad():
                 network(example_images(network, TRIED_BATCH, size))
-        except Exception as error:  # a network may raise anything at a size that it cannot take
+        except Exception as error:  # a model may raise anything at a size that it cannot take
             first = first or error
             calls.clear()
             continue
@@ -161,7 +161,7 @@ def _record_calls(
 
 
 def _random_copy(block: nn.Module) -> nn.Module:
-    """A copy of a block in training mode, float64, on the CPU, with random parameters, without hooks and patches."""
+    """Return a copy of a block in training mode, float64, on the CPU, with random parameters, unpatched."""
     copied = copy_without_hooks(block, {}).train().cpu().double()
     with torch.no_grad():
         for parameter in copied.parameters():
@@ -170,7 +170,7 @@ def _random_copy(block: nn.Module) -> nn.Module:
 
 
 def _find_shortcut(block: nn.Module, call: Call) -> tuple[str | None, str | None] | str:
-    """Names of a block's shortcut and of what follows the sum, or why there are none."""
+    """Return the names of a block's shortcut and of what follows the sum, or why there are none."""
     if not call.args or not isinstance(call.args[0], Tensor):
         return "it is not called with a tensor first"
     if not all(leaf.is_floating_point() for leaf in tree_leaves(call) if isinstance(leaf, Tensor)):

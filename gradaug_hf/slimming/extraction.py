@@ -1,4 +1,4 @@
-"""A sub-network as a dense module of its own."""
+"""Copy a sub-network into a dense module of its own."""
 
 import copy
 
@@ -10,15 +10,15 @@ from gradaug_hf.slimming.patterns import Width, pattern_size, take_pattern
 
 
 def extract_subnet(model: nn.Module, width: float) -> nn.Module:
-    """Copy the sub-network of a width multiplier into a dense, narrower network that runs without gradaug_hf.
+    """Copy the sub-network of a width multiplier into a dense, narrower model that runs without gradaug_hf.
 
     Args:
-        model: a network that `make_slimmable` was called on.
+        model: a model that `make_slimmable` was called on.
         width: width multiplier in (0, 1].
 
     Returns:
         A module of the same classes with smaller parameters. Its outputs are those of `at_width(model, width)`; its
-        batch-norm statistics are the kept channels of the full network's, or the recalibrated ones where it is called
+        batch-norm statistics are the kept channels of the full model's, or the recalibrated ones where it is called
         inside `recalibrate_batchnorm(model, width, ...)`.
 
     Raises:
@@ -41,7 +41,7 @@ def extract_subnet(model: nn.Module, width: float) -> nn.Module:
 
 
 def narrow(network: nn.Module, slices: dict[str, Slices], width: Width) -> None:
-    """Replace the parameters, buffers and sizes of an unpatched network by their kept parts, in place."""
+    """Replace the parameters, buffers and sizes of an unpatched model by their kept parts, in place."""
     replaced: dict[int, nn.Parameter] = {}
     for module_name, own in slices.items():
         module = network.get_submodule(module_name)

@@ -73,22 +73,22 @@ def _without_values(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def example_images(model: nn.Module, batch: int, size: tuple[int, int, int]) -> torch.Tensor:
-    """Images (batch, channels, height, width) on the meta device, of the dtype that a network computes in."""
+    """Return images (batch, channels, height, width) on the meta device, of the dtype that a model computes in."""
     dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return torch.empty(batch, *size, dtype=next(dtypes, torch.float32), device="meta")
 
 
 def example_sizes(model: nn.Module, input_size: int | Sequence[int] | None) -> Iterator[tuple[int, int, int]]:
-    """Input sizes (channels, height, width) to try a network at, the most likely first.
+    """Yield input sizes (channels, height, width) to try a model at, the most likely first.
 
     Args:
-        model: a timm network, a transformers classifier, or any module.
+        model: a timm model, a transformers classifier, or any module.
         input_size: side in pixels, (height, width) or (channels, height, width); None finds it out.
     """
     network = getattr(model, "timm_model", model)
     config = getattr(model, "config", None)
     cfg = getattr(network, "pretrained_cfg", None) or {}
-    # The configuration of a network of timm is that of its checkpoint, which may have had other channels.
+    # The configuration of a timm model is that of its checkpoint, which may have had other channels.
     stated = getattr(network, "in_chans", None) or (cfg.get("input_size") or (3,))[0]
     channels = list(dict.fromkeys([stated, _input_channels(model)]))
     if input_size is not None:

@@ -164,18 +164,19 @@ def _needs_plain_classes(caller: str) -> str:
 class SlimBatchNorm(SlimModule):
     """Base of the classes that batch norms are given. Never instantiated by itself."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Normalise by the batch, or, where a sub-network has a single value of each channel, by running statistics.
 
         The full model sees larger images: the last batch of an epoch, of one image, may leave it several positions and
         its sub-network one.
         """
+        x = next(iter((*args, *kwargs.values())))
         alone = self.training and self._state.is_subnet and x.numel() == x.shape[1]
         if not alone or self._overrides or _is_synchronised(self):
-            return super().forward(x)
+            return super().forward(*args, **kwargs)
         self.training = False
         try:
-            return super().forward(x)
+            return super().forward(*args, **kwargs)
         finally:
             self.training = True
 
@@ -312,7 +313,7 @@ def _attribute_property(name: str) -> property:
 
 
 def _cache_property(name: str) -> property:
-    """Each setting of a width is a new `Width` object, so that none finds what another one has kept."""
+    """Give a sub-network a dictionary of its own; each setting of a width is a new `Width`, which none other finds."""
 
     def get(self: SlimModule) -> dict:
         width = self._state.width
@@ -336,7 +337,7 @@ def _override_property(name: str) -> property:
 
 
 def _tracking_property() -> property:
-    """A training sub-network uses batch statistics and writes none, unless its own are being measured."""
+    """Have a training sub-network use batch statistics and write none, unless its own are being measured."""
 
     def get(self: SlimModule) -> bool:
         if self._overrides or not (self.training and self._state.is_subnet):
@@ -359,9 +360,9 @@ def patch(
     """Make modules slimmable and residual blocks droppable in place.
 
     Args:
-        network: the network, unpatched; gets an attribute `_width_state`.
-        slices: module name -> what of it is sliced. Every batch norm is patched, sliced or not.
-        shortcuts: block name -> what stays of it when it is dropped.
+        network: the model, unpatched; gets an attribute `_width_state`.
+        slices: module name -> its slices. Every batch norm is patched, sliced or not.
+        shortcuts: block name -> its shortcut.
         state: the width and the dropped blocks that they share.
     """
     state.own_buffers = []

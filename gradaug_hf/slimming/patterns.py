@@ -1,4 +1,4 @@
-"""Which positions of a dimension a width keeps, as data that a sliced layer carries."""
+"""Describe the positions of a dimension that a width keeps, as data that a sliced layer carries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 
 
 def kept_channels(size: int, width: float, divisor: int = 1) -> int:
-    """Number of channels that a width multiplier keeps (design of slimmable networks, arXiv 1903.05134).
+    """Return the number of channels that a width multiplier keeps (slimmable networks, arXiv 1903.05134).
 
     Args:
         size: number of channels at full width.
@@ -25,7 +25,7 @@ def kept_channels(size: int, width: float, divisor: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Width:
-    """A width multiplier with the divisor its channel counts are rounded to."""
+    """Hold a width multiplier and the divisor its channel counts are rounded to."""
 
     multiplier: float = 1.0
     divisor: int = 1
@@ -36,7 +36,7 @@ class Width:
 
 @dataclass(frozen=True)
 class Kept:
-    """The first channels of a unit, as they lie in a dimension: `repeat` times a run of `size` blocks of `block`.
+    """Keep the first channels of a unit, as they lie in a dimension: `repeat` times a run of `size` blocks of `block`.
 
     Args:
         repeat: how many runs follow each other (the groups of a convolution; query, key and value).
@@ -67,7 +67,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Whole:
-    """Positions that every width keeps."""
+    """Keep positions at every width."""
 
     full_size: int
 
@@ -94,12 +94,12 @@ def is_sliced(pattern: Pattern) -> bool:
 
 
 def is_prefix(pattern: Pattern) -> bool:
-    """Whether a pattern is the first positions of its dimension."""
+    """Return True if a pattern is the first positions of its dimension."""
     return len(pattern) == 1 and isinstance(pattern[0], Kept) and pattern[0].repeat == 1
 
 
 def take_patterns(tensor: torch.Tensor, patterns: Sequence[Pattern], width: Width) -> torch.Tensor:
-    """The kept positions of all dimensions; a view where each pattern is a single run.
+    """Return the kept positions of all dimensions; a view where each pattern is a single run.
 
     Single runs are taken at once, whose backward fills one full-size gradient, in the tensor's own memory format.
     Narrowing dimension after dimension would fill one for each, and lose the format.
@@ -122,7 +122,7 @@ def take_patterns(tensor: torch.Tensor, patterns: Sequence[Pattern], width: Widt
 
 
 def take_pattern(tensor: torch.Tensor, dim: int, pattern: Pattern, width: Width) -> torch.Tensor:
-    """The kept positions of one dimension; a view where the pattern is a single run."""
+    """Return the kept positions of one dimension; a view where the pattern is a single run."""
     if len(pattern) == 1:
         return pattern[0].take(tensor, dim, width)
     pieces = tensor.split([part.full_size for part in pattern], dim)

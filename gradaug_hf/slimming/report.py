@@ -1,4 +1,4 @@
-"""What of a network is sliced, what is not, and why."""
+"""Report which layers of a model are sliced, and why the others are not."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from gradaug_hf.slimming.patterns import Pattern, Width, is_sliced, pattern_size
 
 @dataclass(frozen=True)
 class TiedUnit:
-    """Channels that are kept or left out together.
+    """Name channels that are kept or left out together.
 
     Args:
         size: number of channels at full width.
@@ -27,10 +27,10 @@ class TiedUnit:
 
 @dataclass
 class SlicingReport:
-    """What `make_slimmable` found.
+    """Say which layers `make_slimmable` found to slice; printing it gives a table.
 
     Args:
-        units: tied channels, in the order of the network.
+        units: tied channels, in the order of the model.
         refused: layer that is not sliced at all -> reason in plain words.
         products: (layer, patterns) of each operation with multiply-adds; their number is the product of the sizes.
         parameters: name -> patterns of each parameter.
@@ -44,21 +44,21 @@ class SlicingReport:
     batch: int = 1
 
     def macs(self, width: float = 1.0, divisor: int = 1) -> int:
-        """Multiply-adds for one image at a width multiplier."""
+        """Return the multiply-adds for one image at a width multiplier."""
         return sum(_count(patterns, Width(width, divisor)) for _, patterns in self.products) // self.batch
 
     def params(self, width: float = 1.0, divisor: int = 1) -> int:
-        """Number of parameters at a width multiplier."""
+        """Return the number of parameters at a width multiplier."""
         return sum(_count(patterns, Width(width, divisor)) for patterns in self.parameters.values())
 
     @property
     def sliced_macs(self) -> float:
-        """Share of the multiply-adds in operations that shrink with the width, 0..1."""
+        """Return the share of the multiply-adds in operations that shrink with the width, 0..1."""
         return _sliced_share([patterns for _, patterns in self.products])
 
     @property
     def sliced_params(self) -> float:
-        """Share of the parameters in tensors that shrink with the width, 0..1."""
+        """Return the share of the parameters in tensors that shrink with the width, 0..1."""
         return _sliced_share(list(self.parameters.values()))
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ def make_report(network: nn.Module, plan: Plan, batch: int) -> SlicingReport:
     """Describe a plan.
 
     Args:
-        network: the traced network.
+        network: the traced model.
         plan: its proven plan.
         batch: images in the traced batch.
     """

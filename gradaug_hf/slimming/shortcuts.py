@@ -1,4 +1,4 @@
-"""What stays of a residual block that is dropped (stochastic depth, arXiv 1603.09382)."""
+"""Run the shortcut that stays of a residual block when it is dropped (stochastic depth, arXiv 1603.09382)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shortcut:
-    """`act(shortcut(x))` for the first argument x of a residual block.
+    """Describe `act(shortcut(x))` for the first argument x of a residual block.
 
     Args:
-        index: of the block among those of the network that can be dropped, in order of execution.
+        index: of the block among those of the model that can be dropped, in order of execution.
         path: name of the block's own module that x goes through; None where it is x itself.
         act: name of the one that follows the sum; None where nothing does.
     """
@@ -23,7 +23,7 @@ class Shortcut:
 
 
 def run_shortcut(block: nn.Module, path: str | None, act: str | None, x: Tensor) -> Any:
-    """What a residual block gives for x without its residual branch.
+    """Return the output of a residual block for x without its residual branch.
 
     Args:
         block: the block.
@@ -39,7 +39,7 @@ def run_shortcut(block: nn.Module, path: str | None, act: str | None, x: Tensor)
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Gives tensors that do not take part a gradient of zero."""
+    """Give tensors that do not take part a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *absent: Tensor) -> Tensor:
@@ -52,5 +52,5 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def with_zero_gradients(x: Tensor, block: nn.Module) -> Tensor:
-    """x, whose backward also gives the block's parameters a gradient, of zero."""
+    """Return x, whose backward also gives the block's parameters a gradient, of zero."""
     return _ZeroGradients.apply(x, *(p for p in block.parameters() if p.requires_grad))

@@ -1,4 +1,4 @@
-"""Makes networks slimmable: trace, plan, prove, patch."""
+"""Make models slimmable: trace, plan, prove, patch."""
 
 from collections.abc import Mapping, Sequence
 
@@ -30,15 +30,15 @@ HOOKED = "it has a hook, which may need every channel; one that is registered af
 def make_slimmable(
     model: nn.Module, *, input_size: int | Sequence[int] | None = None, width_divisor: int = 1
 ) -> nn.Module:
-    """Patch a network in place so that it can run at a width multiplier; its state dict does not change.
+    """Patch a model in place so that it can run at a width multiplier; its state dict does not change.
 
-    Never fails on a network: what cannot be followed or does not run narrower stays at full width, with a reason in
-    `slicing_report(model)`. Calling it again analyses the network anew and sets it to full width.
+    Never fails on a model: what cannot be followed or does not run narrower stays at full width, with a reason in
+    `slicing_report(model)`. Calling it again analyses the model anew and sets it to full width.
 
     Args:
-        model: a timm network, a transformers image classifier, or any module that maps an image batch to logits.
+        model: a timm model, a transformers image classifier, or any module that maps an image batch to logits.
         input_size: side in pixels, (height, width) or (channels, height, width) of the images; None takes the
-            network's own.
+            model's own.
         width_divisor: channel counts are rounded to the nearest multiple of it; 1 is exact to the paper
             (arXiv 2006.07989), 8 suits tensor cores.
 
@@ -59,7 +59,7 @@ def make_slimmable(
     for size in sizes:
         try:
             plan = _plan(network, example_images(network, TRACED_BATCH, size), whole)
-        except Exception as error:  # a network may raise anything at a size that it cannot take
+        except Exception as error:  # a model may raise anything at a size that it cannot take
             report.refused.setdefault("", f"does not run on the meta device at {size}: {error}")
             continue
         slices, report = plan.slices(), make_report(network, plan, TRACED_BATCH)
@@ -83,13 +83,13 @@ def _plan(network: nn.Module, example: torch.Tensor, whole: Mapping[str, str]) -
 
 
 def slicing_report(model: nn.Module) -> SlicingReport:
-    """What of a slimmable network is sliced; printing it gives a table.
+    """Return which layers of a slimmable model are sliced, and why the others are not; printing it gives a table.
 
     Args:
-        model: a network that `make_slimmable` was called on, or a wrapper of one.
+        model: a model that `make_slimmable` was called on, or a wrapper of one.
 
     Raises:
-        ValueError: the model is not slimmable.
+        ValueError: the model is not slimmable, or was changed since.
     """
     width_state(model)
     return next(vars(module)["_slicing_report"] for module in model.modules() if "_slicing_report" in vars(module))

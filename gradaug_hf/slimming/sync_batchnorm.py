@@ -1,4 +1,4 @@
-"""Batch norm with the statistics of the whole batch, over all processes."""
+"""Normalise batches by the statistics of the whole batch, over all processes."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class CpuSyncBatchNorm(_BatchNorm):
-    """`torch.nn.SyncBatchNorm` for the CPU and the meta device, on which torch's own raises an error."""
+    """Do as `torch.nn.SyncBatchNorm` on the CPU and the meta device, where torch's own raises an error."""
 
     process_group: dist.ProcessGroup | None = None
 
@@ -47,7 +47,7 @@ class CpuSyncBatchNorm(_BatchNorm):
 
 
 class CpuSyncBatchNormAct(CpuSyncBatchNorm):
-    """`timm.layers.SyncBatchNormAct`, batch norm with dropout and an activation, likewise."""
+    """Do as `timm.layers.SyncBatchNormAct`, batch norm with dropout and an activation, likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (N, C, ...), and apply the activation."""
@@ -58,7 +58,7 @@ ON_CPU = {nn.SyncBatchNorm: CpuSyncBatchNorm, SyncBatchNormAct: CpuSyncBatchNorm
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; each one's gradient is the sum of the gradients of all."""
+    """Sum a tensor over all processes; each one's gradient is the sum of the gradients of all."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -75,21 +75,21 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
-    """Have all batch norms of a network normalise by the whole batch, in place; parameters stay the same objects.
+    """Have all batch norms of a model normalise by the whole batch, in place; parameters stay the same objects.
 
     Args:
-        network: not slimmable yet, unless its batch norms are synchronised already.
+        network: a model, not slimmable yet, unless its batch norms are synchronised already.
         device: that it will be trained on.
 
     Raises:
-        ValueError: the network is slimmable or droppable already.
+        ValueError: the model is slimmable or droppable already.
     """
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     if all(isinstance(norm, (nn.SyncBatchNorm, CpuSyncBatchNorm)) for norm in norms):
         return
     if any("_width_state" in vars(module) for module in network.modules()):
         raise ValueError(
-            "sync_batchnorm is True, but the network was made slimmable or droppable before; leave that to "
+            "sync_batchnorm is True, but the model was made slimmable or droppable before; leave that to "
             "GradAugTrainer, or call timm.layers.convert_sync_batchnorm(model) first"
         )
     convert_sync_batchnorm(network)
@@ -98,6 +98,6 @@ def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
 
 
 def run_without_gpu(network: nn.Module) -> None:
-    """Have the synchronised batch norms of a network run on the CPU and the meta device, in place."""
+    """Have the synchronised batch norms of a model run on the CPU and the meta device, in place."""
     for module in network.modules():
         module.__class__ = ON_CPU.get(type(module), type(module))

@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from gradaug_hf.objective.objective import GradAug
@@ -221,6 +223,19 @@ def test_buffers_stay_when_layers_are_computed_anew_in_the_backward():
     gradaug = GradAug(model, num_subnets=2, min_width=0.5, resolutions=[8])
     gradaug.backward(images(), torch.zeros(4, dtype=torch.long))
     assert model[0][1].count == 2  # the full model's pass, and the one of its backward
+
+
+def test_buffers_stay_in_a_model_that_is_wrapped_for_several_processes(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(make_slimmable(network(Assigns()), input_size=8).train())
+        wrapped(images()).sum().backward()
+        before = state_of(wrapped)
+        with subnet_pass(wrapped, 0.5):
+            wrapped(images()).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert_untouched(wrapped, before)
 
 
 def test_models_with_batch_norm_alone_are_not_copied_from():

@@ -78,7 +78,7 @@ def test_torchs_own_norms_stay_where_there_is_a_gpu():
 
 def test_a_network_that_was_made_slimmable_before_is_refused_unless_it_is_synchronised():
     network = make_slimmable(network_of("test_resnet"), input_size=32)
-    with pytest.raises(ValueError, match="sync_batchnorm is True, but the network was made slimmable"):
+    with pytest.raises(ValueError, match="sync_batchnorm is True, but the model was made slimmable"):
         synchronise_batchnorm(network, CPU)
     network = network_of("test_resnet")
     synchronise_batchnorm(network, CPU)

@@ -1,1 +1,1 @@
-"""The compiler of the slicing: tie channels by tracing, plan what is sliced, and prove it by running it."""
+"""Compile a model for slicing: tie channels by tracing, plan what is sliced, and prove it by running it."""

@@ -1,4 +1,4 @@
-"""What a tensor dimension is made of: the algebra of tied channels.
+"""Describe the channels that a tensor dimension is made of: the algebra of tied channels.
 
 A dimension (`Axis`) is a concatenation of segments, a segment is a product of units (outermost first), and a unit is a
 set of channels that is either free (a sub-network keeps its first ones) or fixed (always whole). Tying two axes makes
@@ -58,12 +58,12 @@ def axis_size(axis: Axis) -> int:
 
 
 def resolve(axis: Axis) -> Axis:
-    """The axis written in units that are not bound to anything else, whole neighbours merged."""
+    """Return the axis written in units that are not bound to anything else, whole neighbours merged."""
     return _merge_segments(segment for part in axis for segment in _resolve_segment(part))
 
 
 def free_units(axes: Iterable[Axis]) -> list[Unit]:
-    """The free units of some axes, each once, in order."""
+    """Return the free units of some axes, each once, in order."""
     found = {id(unit): unit for axis in axes for segment in resolve(axis) for unit in segment if unit.free}
     return list(found.values())
 
@@ -75,7 +75,7 @@ def fix(axis: Axis, reason: str) -> None:
 
 
 def product(axes: Sequence[Axis]) -> Axis:
-    """The axis of flattened dimensions, outermost first."""
+    """Return the axis of flattened dimensions, outermost first."""
     return resolve((tuple(unit for axis in axes for unit in _as_factors(axis)),))
 
 
@@ -84,14 +84,14 @@ def concat(axes: Iterable[Axis]) -> Axis:
 
 
 def unflatten(axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
-    """The axes of a dimension that is viewed as several."""
+    """Return the axes of a dimension that is viewed as several."""
     parts = [Unit(size) for size in sizes]
     tie(axis, (tuple(parts),), reason)
     return [resolve(axis_of(part)) for part in parts]
 
 
 def split(axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
-    """The axes of consecutive pieces of a dimension."""
+    """Return the axes of consecutive pieces of a dimension."""
     parts = [Unit(size) for size in sizes]
     tie(axis, tuple((part,) for part in parts), reason)
     return [resolve(axis_of(part)) for part in parts]
@@ -119,7 +119,7 @@ def tie(first: Axis, second: Axis, reason: str) -> None:
 
 
 def _as_factors(axis: Axis) -> Segment:
-    """The axis as factors of a product: its own, or one unit that stands for a concatenation."""
+    """Return the axis as factors of a product: its own, or one unit that stands for a concatenation."""
     axis = resolve(axis)
     if len(axis) == 1:
         return axis[0]
@@ -254,7 +254,7 @@ def _tie_units(first: Unit, second: Unit, reason: str) -> None:
 
 
 def iter_units(axes: Iterable[Axis]) -> Iterator[Unit]:
-    """Every unit of some axes, free or whole."""
+    """Yield every unit of some axes, free or whole."""
     for axis in axes:
         for segment in resolve(axis):
             yield from segment

@@ -1,4 +1,4 @@
-"""One small handler per kind of ATen operation: how its result's axes follow from those of its arguments."""
+"""Derive the axes of an ATen operation's result from those of its arguments: one small handler for each kind."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,7 +39,7 @@ def handles(*operations: torch._ops.OpOverloadPacket) -> Callable[[Handler], Han
 
 
 def find_handler(operation: torch._ops.OpOverload) -> Handler | None:
-    """The handler of an operation; every operation that PyTorch tags as pointwise has one."""
+    """Return the handler of an operation; every operation that PyTorch tags as pointwise has one."""
     handler = HANDLERS.get(operation.overloadpacket)
     if handler is None and torch.Tag.pointwise in operation.tags:
         return pointwise
@@ -47,7 +47,7 @@ def find_handler(operation: torch._ops.OpOverload) -> Handler | None:
 
 
 def operations(*names: str) -> list[torch._ops.OpOverloadPacket]:
-    """The operations of these names that the installed PyTorch has."""
+    """Return the operations of these names that the installed PyTorch has."""
     return [getattr(aten, name) for name in names if hasattr(aten, name)]
 
 
@@ -108,7 +108,7 @@ def copy(trace: Trace, call: Call) -> None:
 
 @handles(*operations("empty", "zeros", "ones", "full", "arange", "rand", "randn", "scalar_tensor", "linspace", "eye"))
 def factory(trace: Trace, call: Call) -> None:
-    """A tensor made from numbers: whole wherever it meets channels."""
+    """Keep channels whole that meet a tensor made from numbers."""
     _set_out(trace, call, *(fixed(size, f"a constant of {call.reason}") for size in call.out.shape))
 
 
@@ -128,7 +128,7 @@ def view(trace: Trace, call: Call) -> None:
 
 
 def regroup(axes: list[Axis], shape: list[int], new_shape: list[int], reason: str) -> list[Axis]:
-    """The axes after a view: runs of dimensions of equal size are flattened together and unflattened anew."""
+    """Return the axes after a view: runs of dimensions of equal size are flattened together and unflattened anew."""
     result: list[Axis] = []
     taken = 0
     start = 0
@@ -222,7 +222,7 @@ def stack(trace: Trace, call: Call) -> None:
 
 @handles(*operations("select", "unbind"))
 def select(trace: Trace, call: Call) -> None:
-    """One position, or every single one, of a dimension."""
+    """Take one position, or every single one, of a dimension."""
     source = call.args[0]
     dim = call.arg(1, "dim", 0) % source.ndim
     axes = trace.axes(source)
@@ -278,7 +278,7 @@ def index(trace: Trace, call: Call) -> None:
 
 @handles(*operations("constant_pad_nd"))
 def pad(trace: Trace, call: Call) -> None:
-    """Padding of space; of channels with zeros at the end, as many as the network computes from their number."""
+    """Pad space, or channels with zeros at the end, as many as the model computes from their number."""
     source, amounts = call.args[:2]
     axes = list(trace.axes(source))
     for dim, axis in enumerate(axes):
@@ -311,7 +311,7 @@ NORMS_OVER_CHANNELS = (
     *operations("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "linalg_vector_norm", "argmax")
 )
 def reduce(trace: Trace, call: Call) -> None:
-    """Reductions over batch and space; a reduction over channels would change with their number."""
+    """Reduce over batch and space; a reduction over channels would change with their number."""
     source = call.args[0]
     position, name = (2, "dim") if call.name == "linalg_vector_norm" else (1, "dim")
     dims = call.arg(position, name)
@@ -328,7 +328,7 @@ def reduce(trace: Trace, call: Call) -> None:
 
 @handles(*operations("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "softmax", "log_softmax", "sort", "topk"))
 def along(trace: Trace, call: Call) -> None:
-    """Operations along one dimension, which must be whole."""
+    """Keep the one dimension whole along which an operation goes."""
     source = call.args[0]
     dim = call.arg(2 if call.name == "topk" else 1, "dim", -1) % source.ndim
     fix(trace.axes(source)[dim], f"normalised or sorted over channels ({call.reason})")
@@ -346,7 +346,7 @@ def along(trace: Trace, call: Call) -> None:
     *operations("upsample_nearest1d", "avg_pool1d", "max_pool1d", "reflection_pad1d", "_upsample_nearest_exact2d"),
 )
 def spatial(trace: Trace, call: Call) -> None:
-    """Pooling, resizing and padding of the last dimensions (as many as the operation's name says)."""
+    """Pool, resize or pad the last dimensions, as many as the operation's name says."""
     axes = trace.axes(call.args[0])
     space = 1 if "1d" in call.name else 2
     _fix_others(trace, call, range(len(axes) - space), axes, "pooled or resized over channels")
@@ -356,7 +356,7 @@ def spatial(trace: Trace, call: Call) -> None:
 
 @handles(*operations("im2col"))
 def unfold(trace: Trace, call: Call) -> None:
-    """Windows as columns: each channel becomes the positions of the window."""
+    """Make columns of windows: each channel becomes the positions of the window."""
     axes = trace.axes(call.args[0])
     _fix_others(trace, call, (0, 1), axes, "unfolded")
     positions = fixed(call.out.shape[1] // axis_size(axes[1]))
@@ -401,7 +401,7 @@ def convolution(trace: Trace, call: Call) -> None:
 
 
 def _tie_groups(trace: Trace, call: Call, channels: Axis, weight_axes: Axes, groups: int) -> None:
-    """Depthwise: an output channel goes with its input. Otherwise the same positions are kept in every group."""
+    """Tie a depthwise convolution's outputs to its inputs; keep the same positions in every group of another one."""
     out_size, group_size = axis_size(weight_axes[0]), axis_size(weight_axes[1])
     if group_size == 1:
         multiplier = fixed(out_size // groups, "channels that share an input of a depthwise convolution")
@@ -428,7 +428,7 @@ def batch_norm(trace: Trace, call: Call) -> None:
 
 @handles(*operations("_weight_norm_interface"))
 def weight_norm(trace: Trace, call: Call) -> None:
-    """The norm of a weight is taken over all its dimensions but one, which is the one that can be sliced."""
+    """Slice the dimension of a weight that its norm is not taken over; keep the others whole."""
     weight, gain = call.args[:2]
     dim = call.arg(2, "dim", 0) % weight.ndim
     axes = trace.axes(weight)
@@ -445,7 +445,7 @@ def weight_norm(trace: Trace, call: Call) -> None:
 
 @handles(*operations("embedding"))
 def embedding(trace: Trace, call: Call) -> None:
-    """Rows of a table: the rows stay whole, what is in them passes through."""
+    """Look up rows of a table, which stay; the channels in them pass through."""
     weight, indices = call.args[:2]
     rows, channels = trace.axes(weight)
     fix(rows, f"rows that are looked up by {call.reason}")
@@ -455,7 +455,7 @@ def embedding(trace: Trace, call: Call) -> None:
 
 @handles(*operations("native_layer_norm", "_fused_rms_norm"))
 def layer_norm(trace: Trace, call: Call) -> None:
-    """Layer and RMS norm, taken over the kept channels."""
+    """Take layer and RMS norms over the kept channels."""
     source, shape = call.args[:2]
     axes = trace.axes(source)
     for tensor in call.args[2:4]:
@@ -471,7 +471,7 @@ def layer_norm(trace: Trace, call: Call) -> None:
 
 @handles(*operations("native_group_norm"))
 def group_norm(trace: Trace, call: Call) -> None:
-    """The same positions are kept in every group; with one channel a group, the first groups."""
+    """Keep the same positions in every group, or with one channel a group the first groups."""
     source, weight, bias = call.args[:3]
     groups = call.args[6]
     axes = trace.axes(source)
@@ -508,7 +508,7 @@ def matrix_product(trace: Trace, call: Call) -> None:
 
 @register_layer(nn.RNNBase)
 def recurrent(trace: Trace, layer: nn.RNNBase, *inputs_and_output: Any) -> None:
-    """LSTMs and their kin stay whole: their kernels take a list of weights that is made when they are built."""
+    """Keep LSTMs and their kin whole: their kernels take a list of weights that is made when they are built."""
     reason = "a recurrent layer"
     sequences, out = inputs_and_output[0], inputs_and_output[-1][0]
     weights = list(layer.parameters())

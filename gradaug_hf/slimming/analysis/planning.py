@@ -1,4 +1,4 @@
-"""From traced axes to what each module slices."""
+"""Plan the slices of each module from the traced axes."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,10 +11,10 @@ from gradaug_hf.slimming.patterns import Kept, Pattern, Whole, is_sliced
 
 
 class Plan:
-    """The patterns of a trace. A unit is sliced while it is free and not held whole on trial.
+    """Give the patterns of a trace. A unit is sliced while it is free and not held whole on trial.
 
     Args:
-        trace: a network's finished trace.
+        trace: a model's finished trace.
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -44,7 +44,7 @@ class Plan:
         return [unit for unit in free_units(axes) if self.is_sliced(unit)]
 
     def snapshot(self) -> dict[Unit, tuple[Axis | None, str | None]]:
-        """The state of all units, to go back to after a trial."""
+        """Return the state of all units, to go back to after a trial."""
         state: dict[Unit, tuple[Axis | None, str | None]] = {}
         pending = list(self._all_axes())
         while pending:
@@ -82,7 +82,7 @@ class Plan:
         return tuple(self.pattern(axis) for axis in axes)
 
     def slices(self) -> dict[str, Slices]:
-        """Module name -> what of it is sliced."""
+        """Return the slices of each module, by its name."""
         plan: dict[str, Slices] = {}
         for (module, name), axes in self.trace.stored.items():
             patterns = self.patterns(axes)
@@ -103,7 +103,7 @@ class Plan:
 
 
 def _inner_units(axes: Iterable[Axis]) -> set[Unit]:
-    """Of units that are multiplied (heads and head size) all but one: the one met first as the outermost is sliced."""
+    """Return the units of products (heads x head size) that stay whole; the one met first as outermost is sliced."""
     inner: set[Unit] = set()
     outer: set[Unit] = set()
     for axis in axes:
@@ -117,7 +117,7 @@ def _inner_units(axes: Iterable[Axis]) -> set[Unit]:
 
 
 def _granules(axes: Iterable[Axis]) -> dict[Unit, int]:
-    """Unit -> positions by which every dimension that holds it grows with one more channel."""
+    """Return the positions by which every dimension that holds a unit grows with one more channel."""
     granules: dict[Unit, int] = {}
     for axis in axes:
         for segment in resolve(axis):

@@ -1,4 +1,4 @@
-"""Proves a plan by running the sub-network: every operation must give the sizes that the axes foretell.
+"""Prove a plan by running the sub-network: every operation must give the sizes that the axes foretell.
 
 Where one does not, the plan is mended. Code that takes one size for another (`x.reshape(B, N, C)` after attention,
 with the C of its input) ties the two; otherwise the units that do not follow stay whole. Both are done in all modules
@@ -37,7 +37,7 @@ PROOF_WIDTHS = {True: Width(0.69), False: Width(0.53)}
 
 
 class Deviation(Exception):
-    """The sub-network does not do what the plan foretells.
+    """Raised where the sub-network does not do what the plan foretells.
 
     Args:
         run: index of the run in which it shows.
@@ -51,7 +51,7 @@ class Deviation(Exception):
 
 
 class Slot(NamedTuple):
-    """A dimension of a tensor of a call: an argument's or a result's."""
+    """Name a dimension of an argument or a result of a call."""
 
     is_result: bool
     tensor: int
@@ -124,7 +124,7 @@ def find_deviation(plan: Plan, example: torch.Tensor) -> Deviation | None:
                 subnet(example)
         except Deviation as deviation:
             return deviation
-        except Exception as error:  # whatever a network raises at a width it was not written for
+        except Exception as error:  # whatever a model raises at a width it was not written for
             return check.deviation(str(error).split("\n")[0])
     return None
 
@@ -133,14 +133,14 @@ def prove(plan: Plan, example: torch.Tensor) -> None:
     """Mend a plan until the sub-network runs as foretold.
 
     Raises:
-        RuntimeError: the network does not even repeat itself at full width.
+        RuntimeError: the model does not even repeat itself at full width.
     """
     while (deviation := find_deviation(plan, example)) is not None:
         if _tie_sizes(plan, example, deviation):
             continue
         suspects = _suspects(plan, deviation)
         if not suspects:
-            raise RuntimeError(f"the full network does not repeat what it did: {deviation}") from deviation
+            raise RuntimeError(f"the full model does not repeat what it did: {deviation}") from deviation
         _hold(plan, _guilty(plan, example, deviation, suspects), deviation)
 
 
@@ -164,7 +164,7 @@ def _tie_sizes(plan: Plan, example: torch.Tensor, deviation: Deviation) -> bool:
 
 
 def _same_sizes(plan: Plan, run: Run, call: Call) -> Iterator[tuple[Slot, Call, Slot]]:
-    """Dimensions (or neighbouring ones together) of a view with the size of a dimension met earlier in its module."""
+    """Yield dimensions of a view, or neighbouring ones together, with the size of one met earlier in its module."""
     earlier = []
     for other in run.calls:
         if other is call:
@@ -184,7 +184,7 @@ def _same_sizes(plan: Plan, run: Run, call: Call) -> Iterator[tuple[Slot, Call, 
 
 
 def _slots(each: list[Axes], is_result: bool, longest: int | None = None) -> Iterator[Slot]:
-    """The dimensions of some tensors, and runs of neighbouring ones up to a length."""
+    """Yield the dimensions of some tensors, and runs of neighbouring ones up to a length."""
     for tensor, axes in enumerate(each):
         for start, stop in combinations(range(len(axes) + 1), 2):
             if longest is None or stop - start <= longest:
@@ -211,7 +211,7 @@ def _at(plan: Plan, deviation: Deviation) -> tuple[Run, Call]:
 
 
 def _siblings(run: Run, within: Call, *calls: Call) -> Iterator[tuple[Call, ...]]:
-    """Calls of a module, and the same ones in every module of its class: those at the same places of its forward."""
+    """Yield calls of a module, and those at the same places of the forward of every module of its class."""
     below = _below(run, within.module_name)
     places = [below.index(call) for call in calls]
     kinds = [call.name for call in calls]
@@ -227,7 +227,7 @@ def _below(run: Run, module_name: str) -> list[Call]:
 
 
 def _suspects(plan: Plan, deviation: Deviation) -> list[Unit]:
-    """The sliced units at the call that went wrong and in its module before it, or at the nearest call before it."""
+    """Return the sliced units at the call that went wrong and before it in its module, or at the nearest call."""
     run, wrong = _at(plan, deviation)
     before = list(reversed(run.calls[: deviation.place[1] + 1]))
     in_module = [call for call in before if call.module_name == wrong.module_name]
@@ -244,7 +244,7 @@ def _all_axes(call: Call) -> list[Axis]:
 
 
 def _guilty(plan: Plan, example: torch.Tensor, deviation: Deviation, suspects: list[Unit]) -> list[Unit]:
-    """The one suspect without which the network gets further, or all of them."""
+    """Return the one suspect without which the model gets further, or all of them."""
     for unit in suspects if len(suspects) > 1 else []:
         plan.held = {unit}
         found = find_deviation(plan, example)
@@ -257,7 +257,7 @@ def _guilty(plan: Plan, example: torch.Tensor, deviation: Deviation, suspects: l
 def _hold(plan: Plan, guilty: list[Unit], deviation: Deviation) -> None:
     """Keep the guilty units whole, and those at the same places in other modules of the class."""
     run, wrong = _at(plan, deviation)
-    reason = f"a narrower network does not run: {deviation}"
+    reason = f"a narrower model does not run: {deviation}"
     places = [(call, slot) for call in _below(run, wrong.module_name) for slot in _single_slots(call)]
     places = [(call, slot) for call, slot in places if plan.sliced_units(_axes(call, slot)) in ([u] for u in guilty)]
     for call, slot in places:

@@ -37,13 +37,13 @@ COPIES = ("clone", "contiguous", "alias", "detach", "lift_fresh", "_to_copy")
 
 
 def operation_name(func: torch._ops.OpOverload) -> str:
-    """The name of an operation; a view is a view, whether of a copy or not."""
+    """Return the name of an operation; a view is a view, whether of a copy or not."""
     return str(func.overloadpacket).removeprefix("aten.").replace("_unsafe_view", "view")
 
 
 @dataclass(eq=False)
 class Call:
-    """One ATen operation, or one layer with a handler, as it ran: arguments, result, and where it was called."""
+    """Record one ATen operation, or one layer with a handler: arguments, result, and the calling module."""
 
     func: torch._ops.OpOverload | None
     name: str
@@ -58,7 +58,7 @@ class Call:
 
     @property
     def reason(self) -> str:
-        return f"{self.name} in {self.module_name or 'the network'}"
+        return f"{self.name} in {self.module_name or 'the model'}"
 
     def arg(self, index: int, name: str, default: Any = None) -> Any:
         if index < len(self.args):
@@ -71,14 +71,14 @@ class Call:
 
 @dataclass
 class Product:
-    """The multiply-adds of one operation on the whole batch: the product of the sizes of its axes."""
+    """Count the multiply-adds of one operation on the whole batch: the product of the sizes of its axes."""
 
     module_name: str
     axes: list[Axis]
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """All tensors of nested lists, tuples, mappings and model outputs."""
+    """Return all tensors of nested lists, tuples, mappings and model outputs."""
     if isinstance(tree, Mapping):
         return [tensor for value in tree.values() for tensor in tensors_in(value)]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
@@ -126,17 +126,17 @@ def _watched(module: nn.Module, forward: Callable[..., Any], run: Callable[..., 
 
 @dataclass
 class Run:
-    """The calls of one run of the network, in training or evaluation mode."""
+    """Hold the calls of one run of the model, in training or evaluation mode."""
 
     training: bool
     calls: list[Call]
 
 
 class Trace(TorchDispatchMode):
-    """Records the calls of a network on the meta device and the axes of its tensors.
+    """Record the calls of a model on the meta device and the axes of its tensors.
 
     Args:
-        network: a copy of the network on the meta device (`meta_copy`).
+        network: a copy of the model on the meta device (`meta_copy`).
         handlers: operation -> handler; a handler takes the trace and a call and sets the axes of the call's result.
         whole: module name -> why everything that goes into and comes out of it, and its own parameters, stay whole.
     """
@@ -181,7 +181,7 @@ class Trace(TorchDispatchMode):
                 self.stored[key] = self._axes[id(tensor)]
 
     def axes(self, tensor: torch.Tensor) -> Axes:
-        """The axes of a tensor, as the ties made so far have them."""
+        """Return the axes of a tensor, as the ties made so far have them."""
         if id(tensor) not in self._axes:
             self.set_axes(tensor, tuple(fixed(size, "meets a tensor that is no parameter") for size in tensor.shape))
         return tuple(resolve(axis) for axis in self._axes[id(tensor)])
@@ -191,7 +191,7 @@ class Trace(TorchDispatchMode):
         self._alive.append(tensor)
 
     def name_of(self, module: nn.Module) -> str:
-        """The name of a module of the network that is traced."""
+        """Return the name of a module of the model that is traced."""
         return self._module_names[id(module)]
 
     def tie(self, first: Axis, second: Axis) -> None:
@@ -222,10 +222,10 @@ class Trace(TorchDispatchMode):
                 self.attributes.setdefault((call.module_name, name), []).extend(guesses)
 
     def run(self, example: torch.Tensor, training: bool) -> None:
-        """Run a copy of the network on an image batch; its outputs are kept whole, its products counted anew.
+        """Run a copy of the model on an image batch; its outputs are kept whole, its products counted anew.
 
         Raises:
-            Whatever the network raises on the meta device.
+            Whatever the model raises on the meta device.
         """
         subject = meta_copy(self.network).train(training)
         if training:
@@ -243,7 +243,7 @@ class Trace(TorchDispatchMode):
             output = subject(example)
         for tensor in tensors_in(output):
             for axis in self.axes(tensor):
-                fix(axis, "the network's output")
+                fix(axis, "the model's output")
         self.caches.update(_filled_dictionaries(subject))
         after = _buffers_of(subject)
         self.written.update(key for key, buffer in buffers.items() if after.get(key) is not buffer)
@@ -267,7 +267,7 @@ class Trace(TorchDispatchMode):
         return (call for run in self.runs for call in run.calls)
 
     def _calling_module(self) -> tuple[str, nn.Module]:
-        """The module in whose code the operation is called, in `forward` or another method."""
+        """Return the module in whose code the operation is called, in `forward` or another method."""
         frame = sys._getframe(2)
         while frame is not None:
             module = frame.f_locals.get("self")
@@ -365,7 +365,7 @@ def _buffers_of(network: nn.Module) -> dict[tuple[str, str], torch.Tensor | None
 
 
 def _filled_dictionaries(network: nn.Module) -> Iterator[tuple[str, str]]:
-    """The dictionaries of modules, other than PyTorch's own, that hold tensors: (module name, attribute)."""
+    """Yield (module name, attribute) of the dictionaries, other than PyTorch's own, that hold tensors."""
     own = vars(nn.Module())
     for module_name, module in network.named_modules():
         for name, value in vars(module).items():
@@ -378,7 +378,7 @@ def _filled_dictionaries(network: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def constants_in(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> list[Any]:
-    """The numbers a pointwise operation is given (a softmax scale, say); they must not change with the width."""
+    """Return the numbers that a pointwise operation is given (a softmax scale); they must not depend on the width."""
     if torch.Tag.pointwise not in func.tags:
         return []
     scalars = [

@@ -100,7 +100,7 @@ def test_channels_padded_in_another_way_stay_whole(pad: Callable[[Tensor, int], 
 
 def test_channels_padded_by_a_constant_number_stay_whole():
     model, output, expected = slimmable_with_oracle(by_a_constant, 0.5)
-    assert "a narrower network does not run" in gradaug_hf.slicing_report(model).refused["stem"]
+    assert "a narrower model does not run" in gradaug_hf.slicing_report(model).refused["stem"]
     assert relative_error(output, expected) < 1e-12
 
 
