@@ -23,7 +23,8 @@ from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
 from gradaug_hf.reports.runs import Result
 from gradaug_hf.utils.tables import markdown_table
 
-SETTINGS, LOG = "settings.json", "log.txt"
+# Files of a run that are not pushed with it, as they name folders of the machine.
+SETTINGS, LOG = "_settings.json", "_log.txt"
 SUMMARY, TABLE, PLOT = "summary.json", "table.md", "summary.png"
 KEYS = ("recipe", "settings", "seeds", "columns", "rows")
 LAUNCH = "accelerate launch"
@@ -142,8 +143,12 @@ def train_all(plan: Plan, folder: Path, launch: str = LAUNCH, seeds: Sequence[in
         The runs that failed; the others of the plan are trained nevertheless.
 
     Raises:
-        ValueError: the folder holds a run of the same name with other settings.
+        ValueError: the folder holds a run of the same name with other settings, or the plan has no such seed.
     """
+    if unknown := sorted(set(seeds or ()) - set(plan.seeds)):
+        raise ValueError(
+            f"seeds holds {unknown[0]}; it must be of those of the plan: {', '.join(map(str, plan.seeds))}"
+        )
     runs = [run for run in plan.runs() if seeds is None or run.seed in seeds]
     for run in runs:
         _check_settings(run, folder / run.name)
