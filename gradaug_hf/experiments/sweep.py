@@ -37,8 +37,8 @@ class PlannedRun:
     """One training run of a plan.
 
     Args:
-        row: What is compared, for example a method.
-        column: What it is compared on, for example a number of labels; empty where there is one thing only.
+        row: Name of the settings that are compared, for example a method.
+        column: Name of the conditions, for example a number of labels; empty where there is one alone.
         seed: Seed of the run.
         settings: Of the recipe, by name, `seed` among them.
     """
@@ -63,7 +63,7 @@ class Plan:
         recipe: Script that trains, by flags.
         rows: Name of a row -> its settings.
         seeds: A run of each row and column is trained with each.
-        settings: What all runs share.
+        settings: Those that all runs share.
         columns: Name of a column -> its settings.
 
     Raises:
