@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gradaug_hf.data.loading import class_names
-from gradaug_hf.experiments.arguments import ExperimentArguments, RecipeParser, as_flags, parse
+from gradaug_hf.experiments.arguments import CheckedArguments, ExperimentArguments, RecipeParser, as_flags, parse
 from gradaug_hf.experiments.cost import relative_cost
 from gradaug_hf.experiments.methods import METHODS, check_method, methods_for
 from gradaug_hf.experiments.run import SETTINGS, Recipe, check_batch, load_data
@@ -29,7 +29,7 @@ RECIPES = Path(__file__).parent
 
 
 @dataclass
-class LowDataArguments:
+class LowDataArguments(CheckedArguments):
     dataset_name: str = field(
         default="uoft-cs/cifar10",
         metadata={"help": "Hub id, parquet file, folder of parquet files, or folder of images sorted by class."},
@@ -50,11 +50,15 @@ class LowDataArguments:
     output_dir: str = field(default="outputs/low_data", metadata={"help": "Folder for everything that is written."})
     launch: str = field(default=LAUNCH, metadata={"help": "Command that starts the recipe."})
 
+    def __post_init__(self) -> None:
+        self._check_texts()
+        self._check("seeds", all(seed >= 0 for seed in self.seeds), "a list of numbers of at least 0")
+
 
 def main() -> None:
-    parser = RecipeParser(LowDataArguments, description=__doc__)
-    args, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     with errors_as_messages(OSError, ValueError):
+        parser = RecipeParser(LowDataArguments, description=__doc__)
+        args, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         train_and_report(make_plan(args, flag_settings(flags)), Path(args.output_dir), args.launch)
 
 

@@ -9,6 +9,7 @@ new process to measure its accuracy again. Tested on 2 CPU cores.
 """
 
 import copy
+import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -27,9 +28,11 @@ from gradaug_hf.data.decoding import with_pixels
 from gradaug_hf.data.digits import load_digits_data
 from gradaug_hf.data.loading import balanced_subset, class_names, load_image_data
 from gradaug_hf.data.transforms import Transform, cifar_transform
-from gradaug_hf.experiments.arguments import RecipeParser
+from gradaug_hf.experiments.arguments import CheckedArguments, RecipeParser
 from gradaug_hf.experiments.memory import PeakMemory
 from gradaug_hf.experiments.results import check_free, results_table, save_results
+from gradaug_hf.experiments.run import check_batch, first_on_main_process
+from gradaug_hf.hub.networks import accepted_arguments
 from gradaug_hf.hub.preprocessing import image_processor_of
 from gradaug_hf.reports.plots import plot_curves
 from gradaug_hf.reports.runs import Result
@@ -43,7 +46,7 @@ EVAL_BATCH_SIZE = 100
 
 
 @dataclass
-class QuickstartArguments:
+class QuickstartArguments(CheckedArguments):
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Hub id, parquet file, folder of parquet files or of images; default: handwritten digits."},
@@ -68,14 +71,23 @@ class QuickstartArguments:
         default=False, metadata={"help": "Whether to write over the results of another run in output_dir."}
     )
 
+    def __post_init__(self) -> None:
+        self._check_texts()
+        for name in ("labels_per_class", "epochs", "batch_size"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("max_eval_samples", self.max_eval_samples is None or self.max_eval_samples >= 1, "at least 1")
+        self._check("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
+        self._check("seed", self.seed >= 0, "at least 0")
+
 
 def main() -> None:
-    (args,) = RecipeParser(QuickstartArguments).parse_args_into_dataclasses()
-    use_all_cores()
-    with errors_as_messages(ValueError):
+    with errors_as_messages(OSError, ValueError):
+        (args,) = RecipeParser(QuickstartArguments).parse_args_into_dataclasses()
+        use_all_cores()
         check_free(args.output_dir, None, args.overwrite_output_dir)
-    with PartialState().main_process_first():
-        data = load_data(args)
+        accepted_arguments(args.model)  # which knows what it is
+        data = first_on_main_process(lambda: load_data(args))
+        check_batch(args.batch_size * PartialState().num_processes, len(data["train"]))
     set_seed(args.seed)
     model = timm.create_model(args.model, num_classes=len(class_names(data)))
 

@@ -216,7 +216,7 @@ def _check_files(files: Sequence[Path], annotations: str | Path) -> None:
 def _check_masks(coco: COCO, file: str | Path) -> None:
     _refuse(
         file,
-        "annotations have no segmentation, of which Mask R-CNN learns masks; use detector='faster_rcnn'",
+        "annotations have no segmentation, which Mask R-CNN learns masks from; use detector='faster_rcnn'",
         (a["id"] for a in coco.anns.values() if not a["iscrowd"] and not a.get("segmentation")),
     )
 

@@ -239,7 +239,7 @@ def load_backbone(detector: Detector, weights: Mapping[str, Tensor], source: str
         source: where they are from.
 
     Returns:
-        What was loaded, in words.
+        The number of tensors that were loaded, and those that are missing or left over, in words.
     """
     missing, left_over = detector.bottom_up.body.model.load_state_dict(weights, strict=False)
     return (

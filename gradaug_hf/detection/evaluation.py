@@ -28,7 +28,7 @@ def as_coco_results(
         image_id: of the image.
         detections: `boxes` (N, 4) as corners in pixels, `scores` (N,), `labels` (N,) from 1 on and, of Mask R-CNN,
             `masks` (N, 1, H, W), probabilities.
-        categories: of which label 1 is the first.
+        categories: in the order of the labels, which start at 1.
     """
     boxes = detections["boxes"].double().cpu()
     boxes[:, 2:] -= boxes[:, :2]

@@ -41,8 +41,8 @@ class Pyramid(nn.Module):
     """A feature pyramid, as torchvision's detectors take it for a backbone.
 
     Args:
-        model: a classifier of timm, of which the feature maps from stride 4 on are used, the deepest of each stride.
-            What comes after them is cut off.
+        model: a classifier of timm, whose deepest feature map of each stride from 4 on is used. Later layers are cut
+            off.
         out_channels: number of channels of each level.
 
     Raises:

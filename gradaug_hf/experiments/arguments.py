@@ -19,7 +19,7 @@ from gradaug_hf.utils.command_line import BriefParser
 USAGE = "[SETTINGS.yaml] [--FLAG VALUE ...]"
 FILE_ENDINGS = (".yaml", ".yml", ".json")
 TRAINER_FIELDS = {f.name for f in fields(TrainingArguments)}
-# What a recipe, method or preset sets gives way to the other setting, on the left, that says the same in its own way.
+# A given setting, on the left, takes the place of one of recipe, method or preset that says the same in another way.
 GIVES_WAY = {"warmup_steps": ("warmup_epochs", 0.0), "lr_scheduler_type": ("lr_drops", []), "fp16": ("bf16", False)}
 
 

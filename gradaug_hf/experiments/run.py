@@ -72,10 +72,10 @@ SETTINGS = {
 }
 Loaded = TypeVar("Loaded")
 LAST = "last"
-# What can go wrong while training.
+# Errors while training that the user can do something about.
 FAULTS = (CheckpointError, NonFiniteLossError, UnreadableImageError, torch.OutOfMemoryError)
 # Of ExperimentArguments, what a training that is resumed may change.
-CHANGEABLE = ("batch_size", "eval_split", "max_eval_samples", "skip_bad_images")
+CHANGEABLE = ("batch_size", "eval_split", "max_eval_samples", "skip_bad_images", "overwrite_output_dir")
 
 
 @dataclass(frozen=True)

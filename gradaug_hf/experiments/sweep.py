@@ -23,7 +23,8 @@ from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
 from gradaug_hf.reports.runs import Result
 from gradaug_hf.utils.tables import markdown_table
 
-SETTINGS, LOG = "settings.json", "log.txt"
+# Files of a run that are not pushed with it, as they name folders of the machine.
+SETTINGS, LOG = "_settings.json", "_log.txt"
 SUMMARY, TABLE, PLOT = "summary.json", "table.md", "summary.png"
 KEYS = ("recipe", "settings", "seeds", "columns", "rows")
 LAUNCH = "accelerate launch"
@@ -36,8 +37,8 @@ class PlannedRun:
     """One training run of a plan.
 
     Args:
-        row: What is compared, for example a method.
-        column: What it is compared on, for example a number of labels; empty where there is one thing only.
+        row: Name of the settings that are compared, for example a method.
+        column: Name of the conditions, for example a number of labels; empty where there is one alone.
         seed: Seed of the run.
         settings: Of the recipe, by name, `seed` among them.
     """
@@ -62,7 +63,7 @@ class Plan:
         recipe: Script that trains, by flags.
         rows: Name of a row -> its settings.
         seeds: A run of each row and column is trained with each.
-        settings: What all runs share.
+        settings: Those that all runs share.
         columns: Name of a column -> its settings.
 
     Raises:
@@ -142,8 +143,12 @@ def train_all(plan: Plan, folder: Path, launch: str = LAUNCH, seeds: Sequence[in
         The runs that failed; the others of the plan are trained nevertheless.
 
     Raises:
-        ValueError: the folder holds a run of the same name with other settings.
+        ValueError: the folder holds a run of the same name with other settings, or the plan has no such seed.
     """
+    if unknown := sorted(set(seeds or ()) - set(plan.seeds)):
+        raise ValueError(
+            f"seeds holds {unknown[0]}; it must be of those of the plan: {', '.join(map(str, plan.seeds))}"
+        )
     runs = [run for run in plan.runs() if seeds is None or run.seed in seeds]
     for run in runs:
         _check_settings(run, folder / run.name)

@@ -18,7 +18,7 @@ class BriefParser(ArgumentParser):
     """Parse flags, and answer a wrong one in one line with the flag nearest to it, without all others."""
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
-        """Parse flags, of which each has to be known.
+        """Parse flags, and refuse those that are not known.
 
         Raises:
             SystemExit: a flag is not known, or its value has a wrong type.

@@ -29,7 +29,7 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
 
     Args:
         seed: at least 0.
-        device: of what is drawn inside.
+        device: of the random numbers that are used inside.
     """
     with random_states_kept(device):
         seed_everything(seed)

@@ -103,6 +103,11 @@ def test_only_some_seeds_are_trained_where_asked_for(recipe, tmp_path):
     assert len(calls(tmp_path / "runs")) == 2 and all("--seed 1" in call for call in calls(tmp_path / "runs"))
 
 
+def test_a_seed_that_the_plan_has_not_is_refused(recipe, tmp_path):
+    with pytest.raises(ValueError, match="seeds holds 7; it must be of those of the plan: 0, 1"):
+        train_all(make_plan(recipe), tmp_path / "runs", LAUNCH, seeds=[1, 7])
+
+
 def test_a_run_that_fails_is_named_and_the_others_are_trained(recipe, tmp_path, capsys):
     rows = {"bad": {"method": "broken"}, "plain": {"method": "baseline"}}
     (failed,) = train_all(make_plan(recipe, rows=rows, seeds=[0]), tmp_path / "runs", LAUNCH)

@@ -92,6 +92,31 @@ def test_training_starts_from_the_given_network_and_leaves_it_alone(tmp_path):
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epochs 0", "epochs is 0; it must be at least 1"),
+        ("--batch_size 0", "batch_size is 0; it must be at least 1"),
+        ("--batch_size 31", "batch_size is 31, but there are 30 images to train on"),
+        ("--learning_rate nan", "learning_rate is nan; it must be above 0 and finite"),
+        ("--model resnet51", "model is 'resnet51', which is unknown"),
+        ("--dataset_name nobody/nothing", "'nobody/nothing' is neither a file nor a folder here"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line(tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output_dir", str(tmp_path / "out"), *flags.split()])
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_an_earlier_run_are_not_written_over(tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^error: .* holds results.json of another run"):
+        main()
+
+
 def test_same_seed_draws_the_same_few_images_of_each_class():
     first, second, other = (load_data(QuickstartArguments(seed=seed))["train"] for seed in (0, 0, 1))
     assert len(first) == 10 * QuickstartArguments().labels_per_class

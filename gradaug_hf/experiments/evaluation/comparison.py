@@ -60,7 +60,7 @@ class EvaluationArguments(DataArguments):
     )
     batch_size: int = field(default=50, metadata={"help": "Images in a batch, on each process."})
     num_workers: int = field(default=2, metadata={"help": "Processes that read images, for each process."})
-    seed: int = field(default=0, metadata={"help": "Seed of all that is drawn."})
+    seed: int = field(default=0, metadata={"help": "Seed of images and corruptions."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder for everything that is written."})
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class Evaluation:
 
     Raises:
         OSError: the dataset cannot be found, reached or read.
-        ValueError: the models do not fit the data or each other, or what is found could not be written or drawn.
+        ValueError: the models do not fit the data or each other, or the output could not be written or plotted.
     """
 
     def __init__(self, args: EvaluationArguments, models: Sequence[str]):
@@ -182,7 +182,7 @@ class Evaluation:
             for name, model in models.items():
                 hits[name].append(self.gather(topk_hits(model(pixels), labels)))
         shares = {name: torch.cat(rows).double().mean(0).tolist() for name, rows in hits.items()}
-        few = len(class_names(self.data)) <= 5  # of which every label is among the best five
+        few = len(class_names(self.data)) <= 5  # so that every label is among the best five
         return {name: (top1, None if few else top5) for name, (top1, top5) in shares.items()}
 
 

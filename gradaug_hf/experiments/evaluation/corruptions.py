@@ -18,7 +18,7 @@ CORRUPTIONS = (
 )
 SEVERITIES = (1, 2, 3, 4, 5)
 SMALLEST_SIDE = 32
-# Those that draw from random numbers of their own instead of NumPy's global ones.
+# Those with random numbers of their own instead of NumPy's global ones.
 WITH_SEED = ("impulse_noise", "glass_blur")
 
 
@@ -50,7 +50,7 @@ def corrupt_image(pixels: Tensor, name: str, severity: int, seed: int) -> Tensor
         pixels: uint8 (3, H, W), of at least 32 pixels a side.
         name: one of `CORRUPTIONS`.
         severity: 1 to 5.
-        seed: of what the corruption draws.
+        seed: of the random numbers of the corruption.
 
     Returns:
         uint8 (3, H, W).
