@@ -24,14 +24,13 @@ from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageCl
 from transformers.image_processing_utils import BaseImageProcessor
 
 from gradaug_hf.hub.configs import label_names
+from gradaug_hf.hub.weights import read_json, weight_shapes, weights_files
 from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
-from gradaug_hf.trainer.checkpoints import read_json, weight_shapes
 
 CONFIG = "config.json"
 # Characters that are shown of a long list of tensors.
 MESSAGE_LENGTH = 400
 SHAKE_DROP = "shake_drop_rate"
-WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # What is read of a repository on the Hub: no pickle, no code, nothing in or above its folder's folders.
 READ, NOT_READ = ["*.json", "*.safetensors"], ["*/*"]
 ACCEPTED = "a timm network, a folder with a config.json and a Hub id (user/name or user/name@revision) are accepted"
@@ -121,18 +120,13 @@ def _check_downloaded(model: str, folder: Path) -> None:
     if not (folder / CONFIG).is_file():
         raise ValueError(f"model {model!r} has no {CONFIG} on the Hub")
     config = read_json(folder / CONFIG)
-    shards = []
-    if not _is_timms(config):
-        if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
-            raise ValueError(f"model {model!r} needs code of its own repository, which is not run")
-        if not (folder / WEIGHTS).is_file() and (folder / WEIGHTS_INDEX).is_file():
-            shards = sorted(set(read_json(folder / WEIGHTS_INDEX).get("weight_map", {}).values()))
-    for name in shards or [WEIGHTS]:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"model {model!r}: {WEIGHTS_INDEX} names {name!r}, which is no file of its folder")
-        if not (folder / name).is_file():
+    if not _is_timms(config) and "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"model {model!r} needs code of its own repository, which is not run")
+    for file in weights_files(folder):
+        if not file.is_file():
             raise ValueError(
-                f"model {model!r} has no {name} on the Hub; weights in other formats can hold code and are not read"
+                f"model {model!r} has no {file.name} on the Hub; weights in other formats can hold code and are not "
+                "read"
             )
 
 

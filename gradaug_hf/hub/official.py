@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from gradaug_hf import models  # noqa: F401  (registers the paper's networks in timm)
+import gradaug_hf.models  # noqa: F401  (registers the paper's networks in timm)
 from gradaug_hf.hub.configs import save_configs
 from gradaug_hf.hub.folders import check_new, new_folder
 

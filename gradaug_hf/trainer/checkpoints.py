@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from gradaug_hf.hub.weights import WeightsError, read_json, weight_shapes
 from gradaug_hf.trainer.config import GradAugConfig
 
 STATE = "gradaug_state.json"
@@ -55,7 +54,6 @@ SETTINGS_OF_TRAINING = (
 LENGTHS = ("max_steps", "num_train_epochs")
 # Own fields that do not change them.
 OTHER_SETTINGS = ("eval_widths", "ignore_config_change")
-DIFFERENCES_SHOWN = 5
 
 
 class CheckpointError(OSError):
@@ -64,6 +62,15 @@ class CheckpointError(OSError):
 
 class ResumeError(ValueError):
     """A checkpoint cannot be read, or is not one of the training that is to go on from it."""
+
+
+@contextmanager
+def as_resume_errors() -> Iterator[None]:
+    """Raise what is wrong with a file of a checkpoint as the reason why a training cannot be resumed."""
+    try:
+        yield
+    except WeightsError as error:
+        raise ResumeError(str(error)) from error
 
 
 @contextmanager
@@ -134,6 +141,7 @@ def write_state(folder: Path, settings: Mapping[str, Any], progress: Mapping[str
     (folder / STATE).write_text(json.dumps({"settings": settings, "progress": progress}, indent=2) + "\n")
 
 
+@as_resume_errors()
 def read_state(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the `settings` and the `progress` of a checkpoint, both empty where another trainer wrote it.
 
@@ -144,21 +152,6 @@ def read_state(folder: Path) -> dict[str, dict[str, Any]]:
     if not file.is_file():
         return {"settings": {}, "progress": {}}
     return {name: read_json(file).get(name, {}) for name in ("settings", "progress")}
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the values that a JSON file of a checkpoint holds by name.
-
-    Raises:
-        ResumeError: it cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ResumeError(f"{file} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ResumeError(f"{file} holds a {type(content).__name__}; expected values by name")
-    return content
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], may_be_longer: bool = False) -> None:
@@ -194,6 +187,7 @@ def check_whole(folder: Path) -> None:
 
     Raises:
         ResumeError: it is no checkpoint, or one of its files is missing or damaged; names the file.
+        WeightsError: so is one of its JSON or weights files.
     """
     if not folder.is_dir():
         raise ResumeError(f"resume_from_checkpoint is {str(folder)!r}, which is no folder")
@@ -206,64 +200,3 @@ def check_whole(folder: Path) -> None:
             if not zipfile.is_zipfile(file):
                 raise ResumeError(f"{file} is damaged or cut off; resume from another checkpoint")
     weight_shapes(folder)
-
-
-def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of the tensors in the safetensors files of a folder.
-
-    Raises:
-        ResumeError: a file is damaged or cut off, or lies elsewhere.
-    """
-    files = [folder / SAFE_WEIGHTS_NAME]
-    if not files[0].is_file() and (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        files = [folder / name for name in _named_in_index(folder / SAFE_WEIGHTS_INDEX_NAME)]
-    shapes = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as weights:
-                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-        except FileNotFoundError as error:
-            raise ResumeError(f"{file} is missing") from error
-        except (OSError, SafetensorError) as error:
-            raise ResumeError(f"{file} is damaged or cut off: {error}") from error
-    return shapes
-
-
-def _named_in_index(index: Path) -> list[str]:
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    if elsewhere := [name for name in names if Path(name).name != name]:
-        raise ResumeError(f"{index} names {elsewhere[0]!r}; a file in its own folder is accepted")
-    return names
-
-
-def check_weights(folder: Path, network: nn.Module, prefix: str = "") -> None:
-    """Make sure that the weights of a folder are those of a model.
-
-    Args:
-        folder: with `model.safetensors`, in one file or several.
-        network: the network that is to have them. One of tensors that share memory is enough.
-        prefix: of the network's names, which the names in the folder may lack.
-
-    Raises:
-        ResumeError: a file is damaged, or tensors are missing, left over or of another shape; names the first.
-    """
-    found = {name.removeprefix(prefix): shape for name, shape in weight_shapes(folder).items()}
-    expected = {name.removeprefix(prefix): tensor for name, tensor in network.state_dict().items()}
-    stored = {tensor.data_ptr() for name, tensor in expected.items() if name in found}
-    differences = [f"{name} is missing" for name, t in expected.items() if name not in found and _needed(t, stored)]
-    differences += [f"{name} is left over" for name in found if name not in expected]
-    differences += [
-        f"{name} is {found[name]} and not {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name] != tuple(tensor.shape)
-    ]
-    if differences:
-        more = len(differences) - DIFFERENCES_SHOWN
-        raise ResumeError(
-            f"{folder} is of another network than {type(network).__name__}: "
-            f"{'; '.join(differences[:DIFFERENCES_SHOWN])}{f'; and {more} more' if more > 0 else ''}"
-        )
-
-
-def _needed(tensor: Any, stored: set[int]) -> bool:
-    return tensor.numel() > 0 and tensor.data_ptr() not in stored

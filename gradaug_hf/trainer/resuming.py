@@ -15,10 +15,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
 
+from gradaug_hf.hub.weights import check_weights
 from gradaug_hf.trainer.checkpoints import (
     ResumeError,
+    as_resume_errors,
     check_settings,
-    check_weights,
     check_whole,
     read_state,
     write_state,
@@ -27,6 +28,7 @@ from gradaug_hf.trainer.metrics import RunningMeans
 from gradaug_hf.utils.randomness import random_states_kept
 
 
+@as_resume_errors()
 def checkpoint_to_resume(
     given: str | bool | None,
     args: TrainingArguments,

@@ -208,7 +208,7 @@ def test_a_file_name_that_leads_out_of_the_folder_is_not_followed(hub, tmp_path,
 def test_an_index_that_leads_out_of_the_folder_is_refused(hub, tmp_path, evil: str):
     files = without_weights(files_of_transformers(tmp_path / "a"))
     files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": {"x": evil}}).encode()
-    with pytest.raises(ValueError, match=f"index.json names '{evil}', which is no file of its folder"):
+    with pytest.raises(ValueError, match=f"index.json names '{evil}', which is no safetensors file of its folder"):
         load_checkpoint(on_the_hub(hub, files))
 
 

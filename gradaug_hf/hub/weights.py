@@ -1,0 +1,99 @@
+"""Weights files and the JSON beside them: read, and checked before a model is built from them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+DIFFERENCES_SHOWN = 5
+
+
+class WeightsError(ValueError):
+    """A file of a checkpoint is missing or damaged, or belongs to another model."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the values by name that a JSON file of a checkpoint holds.
+
+    Raises:
+        WeightsError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{file} holds a {type(content).__name__}; expected values by name")
+    return content
+
+
+def weights_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder: `model.safetensors`, or those that its index names.
+
+    Raises:
+        WeightsError: the index cannot be read, or names something else than files of its folder.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise WeightsError(f"{index} has weight_map {files!r}; expected the name of a file for each tensor")
+    for name in files.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise WeightsError(f"{index} names {name!r}, which is no safetensors file of its folder")
+    return [folder / name for name in sorted(set(files.values()))]
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors in the safetensors files of a folder.
+
+    Raises:
+        WeightsError: a file is missing, damaged or cut off, or lies elsewhere.
+    """
+    shapes = {}
+    for file in weights_files(folder):
+        try:
+            with safe_open(file, "pt") as weights:
+                shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise WeightsError(f"{file} is missing") from error
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"{file} is damaged or cut off: {error}") from error
+    return shapes
+
+
+def check_weights(folder: Path, model: nn.Module, prefix: str = "") -> None:
+    """Make sure that the weights of a folder are those of a model.
+
+    Args:
+        folder: with `model.safetensors`, in one file or several.
+        model: the model that is to have them; one of tensors that share memory is enough.
+        prefix: of the model's names; the names in the folder may lack it.
+
+    Raises:
+        WeightsError: a file is damaged, or tensors are missing, left over or of another shape; names the first.
+    """
+    found = {name.removeprefix(prefix): shape for name, shape in weight_shapes(folder).items()}
+    expected = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
+    stored = {tensor.data_ptr() for name, tensor in expected.items() if name in found}
+    differences = [f"{name} is missing" for name, t in expected.items() if name not in found and _needed(t, stored)]
+    differences += [f"{name} is left over" for name in found if name not in expected]
+    differences += [
+        f"{name} is {found[name]} and not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name] != tuple(tensor.shape)
+    ]
+    if differences:
+        more = len(differences) - DIFFERENCES_SHOWN
+        raise WeightsError(
+            f"{folder} is of another network than {type(model).__name__}: "
+            f"{'; '.join(differences[:DIFFERENCES_SHOWN])}{f'; and {more} more' if more > 0 else ''}"
+        )
+
+
+def _needed(tensor: Tensor, stored: set[int]) -> bool:
+    return tensor.numel() > 0 and tensor.data_ptr() not in stored
