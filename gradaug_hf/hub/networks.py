@@ -1,4 +1,4 @@
-"""Networks by name: timm's by their name, and checkpoints of timm or transformers in a folder or on the Hub."""
+"""Models by name: timm's by their name, and checkpoints of timm or transformers in a folder or on the Hub."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,51 +20,57 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    TimmWrapperForImageClassification,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
-from gradaug_hf.hub.configs import label_names
-from gradaug_hf.hub.weights import read_json, weight_shapes, weights_files
+from gradaug_hf.hub.configs import PREPROCESSOR, label_names
+from gradaug_hf.hub.weights import CONFIG, WeightsError, check_finite, read_config, weight_shapes, weights_files
 from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
+from gradaug_hf.utils.randomness import random_states_kept
 
-CONFIG = "config.json"
-# Characters that are shown of a long list of tensors.
+# Characters of a library's error that are shown, and of a list of tensors.
 MESSAGE_LENGTH = 400
 SHAKE_DROP = "shake_drop_rate"
-# What is read of a repository on the Hub: no pickle, no code, nothing in or above its folder's folders.
+# Files of a repository on the Hub that are read: no pickle, no code, nothing in or above its folder's folders.
 READ, NOT_READ = ["*.json", "*.safetensors"], ["*/*"]
-ACCEPTED = "a timm network, a folder with a config.json and a Hub id (user/name or user/name@revision) are accepted"
+ACCEPTED = "a timm model, a folder with a config.json and a Hub id (user/name or user/name@revision) are accepted"
 
 
 def is_checkpoint(model: str) -> bool:
-    """Whether a network comes with weights, from a folder or the Hub, rather than by its name in timm alone."""
+    """Return whether a model comes with weights, from a folder or the Hub, rather than by its name in timm alone."""
     return "/" in model or not timm.is_model(model)
 
 
 def timm_name(model: str) -> str | None:
-    """Name under which `timm.create_model` knows a network; None where it is one of transformers.
+    """Return the name under which `timm.create_model` knows a model; None for a model of transformers.
 
     Args:
         model: name in timm's registry, folder with a `config.json`, or Hub id, as `user/name` or `user/name@revision`.
 
     Raises:
-        ValueError: there is no such network, or it cannot be reached or read.
+        ValueError: there is no such model, or it cannot be reached or read.
     """
     if not is_checkpoint(model):
         return model
     folder = checkpoint_folder(model)
-    return f"local-dir:{folder}" if _is_timms(read_json(folder / CONFIG)) else None
+    return f"local-dir:{folder}" if _is_timms(read_config(folder)) else None
 
 
 def _is_timms(config: Mapping[str, Any]) -> bool:
-    """Whether timm can read a configuration, rather than transformers, of its own network or of one of timm."""
+    """Return whether timm, rather than transformers, can read a configuration of one of its models."""
     return isinstance(config.get("model_args", {}), dict) and "pretrained_cfg" in config
 
 
 def checkpoint_folder(model: str) -> Path:
-    """The folder of a checkpoint, which is downloaded from the Hub if it is there.
+    """Return the folder of a checkpoint, after downloading it if it is on the Hub.
 
-    Of a repository only JSON files and safetensors at its top are downloaded, so that nothing in it is run.
+    Only JSON files and safetensors at the top of a repository are downloaded, so that nothing in it is run.
 
     Args:
         model: folder with a `config.json`, or Hub id, as `user/name` or `user/name@revision`.
@@ -112,14 +118,14 @@ def _download_errors(model: str, name: str, revision: str) -> Iterator[None]:
 
 
 def _check_downloaded(model: str, folder: Path) -> None:
-    """Make sure that what came from the Hub is all there, in safetensors, and needs no code of its own.
+    """Make sure that a download from the Hub is complete, in safetensors, and needs no code of its own.
 
     Raises:
         ValueError: it is not.
     """
     if not (folder / CONFIG).is_file():
         raise ValueError(f"model {model!r} has no {CONFIG} on the Hub")
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     if not _is_timms(config) and "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(f"model {model!r} needs code of its own repository, which is not run")
     for file in weights_files(folder):
@@ -131,41 +137,50 @@ def _check_downloaded(model: str, folder: Path) -> None:
 
 
 def accepted_arguments(model: str) -> set[str]:
-    """What a network can be built with: its constructor's parameters, and ShakeDrop where its blocks take it.
+    """Return the arguments that a model can be built with: its constructor's, and ShakeDrop where its blocks take it.
 
-    None for a network of transformers.
+    A model of transformers has none.
 
     Args:
         model: as for `timm_name`.
+
+    Raises:
+        ValueError: as `timm_name`.
     """
     name = timm_name(model)
     if name is None:
         return set()
-    network = _meta_network(name)
+    with _loading_errors(model):
+        network = _meta_model(name)
     return _parameters(network) | ({SHAKE_DROP} if residual_blocks(network) else set())
 
 
-def _meta_network(name: str) -> nn.Module:
+def _meta_model(name: str) -> nn.Module:
     with torch.device("meta"):
         return timm.create_model(name)
 
 
-def _parameters(network: nn.Module) -> set[str]:
-    return set(inspect.signature(type(network).__init__).parameters)
+def _parameters(model: nn.Module) -> set[str]:
+    return set(inspect.signature(type(model).__init__).parameters)
 
 
-def create_network(model: str, class_names: Sequence[str], arguments: Mapping[str, Any]) -> nn.Module:
-    """A network to train: from scratch if `model` names one of timm, else with the weights of the checkpoint.
+def create_network(
+    model: str, class_names: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Return a model to train: from scratch if `model` names one of timm, else with the weights of the checkpoint.
 
     Args:
         model: as for `timm_name`.
         class_names: in the order of the labels; another classifier than the checkpoint's is made where they differ in
-            number.
-        arguments: of a timm network, by the names of `accepted_arguments`.
+            number. None keeps the checkpoint's classifier, or timm's number of classes.
+        arguments: of a timm model, by the names of `accepted_arguments`.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
     """
     if is_checkpoint(model):
         return load_checkpoint(model, class_names, arguments)
-    return _create_timm_network(model, False, {"num_classes": len(class_names)}, dict(arguments))
+    return _create_timm_model(model, False, class_names, arguments)
 
 
 def network_to_train(model: str, *datasets: Any) -> nn.Module:
@@ -192,112 +207,150 @@ def network_to_train(model: str, *datasets: Any) -> nn.Module:
 def load_checkpoint(
     model: str, class_names: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """The network of a folder or of the Hub.
+    """Return the model of a folder or of the Hub.
 
     Args:
         model: as for `checkpoint_folder`.
-        class_names: as for `create_network`; None keeps the classifier.
-        arguments: of a timm network, by the names of `accepted_arguments`.
+        class_names: as for `create_network`.
+        arguments: of a timm model, by the names of `accepted_arguments`.
 
     Raises:
-        ValueError: as `checkpoint_folder`.
+        ValueError: as `checkpoint_folder`; or its files are damaged, do not fit each other, or hold NaN. Only the
+            classifier may differ from the weights, and only where `class_names` are given.
     """
     folder = checkpoint_folder(model)
-    if _is_timms(read_json(folder / CONFIG)):
-        classes = {} if class_names is None else {"num_classes": len(class_names)}
-        with _loading(folder):
-            return _create_timm_network(f"local-dir:{folder}", True, classes, dict(arguments or {}))
-    network = _load_classifier(folder, class_names)
-    if not Path(model).is_dir():  # the model card names where it came from, not where it was downloaded to
-        network.name_or_path = network.config.name_or_path = model.partition("@")[0]
-    return network
+    config = read_config(folder)
+    weight_shapes(folder)
+    with _loading_errors(folder):
+        if _is_timms(config):
+            loaded = _load_timm_model(folder, class_names, arguments)
+        else:
+            loaded = _load_classifier(folder, class_names)
+    check_finite(loaded, folder)
+    if isinstance(loaded, PreTrainedModel) and not Path(model).is_dir():
+        loaded.name_or_path = loaded.config.name_or_path = model.partition("@")[0]  # not the cache's folder
+    return loaded
+
+
+@contextmanager
+def _loading_errors(source: str | Path) -> Iterator[None]:
+    """Say in one message why timm or transformers cannot build a model from its files.
+
+    Raises:
+        WeightsError: they cannot.
+    """
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:  # whatever a wrong value in a configuration leads to
+        reason = " ".join(str(error).split())[:MESSAGE_LENGTH]
+        raise WeightsError(
+            f"{source} cannot be loaded, since its {CONFIG} or its weights are not as timm or transformers wrote "
+            f"them: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _load_timm_model(
+    folder: Path, class_names: Sequence[str] | None, arguments: Mapping[str, Any] | None
+) -> nn.Module:
+    name = f"local-dir:{folder}"
+    if class_names is not None:
+        with random_states_kept():
+            timm.create_model(name, pretrained=True)  # timm misses no tensor once it makes a classifier of its own
+    return _create_timm_model(name, True, class_names, arguments)
+
+
+def _create_timm_model(
+    name: str, pretrained: bool, class_names: Sequence[str] | None, arguments: Mapping[str, Any] | None
+) -> nn.Module:
+    arguments = dict(arguments or {})
+    shakes_itself = SHAKE_DROP not in arguments or SHAKE_DROP in _parameters(_meta_model(name))
+    rate = 0.0 if shakes_itself else arguments.pop(SHAKE_DROP)
+    classes = {} if class_names is None else {"num_classes": len(class_names)}
+    model = timm.create_model(name, pretrained=pretrained, **classes, **arguments)
+    if rate > 0:
+        add_shake_drop(model, rate)
+    return model
 
 
 def _load_classifier(folder: Path, class_names: Sequence[str] | None) -> PreTrainedModel:
-    """A classifier of transformers, which on its own would draw at random what its weights lack."""
+    """Return a classifier of transformers, which on its own would fill in at random what its weights lack."""
     classes = {}
     if class_names is not None:
         classes = {
             "num_labels": len(class_names),
             "id2label": dict(enumerate(class_names)),
             "label2id": {name: label for label, name in enumerate(class_names)},
-            "ignore_mismatched_sizes": True,
         }
-    with _loading(folder):
-        network, report = AutoModelForImageClassification.from_pretrained(
-            folder, trust_remote_code=False, output_loading_info=True, **classes
+    model, report = AutoModelForImageClassification.from_pretrained(
+        folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **classes
+    )
+    lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    if class_names is not None:
+        lacking -= _classifier_tensors(model)
+    if lacking:
+        raise WeightsError(
+            f"the weights of {folder} are of another network than {type(model).__name__}: they lack "
+            f"{', '.join(sorted(lacking))[:MESSAGE_LENGTH]}, or have other shapes there"
         )
-    missing = sorted(report["missing_keys"])
-    if missing and class_names is None:
-        raise ValueError(
-            f"the weights of {folder} are of another network than {type(network).__name__}: they lack "
-            f"{', '.join(missing)[:MESSAGE_LENGTH]}"
-        )
-    return network
+    return model
 
 
-@contextmanager
-def _loading(folder: Path) -> Iterator[None]:
-    """Name the file of a folder that is damaged, and tensors that are not of the network in its `config.json`.
-
-    Raises:
-        ValueError: there are such.
-    """
-    weight_shapes(folder)
-    try:
-        yield
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:MESSAGE_LENGTH]
-        raise ValueError(f"the weights of {folder} cannot be loaded: {reason}") from error
-
-
-def _create_timm_network(
-    name: str, pretrained: bool, classes: Mapping[str, int], arguments: dict[str, Any]
-) -> nn.Module:
-    shakes_itself = SHAKE_DROP not in arguments or SHAKE_DROP in _parameters(_meta_network(name))
-    rate = 0.0 if shakes_itself else arguments.pop(SHAKE_DROP)
-    network = timm.create_model(name, pretrained=pretrained, **classes, **arguments)
-    if rate > 0:
-        add_shake_drop(network, rate)
-    return network
+def _classifier_tensors(model: PreTrainedModel) -> set[str]:
+    """Return the names of the tensors of a classifier of transformers that are not its backbone's."""
+    if isinstance(model, TimmWrapperForImageClassification):  # its only child has both
+        heads = model.timm_model.pretrained_cfg.get("classifier") or ()
+        parts = [f"timm_model.{head}." for head in ([heads] if isinstance(heads, str) else heads)]
+        return {name for name in model.state_dict() if name.startswith(tuple(parts))}
+    backbone, _ = next(model.named_children())
+    return {name for name in model.state_dict() if not name.startswith(f"{backbone}.")}
 
 
 def load_network(model: str, num_classes: int) -> nn.Module:
-    """A trained network to evaluate.
+    """Return a trained model to evaluate.
 
     Args:
         model: as for `timm_name`; a name of timm, such as `resnet50.a1_in1k`, gives its pretrained weights.
-        num_classes: of the data set.
+        num_classes: of the dataset.
 
     Raises:
-        ValueError: the network has another number of classes.
+        ValueError: as `load_checkpoint`, or the model has another number of classes.
     """
-    network = load_checkpoint(model) if is_checkpoint(model) else timm.create_model(model, pretrained=True)
-    found = network.config.num_labels if isinstance(network, PreTrainedModel) else network.num_classes
+    loaded = load_checkpoint(model) if is_checkpoint(model) else timm.create_model(model, pretrained=True)
+    found = loaded.config.num_labels if isinstance(loaded, PreTrainedModel) else loaded.num_classes
     if found != num_classes:
         raise ValueError(f"model {model!r} has {found} classes, the data set {num_classes}")
-    return network
+    return loaded
 
 
 def image_processor(model: str) -> BaseImageProcessor | None:
-    """The image processor that comes with a checkpoint of transformers, if one does."""
-    if timm_name(model) is not None:
-        return None
-    try:
-        return AutoImageProcessor.from_pretrained(checkpoint_folder(model), trust_remote_code=False)
-    except OSError:
-        return None
-
-
-def pixel_statistics(network: nn.Module, processor: BaseImageProcessor | None) -> dict[str, tuple[float, ...]]:
-    """`mean` and `std` of the images that a network expects, of each channel in 0..1; nothing if it does not say.
+    """Return the image processor that comes with a checkpoint of transformers; None if none does.
 
     Args:
-        network: of timm or transformers.
-        processor: of a network of transformers.
+        model: as for `timm_name`.
+
+    Raises:
+        ValueError: its configuration is damaged, or needs code of its own.
     """
-    if hasattr(network, "pretrained_cfg"):
-        config = timm.data.resolve_model_data_config(network)
+    if timm_name(model) is not None:
+        return None
+    folder = checkpoint_folder(model)
+    if not (folder / PREPROCESSOR).is_file():
+        return None
+    with _loading_errors(folder / PREPROCESSOR):
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+
+
+def pixel_statistics(model: nn.Module, processor: BaseImageProcessor | None) -> dict[str, tuple[float, ...]]:
+    """Return `mean` and `std` of the images that a model expects, of each channel in 0..1; nothing if it has none.
+
+    Args:
+        model: of timm or transformers.
+        processor: of a model of transformers.
+    """
+    if hasattr(model, "pretrained_cfg"):
+        config = timm.data.resolve_model_data_config(model)
     elif processor is None:
         return {}
     else:  # the processor of a TimmWrapper has timm's configuration

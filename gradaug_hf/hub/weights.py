@@ -8,6 +8,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+CONFIG = "config.json"
+# Types of fields of a `config.json`; timm and transformers meet another one late, or never.
+FIELDS = {
+    "architecture": (str, "the name of a timm model"),
+    "num_classes": (int, "a number of classes"),
+    "num_labels": (int, "a number of classes"),
+    "model_args": (dict, "arguments by name"),
+    "pretrained_cfg": (dict, "values by name"),
+    "label_names": ((list, dict), "the names of the classes"),
+    "id2label": (dict, "names of classes by number"),
+}
 DIFFERENCES_SHOWN = 5
 
 
@@ -28,6 +39,26 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"{file} holds a {type(content).__name__}; expected values by name")
     return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return what the `config.json` of a folder holds.
+
+    Raises:
+        WeightsError: it cannot be read, a field has a type that no model can be built from, or the weights are
+            quantised.
+    """
+    file = folder / CONFIG
+    config = read_json(file)
+    for name, (kind, expected) in FIELDS.items():
+        if config.get(name) is not None and not isinstance(config[name], kind):
+            raise WeightsError(f"{file} has {name} {config[name]!r}; expected {expected}")
+    if config.get("quantization_config") is not None:
+        raise WeightsError(
+            f"{file} says that the weights are quantised (quantization_config), so that they can be neither trained "
+            "nor sliced; give the checkpoint that they were made from"
+        )
+    return config
 
 
 def weights_files(folder: Path) -> list[Path]:
@@ -92,6 +123,29 @@ def check_weights(folder: Path, model: nn.Module, prefix: str = "") -> None:
         raise WeightsError(
             f"{folder} is of another network than {type(model).__name__}: "
             f"{'; '.join(differences[:DIFFERENCES_SHOWN])}{f'; and {more} more' if more > 0 else ''}"
+        )
+
+
+def check_finite(model: nn.Module, source: str | Path) -> None:
+    """Make sure that a model that was loaded holds numbers.
+
+    Args:
+        model: the model.
+        source: name of its checkpoint in the message.
+
+    Raises:
+        WeightsError: a tensor holds NaN or an infinite value; names the first.
+    """
+    wrong = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise WeightsError(
+            f"the weights of {source} hold NaN or infinite values in {wrong[0]}{more}; give a checkpoint from before "
+            "its training diverged"
         )
 
 

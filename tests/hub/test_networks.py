@@ -6,9 +6,15 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
 
 from gradaug_hf.hub.networks import (
+    accepted_arguments,
     checkpoint_folder,
     create_network,
     image_processor,
@@ -137,6 +143,120 @@ def test_a_configuration_that_is_none_is_refused(hub, tmp_path, content: bytes):
     name = on_the_hub(hub, files_of_timm(tmp_path / "a") | {"config.json": content})
     with pytest.raises(ValueError, match="config.json (cannot be read|holds a list)"):
         load_checkpoint(name)
+
+
+# ---- files that do not fit each other ----
+
+
+def wrapper_of_transformers(folder: Path) -> dict[str, bytes]:
+    """A folder as transformers writes it, which timm cannot read."""
+    torch.manual_seed(0)
+    config = TimmWrapperConfig(architecture="test_resnet", num_labels=3)
+    TimmWrapperForImageClassification(config).save_pretrained(folder)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def changed_weights(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    file = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    assert name in weights
+    weights = {key: value for key, value in weights.items() if key != name}
+    safetensors.torch.save_file(weights | ({} if tensor is None else {name: tensor}), file, metadata={"format": "pt"})
+
+
+BACKBONES = [
+    (files_of_timm, "layer1.0.conv1.weight"),
+    (files_of_transformers, "resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"),
+    (wrapper_of_transformers, "timm_model.layer1.0.conv1.weight"),
+]
+
+
+@pytest.mark.parametrize(("files_of", "name"), BACKBONES)
+@pytest.mark.parametrize("tensor", [None, torch.zeros(5, 3, 1, 1)], ids=["missing", "mis-shaped"])
+@pytest.mark.parametrize("class_names", [None, ["ant", "bee"], ["ant", "bee", "cat"]], ids=["own", "2", "3"])
+def test_a_backbone_that_its_weights_lack_is_never_filled_in_at_random(tmp_path, files_of, name, tensor, class_names):
+    files_of(tmp_path)
+    changed_weights(tmp_path, name, tensor)
+    with pytest.raises(ValueError, match=name.removeprefix("timm_model.")):
+        create_network(str(tmp_path), class_names)
+
+
+@pytest.mark.parametrize("files_of", [files_of_timm, files_of_transformers, wrapper_of_transformers])
+def test_only_the_classifier_is_made_anew_for_other_classes(tmp_path, files_of):
+    weights = safetensors.torch.load(files_of(tmp_path)["model.safetensors"])
+    found = create_network(str(tmp_path), ["ant", "bee"]).state_dict()
+    assert found.keys() == weights.keys()
+    anew = {name for name, tensor in weights.items() if not torch.equal(found[name], tensor)}
+    assert {name.rpartition(".")[0] for name in anew} <= {"fc", "classifier.1", "timm_model.fc"}
+    assert len(anew) == 2
+
+
+@pytest.mark.parametrize(("files_of", "value"), [(files_of_timm, float("nan")), (files_of_transformers, float("inf"))])
+def test_weights_that_are_not_finite_are_refused(tmp_path, files_of, value):
+    files_of(tmp_path)
+    name = next(n for f, n in BACKBONES if f is files_of)
+    tensor = safetensors.torch.load_file(tmp_path / "model.safetensors")[name]
+    tensor.view(-1)[3] = value
+    changed_weights(tmp_path, name, tensor)
+    for load in (load_checkpoint, lambda model: load_network(model, 3), create_network):
+        with pytest.raises(ValueError, match=f"the weights of {tmp_path} hold NaN or infinite values in {name};"):
+            load(str(tmp_path))
+
+
+def changed_config(folder: Path, files_of, changes: dict) -> str:
+    files_of(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return str(folder)
+
+
+QUANTISED = ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"quantised \(quantization_config\)")
+
+
+@pytest.mark.parametrize(
+    ("files_of", "changes", "message"),
+    [
+        (files_of_timm, {"architecture": 7}, "config.json has architecture 7; expected the name of a timm model"),
+        (files_of_timm, {"architecture": "resnet19"}, r"Unknown model \(resnet19\)"),
+        (files_of_timm, {"num_classes": "ten"}, "config.json has num_classes 'ten'; expected a number of classes"),
+        (files_of_timm, {"model_args": [1]}, r"config.json has model_args \[1\]; expected arguments by name"),
+        (files_of_timm, {"model_args": {"foo": 1}}, "TypeError: .* unexpected keyword argument 'foo'"),
+        (files_of_timm, {"pretrained_cfg": 7}, "config.json has pretrained_cfg 7; expected values by name"),
+        (files_of_timm, {"label_names": 7}, "config.json has label_names 7; expected the names of the classes"),
+        (files_of_timm, *QUANTISED),
+        (files_of_transformers, *QUANTISED),
+        (files_of_transformers, {"num_labels": "ten"}, "config.json has num_labels 'ten'; expected a number"),
+        (files_of_transformers, {"id2label": ["a"]}, r"config.json has id2label \['a'\]; expected names of classes"),
+        (files_of_transformers, {"id2label": {"a": "b"}}, "invalid literal for int"),
+        (files_of_transformers, {"hidden_sizes": None}, "its config.json or its weights are not as .*: TypeError"),
+        (files_of_transformers, {"hidden_act": "nonesuch"}, "its config.json .*: KeyError: 'nonesuch'"),
+        (files_of_transformers, {"depths": "abc"}, "its config.json .* Field 'depths' with value 'abc'"),
+    ],
+)
+def test_a_configuration_of_wrong_types_ends_in_one_sentence(tmp_path, files_of, changes, message):
+    model = changed_config(tmp_path, files_of, changes)
+    loads = [load_checkpoint]
+    if files_of is files_of_timm:
+        loads += [accepted_arguments, lambda model: create_network(model, ["ant", "bee"])]
+    for load in loads:
+        with pytest.raises(ValueError, match=message) as raised:
+            load(model)
+        assert "\n" not in str(raised.value)
+        assert str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["{", '{"image_processor_type": 7}', '{"image_processor_type": "Nonesuch"}'])
+def test_a_damaged_image_processor_is_not_taken_for_none(tmp_path, content):
+    files_of_transformers(tmp_path)
+    assert image_processor(str(tmp_path)) is None
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ValueError, match="preprocessor_config.json cannot be loaded"):
+        image_processor(str(tmp_path))
+
+
+def test_a_name_of_timm_gives_a_model_from_scratch():
+    assert create_network("test_resnet").num_classes == timm.create_model("test_resnet").num_classes
+    assert create_network("test_resnet", ["ant", "bee"]).num_classes == 2
 
 
 # ---- what a repository must not do ----

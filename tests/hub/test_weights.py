@@ -47,7 +47,5 @@ def test_a_file_of_weights_outside_the_folder_is_refused(name, tmp_path):
 @pytest.mark.parametrize("files", [["a.safetensors"], "a.safetensors", {}, None])
 def test_an_index_without_files_by_tensor_is_refused(files, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    with pytest.raises(
-        WeightsError, match="index.json has weight_map .*; expected the name of a file for each"
-    ):
+    with pytest.raises(WeightsError, match="index.json has weight_map .*; expected the name of a file for each"):
         weight_shapes(tmp_path)
