@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# How far the sum of a soft label may be from one; half precision and mixed labels round it.
+SUM_TOLERANCE = 0.01
+
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of hard or soft labels, averaged over the batch.
+    """Return the cross-entropy of hard or soft labels, averaged over the batch.
 
-    Labels are compared with the number of classes only where they lie on the CPU: elsewhere reading them would make
-    the device wait in every step.
+    A class whose logit is -inf adds nothing where its probability is 0. The values of labels are checked only where
+    they lie on the CPU: elsewhere reading them would make the device wait in every step.
 
     Args:
         logits: (N, classes).
@@ -17,21 +20,24 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
         label_smoothing: share of the target that is spread evenly over all classes, 0..1.
 
     Raises:
-        ValueError: a shape or dtype does not fit, or a label on the CPU is out of range.
+        ValueError: a shape or dtype does not fit, or a label on the CPU is out of range or no distribution.
     """
     check_logits(logits, len(labels))
     check_labels(labels, logits.shape[1])
     with torch.autocast(logits.device.type, enabled=False):
         logits = _at_least_float32(logits)
-        labels = labels.to(logits.dtype) if labels.ndim == 2 else labels.long()
-        return functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        if labels.ndim == 1:
+            return functional.cross_entropy(logits, labels.long(), label_smoothing=label_smoothing)
+        target = labels.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+        return -(target * _log_probabilities(logits, target)).sum(dim=1).mean()
 
 
 def soft_target_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
-    """KL divergence from the detached soft target to a sub-network's prediction, averaged over the batch.
+    """Return the KL divergence from the detached soft target to a sub-network's prediction, averaged over the batch.
 
     In-place distillation (arXiv 1903.05134): sum of p * (log p - log q) with p the softmax of `target_logits`, q that
-    of `logits`, temperature 1. No gradient reaches `target_logits`.
+    of `logits`, temperature 1. A class that the target gives no probability, such as one whose logit is -inf, adds
+    nothing. No gradient reaches `target_logits`.
 
     Args:
         logits: (N, classes), the sub-network's.
@@ -47,38 +53,70 @@ def soft_target_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
             f"{tuple(target_logits.shape)}; both must be (N, classes)"
         )
     with torch.autocast(logits.device.type, enabled=False):
-        log_predicted = functional.log_softmax(_at_least_float32(logits), dim=1)
         target = functional.softmax(_at_least_float32(target_logits.detach()), dim=1)
+        log_predicted = _log_probabilities(_at_least_float32(logits), target)
         return functional.kl_div(log_predicted, target, reduction="batchmean")
+
+
+def _log_probabilities(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the log-probabilities of classes, 0 for those whose target is 0: there 0 * -inf would be NaN."""
+    return functional.log_softmax(logits, dim=1).masked_fill(target == 0, 0)
 
 
 def check_logits(logits: Tensor, batch_size: int) -> None:
     """Raise a ValueError unless logits are (batch_size, classes)."""
     if logits.ndim != 2 or len(logits) != batch_size:
         raise ValueError(
-            f"the network returned logits of shape {tuple(logits.shape)}; expected ({batch_size}, classes), one row "
+            f"the model returned logits of shape {tuple(logits.shape)}; expected ({batch_size}, classes), one row "
             "for each label"
         )
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raise a ValueError unless labels are class indices (N,) or probabilities (N, num_classes).
+def check_labels(labels: Tensor, num_classes: int | None = None) -> None:
+    """Make sure that labels are class indices (N,), or a probability of each class (N, num_classes).
 
-    Whether indices lie in 0..num_classes - 1 is checked on the CPU only.
+    Values are checked on the CPU only.
+
+    Args:
+        labels: of a batch.
+        num_classes: of the model; None if it is not known.
+
+    Raises:
+        ValueError: they are neither; names the first row that is wrong.
     """
     if labels.is_floating_point():
-        if labels.ndim != 2 or labels.shape[1] != num_classes:
-            raise ValueError(f"soft labels have shape {tuple(labels.shape)}; expected (N, {num_classes})")
+        _check_soft_labels(labels, num_classes)
         return
-    if labels.ndim != 1 or labels.dtype in (torch.bool, torch.complex64, torch.complex128):
+    if labels.ndim != 1 or labels.dtype is torch.bool or labels.is_complex():
         raise ValueError(
             f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected integers (N,) or soft labels "
-            f"(N, {num_classes})"
+            f"(N, {num_classes or 'classes'})"
         )
     if labels.device.type == "cpu":
-        wrong = labels[(labels < 0) | (labels >= num_classes)]
+        labels = labels.long()
+        wrong = labels[(labels < 0) | (labels >= (num_classes or torch.inf))]
         if len(wrong):
-            raise ValueError(f"label {wrong[0].item()} is out of range; the network has classes 0..{num_classes - 1}")
+            accepted = "from 0 on" if num_classes is None else f"0..{num_classes - 1}"
+            raise ValueError(f"label {wrong[0].item()} is out of range; the model has classes {accepted}")
+
+
+def _check_soft_labels(labels: Tensor, num_classes: int | None) -> None:
+    if labels.ndim != 2 or num_classes not in (None, labels.shape[1]):
+        raise ValueError(
+            f"soft labels have shape {tuple(labels.shape)}; expected (N, {num_classes or 'classes'}). Class indices "
+            "(N,) must be integers"
+        )
+    if labels.device.type != "cpu":
+        return
+    sums = labels.double().sum(dim=1)
+    wrong = ((sums - 1).abs() <= SUM_TOLERANCE).logical_not() | (labels < 0).any(dim=1)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"soft label {row} of a batch sums to {sums[row]:.4g} with smallest entry {labels[row].min():.4g}; each "
+            "row must hold probabilities that sum to one. Several classes in one image (multi-label) have no GradAug "
+            "objective: train them with num_subnets=0 and config.problem_type='multi_label_classification'"
+        )
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

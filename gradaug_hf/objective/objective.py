@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from gradaug_hf.objective.losses import check_logits, cross_entropy, soft_target_divergence
+from gradaug_hf.objective.logits import logits_of, num_classes_of
+from gradaug_hf.objective.losses import cross_entropy, soft_target_divergence
 from gradaug_hf.objective.resolutions import default_resolutions
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler, SubnetSettings, drops_blocks, drops_channels
 from gradaug_hf.objective.transforms import ImageTransform, check_images, transform_for_subnet
@@ -146,6 +147,7 @@ class GradAug:
         self.model = model
         warn_of_lone_gradients(model)
         network = model.module if isinstance(model, DistributedDataParallel) else model
+        self.num_classes = num_classes_of(network)
         mode = getattr(self.sampler, "subnet_mode", "width")
         if mode == "tokens":
             find_tokens(network)
@@ -282,8 +284,8 @@ class GradAug:
         check_images(images)
         if self.full_loss is not None:
             loss, output = self.full_loss(self.model, images, labels, inputs)
-            return Pass(loss, logits_of(output, len(labels)).detach())
-        logits = logits_of(self.model(images, **inputs), len(labels))
+            return Pass(loss, logits_of(output, len(labels), self.num_classes).detach())
+        logits = logits_of(self.model(images, **inputs), len(labels), self.num_classes)
         return Pass(cross_entropy(logits, labels, self.label_smoothing), logits.detach())
 
     def _subnet_pass(
@@ -291,7 +293,7 @@ class GradAug:
     ) -> Pass:
         """Run a sub-network's pass, with the model at its width."""
         transformed = transform_for_subnet(images, subnet, self.transform)
-        logits = logits_of(self.model(transformed, **inputs), len(labels))
+        logits = logits_of(self.model(transformed, **inputs), len(labels), self.num_classes)
         return Pass(self._subnet_loss(logits, target, labels), logits.detach())
 
     def _subnet_loss(self, logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
@@ -358,22 +360,3 @@ def warn_of_lone_gradients(model: nn.Module) -> None:
             "GradAug(DistributedDataParallel(model))",
             stacklevel=3,
         )
-
-
-def logits_of(output: Any, batch_size: int) -> Tensor:
-    """Return the logits in a model's output: the tensor itself, `.logits`, or the first of a tuple.
-
-    Args:
-        output: of a timm model or a transformers classifier.
-        batch_size: number of images.
-
-    Raises:
-        ValueError: there are none of shape (batch_size, classes).
-    """
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, (tuple, list)) and logits:
-        logits = logits[0]
-    if not isinstance(logits, Tensor):
-        raise ValueError(f"the network returned a {type(output).__name__} without logits; expected a tensor of them")
-    check_logits(logits, batch_size)
-    return logits

@@ -68,9 +68,15 @@ def test_half_precision_logits_under_autocast_are_computed_in_float32(dtype: tor
 @pytest.mark.parametrize(
     "labels, message",
     [
-        (torch.tensor([0, 3]), r"label 3 is out of range; the network has classes 0\.\.2"),
+        (torch.tensor([0, 3]), r"label 3 is out of range; the model has classes 0\.\.2"),
         (torch.tensor([-1, 0]), r"label -1 is out of range"),
         (torch.tensor([0.0, 1.0]), r"soft labels have shape \(2,\); expected \(N, 3\)"),
+        (torch.tensor([3, 0], dtype=torch.uint8), r"label 3 is out of range"),
+        (torch.tensor([3, 0], dtype=torch.uint16), r"label 3 is out of range"),
+        (torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]), r"soft label 0 of a batch sums to 2 with smallest entry 0"),
+        (torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]), r"soft label 1 of a batch sums to 0"),
+        (torch.tensor([[1.0, 0.0, 0.0], [2.0, -1.0, 0.0]]), r"soft label 1 .* smallest entry -1;.* .multi-label."),
+        (torch.tensor([[1.0, 0.0, 0.0], [0.5, math.nan, 0.5]]), r"soft label 1 of a batch sums to nan"),
         (torch.rand(2, 4), r"soft labels have shape \(2, 4\); expected \(N, 3\)"),
         (torch.tensor([[0], [1]]), r"labels have shape \(2, 1\)"),
         (torch.tensor([True, False]), r"dtype torch.bool"),
@@ -91,3 +97,57 @@ def test_logits_of_a_wrong_shape_are_named():
 
 def test_labels_on_another_device_are_not_read():
     check_labels(torch.tensor([0, 99], device="meta"), 3)  # would raise if values were asked for: there are none
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_probabilities_that_rounding_keeps_from_one_are_soft_labels(dtype):
+    check_labels(torch.softmax(torch.randn(64, 1000), dim=1).to(dtype), 1000)
+    check_labels((0.9 * torch.eye(1000)[:8] + 0.1 / 1000).to(dtype), 1000)
+
+
+def test_labels_are_checked_without_a_number_of_classes_as_far_as_can_be():
+    check_labels(torch.tensor([0, 99]))
+    with pytest.raises(ValueError, match="label -1 is out of range; the model has classes from 0 on"):
+        check_labels(torch.tensor([0, -1]))
+    with pytest.raises(ValueError, match="sums to 2"):
+        check_labels(torch.ones(1, 2))
+
+
+# ---- classes that are masked by a logit of -inf ----
+
+MASKED = torch.tensor([[2.0, -math.inf, -1.0], [0.5, -math.inf, 3.0]], dtype=torch.float64)
+
+
+def unmasked(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, [0, 2]]
+
+
+def test_a_masked_class_adds_nothing_to_the_divergence():
+    logits = MASKED.flip(0).clone().requires_grad_()
+    reference = unmasked(logits.detach()).requires_grad_()
+    loss = soft_target_divergence(logits, MASKED)
+    expected = soft_target_divergence(reference, unmasked(MASKED))
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-14) and loss > 0
+    torch.testing.assert_close(unmasked(logits.grad), reference.grad, rtol=0, atol=1e-14)
+    assert logits.grad[:, 1].tolist() == [0, 0]
+
+
+def test_a_masked_class_adds_nothing_to_the_cross_entropy():
+    for labels, others in (
+        (torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]]), torch.tensor([[0.25, 0.75], [1.0, 0.0]])),
+        (torch.tensor([0, 2]), torch.tensor([0, 1])),
+    ):
+        logits, reference = MASKED.clone().requires_grad_(), unmasked(MASKED).requires_grad_()
+        loss, expected = cross_entropy(logits, labels), cross_entropy(reference, others)
+        loss.backward()
+        expected.backward()
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-14)
+        torch.testing.assert_close(unmasked(logits.grad), reference.grad, rtol=0, atol=1e-14)
+        assert logits.grad[:, 1].tolist() == [0, 0]
+
+
+def test_a_masked_class_that_has_probability_is_not_hidden():
+    assert cross_entropy(MASKED, torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])).item() == math.inf
+    assert soft_target_divergence(MASKED, LOGITS).item() == math.inf

@@ -3,9 +3,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.modeling_outputs import ImageClassifierOutput
 
-from gradaug_hf.objective.objective import GradAug, logits_of
+from gradaug_hf.objective.objective import GradAug
 from gradaug_hf.objective.sampling import Subnet
 from gradaug_hf.slimming import make_slimmable
 from tests.helpers.residual_network import (
@@ -230,26 +229,6 @@ def test_a_transform_is_seen_by_the_subnetworks_only(images, labels):
     full, subnet = list(gradaug.passes(images, labels, [Subnet(1.0, 16)]))
     assert torch.equal(full.logits, network(images).detach())
     assert torch.equal(subnet.logits, network(torch.zeros_like(images)).detach())
-
-
-@pytest.mark.parametrize("kind", ["tensor", "model output", "tuple"])
-def test_logits_are_found_in_what_networks_return(kind):
-    logits = torch.randn(2, 3)
-    output = {"tensor": logits, "model output": ImageClassifierOutput(logits=logits), "tuple": (logits, None)}[kind]
-    assert logits_of(output, 2) is logits
-
-
-@pytest.mark.parametrize(
-    "output, message",
-    [
-        ({"a": 1}, "returned a dict without logits"),
-        (torch.zeros(2, 3, 4), r"logits of shape \(2, 3, 4\); expected \(2, classes\)"),
-        (torch.zeros(3, 4), r"logits of shape \(3, 4\); expected \(2, classes\)"),
-    ],
-)
-def test_what_holds_no_logits_is_named(output, message):
-    with pytest.raises(ValueError, match=message):
-        logits_of(output, 2)
 
 
 def test_bad_input_is_named(images, labels):
