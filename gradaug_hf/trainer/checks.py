@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,15 +158,16 @@ def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
 class LabelCheckingCollator:
     """Collate a batch and check its labels while they lie on the CPU, where that costs nothing.
 
-    Its other attributes are those of the collator that makes the batch.
+    Class indices become int64, whatever integers they were. Other attributes are those of the collator that makes the
+    batch.
 
     Args:
         collate: makes the batch.
-        num_classes: of the network.
+        num_classes: of the model; None if it states none.
     """
 
     collate: DataCollator
-    num_classes: int
+    num_classes: int | None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "collate":  # asked for while a copy is made
@@ -181,7 +182,7 @@ class LabelCheckingCollator:
 
     def __call__(self, features: list[Any]) -> Any:
         batch = self.collate(features)
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        labels = batch.get("labels") if isinstance(batch, MutableMapping) else None
         if isinstance(labels, Tensor):
             check_labels(labels, self.num_classes)
             batch["labels"] = as_int64(labels)  # a transformers model would train with others and fail in evaluate

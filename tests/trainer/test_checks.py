@@ -134,8 +134,44 @@ def test_labels_are_checked_where_batches_are_made():
     assert collate(rows)["labels"].tolist() == [0, 2]
     assert "labels" not in collate([{"pixel_values": torch.zeros(3, 2, 2)}])
     rows[1]["labels"] = 3
-    with pytest.raises(ValueError, match=r"label 3 is out of range; the network has classes 0\.\.2"):
+    with pytest.raises(ValueError, match=r"label 3 is out of range; the model has classes 0\.\.2"):
         collate(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.uint16])
+def test_class_indices_of_any_integers_become_those_that_every_loss_takes(dtype):
+    rows = [{"pixel_values": torch.zeros(3, 2, 2), "labels": torch.tensor(label, dtype=dtype)} for label in (0, 2)]
+    labels = LabelCheckingCollator(default_data_collator, 3)(rows)["labels"]
+    assert (labels.tolist(), labels.dtype) == ([0, 2], torch.int64)
+    rows[1]["labels"] = torch.tensor(3, dtype=dtype)
+    with pytest.raises(ValueError, match="label 3 is out of range"):
+        LabelCheckingCollator(default_data_collator, 3)(rows)
+
+
+@pytest.mark.parametrize("num_classes", [3, None])
+def test_soft_labels_that_are_no_probabilities_are_refused_as_multi_label(num_classes):
+    collate = LabelCheckingCollator(default_data_collator, num_classes)
+    rows = [{"pixel_values": torch.zeros(3, 2, 2), "labels": torch.tensor([0.5, 0.5, 0.0])} for _ in range(2)]
+    assert collate(rows)["labels"].dtype == torch.float32
+    rows[1]["labels"] = torch.tensor([1.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match=r"soft label 1 of a batch sums to 2 .*\(multi-label\).*problem_type"):
+        collate(rows)
+
+
+def test_the_attributes_of_a_collator_are_not_hidden():
+    class Collator:
+        def __init__(self) -> None:
+            self.mix_off = False
+
+        def __call__(self, features):
+            return default_data_collator(features)
+
+    collate = LabelCheckingCollator(Collator(), 3)
+    assert collate.mix_off is False
+    assert copy.deepcopy(collate).mix_off is False
+    assert pickle.loads(pickle.dumps(LabelCheckingCollator(default_data_collator, 3))).num_classes == 3
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = collate.nothing
 
 
 def test_checkpointing_that_the_network_cannot_switch_on_is_refused(args):
