@@ -42,9 +42,10 @@ from gradaug_hf.hub.configs import (
 )
 from gradaug_hf.hub.networks import image_processor, network_to_train
 from gradaug_hf.hub.pushing import make_branch, push_errors
+from gradaug_hf.objective.logits import logits_of, num_classes_of
 from gradaug_hf.objective.losses import cross_entropy
 from gradaug_hf.objective.mixing import BatchMixer
-from gradaug_hf.objective.objective import GradAug, ObjectiveSettings, Pass, logits_of
+from gradaug_hf.objective.objective import GradAug, ObjectiveSettings, Pass
 from gradaug_hf.objective.resolutions import ResolutionTrial
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 from gradaug_hf.objective.transforms import ImageTransform
@@ -248,21 +249,16 @@ class GradAugTrainer(Trainer):
             raise ValueError(f"problem_type is {problem!r}; GradAug needs 'single_label_classification'")
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
-        if (num_classes := self._num_classes()) is not None:
-            self.data_collator = LabelCheckingCollator(self.data_collator, num_classes)
+        self.data_collator = LabelCheckingCollator(self.data_collator, num_classes_of(self.model))
 
     def _make_mixer(self) -> BatchMixer:
-        num_classes = self._num_classes()
+        num_classes = num_classes_of(self.model)
         if num_classes is None:
             raise ValueError(
                 f"mixup_alpha or cutmix_alpha is on, but {type(self.model).__name__} has neither num_classes nor "
                 "config.num_labels"
             )
         return BatchMixer(num_classes, self.args.mixup_alpha, self.args.cutmix_alpha, self.args.mix_prob)
-
-    def _num_classes(self) -> int | None:
-        config = getattr(self.model, "config", None)
-        return getattr(config, "num_labels", None) or getattr(self.model, "num_classes", None) or None
 
     # ---- the model and its sub-networks ----
 
@@ -478,7 +474,7 @@ class GradAugTrainer(Trainer):
             A scalar, averaged over the batch, and the model's output: logits (N, classes), or an object with `logits`.
         """
         images, labels, others = split_batch(inputs)
-        logits = logits_of(model(images, **others), len(labels))
+        logits = logits_of(model(images, **others), len(labels), num_classes_of(self.model))
         return cross_entropy(logits, labels, self.args.label_smoothing_factor), logits
 
     def _loss_of_full_pass(
@@ -525,7 +521,8 @@ class GradAugTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         images, labels, others = split_batch(inputs)
         loss, output = self._loss_of_full_pass(model, images, labels, others)
-        return (loss, {"loss": loss, "logits": logits_of(output, len(labels))}) if return_outputs else loss
+        logits = logits_of(output, len(labels), num_classes_of(self.model))
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -540,7 +537,7 @@ class GradAugTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = logits_of(model(images_of(inputs)), len(images_of(inputs)))
+            logits = logits_of(model(images_of(inputs)), len(images_of(inputs)), num_classes_of(self.model))
         return None, None if prediction_loss_only else logits, None
 
     def evaluate(

@@ -748,7 +748,7 @@ def test_labels_out_of_range_are_refused(tmp_path):
     data[2]["labels"] = 5
     for make in (resnet, plain_timm):
         trainer = GradAugTrainer(make(), config(tmp_path, max_steps=1), train_dataset=data, eval_dataset=data)
-        with refused(r"label 5 is out of range; the network has classes 0\.\.4"):
+        with refused(r"label 5 is out of range; the model has classes 0\.\.4"):
             trainer.train()
         with refused("label 5 is out of range"):
             trainer.evaluate()
@@ -771,8 +771,10 @@ def test_a_later_batch_without_labels_is_refused(tmp_path):
 
 
 def test_logits_of_a_wrong_shape_are_refused(tmp_path):
-    network = timm.create_model("test_resnet", num_classes=0, global_pool="")
-    with refused("the network returned logits of shape"):
+    with refused("num_classes of this ResNet is 0, so that it returns features"):
+        GradAugTrainer(timm.create_model("test_resnet", num_classes=0), config(tmp_path), train_dataset=rows(4))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
+    with refused(r"the model returned logits of shape \(4, 5, 28, 28\); expected \(4, classes\)"):
         GradAugTrainer(network, config(tmp_path, max_steps=1), train_dataset=rows(4)).train()
 
 
