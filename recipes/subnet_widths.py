@@ -190,10 +190,8 @@ def export(evaluation: Evaluation, args: WidthArguments) -> None:
         folder = export_folder(args, name)
         processor = image_processor(name)
         with recalibrated(evaluation, model, args.export):
-            loads_with = save_subnet(
-                model.network, args.export, folder, processor=processor, input_size=evaluation.side
-            )
-        print(f"wrote the sub-network of width {args.export:g} to {folder}, which {loads_with} loads")
+            save_subnet(model.network, args.export, folder, processor=processor, input_size=evaluation.side)
+        print(f"wrote the sub-network of width {args.export:g} to {folder}, which torch.export loads")
 
 
 if __name__ == "__main__":

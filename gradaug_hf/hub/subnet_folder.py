@@ -11,41 +11,29 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from gradaug_hf.hub.configs import CONFIG, label_names, plain_state, save_configs, timm_network, wrapper_cfg
+from gradaug_hf.hub.configs import CONFIG, label_names, plain_state, timm_network, wrapper_cfg
 from gradaug_hf.hub.folders import check_new, new_folder
 from gradaug_hf.hub.preprocessing import processor_data_config
-from gradaug_hf.hub.timm_arguments import narrow_arguments
 from gradaug_hf.slimming import extract_subnet
 from gradaug_hf.slimming.meta import example_sizes
-from gradaug_hf.slimming.patching import width_state
-from gradaug_hf.slimming.patterns import Width
 
 WEIGHTS, PROGRAM, README = "model.safetensors", "model.pt2", "README.md"
-TIMM, EXPORT = "timm", "torch.export"
 CARD = """---
-library_name: {library}
+library_name: pytorch
 tags: [image-classification, gradaug]
 ---
 
-The sub-network of width {width:g} of {network}, which was trained with
-[GradAug](https://arxiv.org/abs/2006.07989).{note}
+The sub-network of width {width:g} of {name}, which was trained with [GradAug](https://arxiv.org/abs/2006.07989). It is
+a program that torch.export wrote, for any number of images of ({shape}) (channels, height, width). A program is code:
+load it only from someone you trust. `model.safetensors` has its weights alone.
 
 ```python
-{code}
-```
-"""
-LOAD_WITH_TIMM = """import timm
-from transformers import AutoModelForImageClassification
-
-model = timm.create_model("local-dir:FOLDER", pretrained=True)
-model = AutoModelForImageClassification.from_pretrained("FOLDER")"""
-LOAD_PROGRAM = """import torch
+import torch
 
 model = torch.export.load("FOLDER/model.pt2").module()
-logits = model(torch.randn(1, {size}))"""
-PROGRAM_NOTE = """ timm has no arguments for its
-widths, so it is a program that torch.export wrote, for any number of images of {size} (channels, height, width). A
-program is code: load it only from someone you trust. `model.safetensors` has its weights alone."""
+logits = model(torch.randn(1, {shape}))
+```
+"""
 
 
 def save_subnet(
@@ -56,24 +44,25 @@ def save_subnet(
     label_names: Sequence[str] | None = None,
     processor: BaseImageProcessor | None = None,
     input_size: int | Sequence[int] | None = None,
-) -> str:
-    """Write the sub-network of a width multiplier into a folder, as a network of timm or else as a program.
+) -> None:
+    """Write the sub-network of a width multiplier into a folder, as a program that runs wherever PyTorch does.
 
-    Where timm can build it, the folder is that of any network of timm. Else it has `model.safetensors` and next to it
-    `model.pt2`, which `torch.export.load` reads. `subnet` in `config.json` says which, and `README.md` how to load it.
-    Batch norm has the statistics that `extract_subnet` gives: call it inside `recalibrate_batchnorm` for own ones.
+    The folder has `model.pt2`, which `torch.export.load` reads, `model.safetensors` with the weights alone,
+    `config.json` and a `README.md` that says how to load it. Batch norm has the statistics that `extract_subnet`
+    gives: call it inside `recalibrate_batchnorm` for own ones.
+
+        with recalibrate_batchnorm(model, 0.75, batches):
+            save_subnet(model, 0.75, "narrow")
+        logits = torch.export.load("narrow/model.pt2").module()(images)
 
     Args:
-        model: a network that `make_slimmable` was called on.
+        model: a model that `make_slimmable` was called on.
         width: width multiplier in (0, 1].
         folder: to write; must not exist, or be empty.
         label_names: of the classes, in the order of the labels; None keeps those that the model came with.
         processor: what prepares the images; None keeps what the model came with.
-        input_size: side in pixels, (height, width) or (channels, height, width) of the images of a program; None takes
-            those of the processor, else those of the model.
-
-    Returns:
-        `"timm"` or `"torch.export"`.
+        input_size: side in pixels, (height, width) or (channels, height, width) of the images; None takes those of the
+            processor, else those of the model.
 
     Raises:
         ValueError: the width is out of range, the model is not slimmable, torch.export cannot write it, or the folder
@@ -81,76 +70,47 @@ def save_subnet(
     """
     check_new(Path(folder))
     subnet = extract_subnet(model, width).cpu().eval().requires_grad_(False)
-    names = label_names or _own_names(model)
     size = _image_size(model, processor, input_size)
-    network = as_timm_network(model, subnet, Width(float(width), width_state(model).width.divisor), size)
+    config = {"subnet": {"width": float(width), "of": _name_of(model)}}
+    config |= _program_config(model, label_names or _own_names(model), processor, size)
+    card = CARD.format(width=width, name=_name_of(model), shape=", ".join(map(str, size)))
     with new_folder(Path(folder)) as scratch:
-        if network is not None:
-            save_file(plain_state(network.state_dict()), scratch / WEIGHTS, metadata={"format": "pt"})
-            save_configs(network, scratch, names, processor)
-            config = json.loads((scratch / CONFIG).read_text(encoding="utf-8"))
-        else:
-            save_file(plain_state(subnet.state_dict()), scratch / WEIGHTS, metadata={"format": "pt"})
-            torch.export.save(export_program(subnet, size), scratch / PROGRAM)
-            config = _program_config(model, names, processor, size)
-        loads_with = EXPORT if network is None else TIMM
-        config["subnet"] = {"width": float(width), "of": _name_of(model), "loads_with": loads_with}
+        torch.export.save(export_program(subnet, size), scratch / PROGRAM)
+        save_file(plain_state(subnet.state_dict()), scratch / WEIGHTS, metadata={"format": "pt"})
         (scratch / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (scratch / README).write_text(_card(model, width, loads_with, size), encoding="utf-8")
-    return loads_with
-
-
-def as_timm_network(model: nn.Module, subnet: nn.Module, width: Width, size: tuple[int, int, int]) -> nn.Module | None:
-    """A sub-network as `timm.create_model` builds it, with its weights and its logits; None where timm cannot.
-
-    Args:
-        model: the slimmable network.
-        subnet: its sub-network, in evaluation mode on the CPU.
-        width: that of the sub-network.
-        size: channels, height and width of the images that the logits are compared for.
-    """
-    full, narrow = timm_network(model), timm_network(subnet)
-    arguments = None if full is None else narrow_arguments(full, narrow, width)
-    if arguments is None:
-        return None
-    network = timm.create_model(full.pretrained_cfg["architecture"], **arguments).eval().to(_dtype(narrow))
-    network.load_state_dict(narrow.state_dict())
-    network.pretrained_cfg = {**full.pretrained_cfg, **wrapper_cfg(model)}
-    images = torch.randn(2, *size, dtype=_dtype(narrow))
-    with torch.no_grad():
-        return network if torch.equal(network(images), narrow(images)) else None
+        (scratch / README).write_text(card, encoding="utf-8")
 
 
 def export_program(subnet: nn.Module, size: tuple[int, int, int]) -> torch.export.ExportedProgram:
-    """The program that maps images (N, *size) of any N to logits.
+    """Return the program that maps images (N, *size) of any N to logits.
 
     Raises:
         ValueError: torch.export cannot write it, or it computes something else.
     """
-    network = _Logits(subnet)
+    model = _Logits(subnet)
     images = torch.randn(2, *size, dtype=_dtype(subnet))
     try:
         with torch.no_grad():
-            program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # torch.export and the network raise errors of many kinds
+            program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:  # torch.export and the model raise errors of many kinds
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"torch.export cannot write a sub-network of {type(subnet).__name__}: {reason}") from error
     images = torch.randn(3, *size, dtype=_dtype(subnet))
     with torch.no_grad():
-        if not torch.allclose(program.module()(images), network(images), rtol=1e-4, atol=1e-5):
+        if not torch.allclose(program.module()(images), model(images), rtol=1e-4, atol=1e-5):
             raise ValueError(f"torch.export writes a program that differs from {type(subnet).__name__}")
     return program
 
 
 class _Logits(nn.Module):
-    """A network that returns its logits alone."""
+    """Calls a model and returns its logits alone."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        output = self.network(images)
+        output = self.model(images)
         logits = getattr(output, "logits", output)
         return logits[0] if isinstance(logits, (tuple, list)) else logits
 
@@ -170,11 +130,11 @@ def _own_names(model: nn.Module) -> list[str] | None:
 def _program_config(
     model: nn.Module, names: Sequence[str] | None, processor: BaseImageProcessor | None, size: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """Nothing that a library takes for a network that it could build."""
-    network = timm_network(model)
+    """Return the configuration of a program, which no library takes for that of a model it could build."""
+    timm_model = timm_network(model)
     data_config = {}
-    if network is not None:
-        data_config = timm.data.resolve_data_config({}, {**network.pretrained_cfg, **wrapper_cfg(model)})
+    if timm_model is not None:
+        data_config = timm.data.resolve_data_config({}, {**timm_model.pretrained_cfg, **wrapper_cfg(model)})
     if processor is not None:
         data_config |= processor_data_config(processor)
     return {
@@ -185,19 +145,10 @@ def _program_config(
     }
 
 
-def _card(model: nn.Module, width: float, loads_with: str, size: tuple[int, int, int]) -> str:
-    shape = ", ".join(map(str, size))
-    if loads_with == TIMM:
-        library, note, code = "timm", "", LOAD_WITH_TIMM
-    else:
-        library, note, code = "pytorch", PROGRAM_NOTE.format(size=f"({shape})"), LOAD_PROGRAM.format(size=shape)
-    return CARD.format(library=library, width=width, network=_name_of(model), note=note, code=code)
-
-
 def _name_of(model: nn.Module) -> str:
-    network = timm_network(model)
-    return type(model).__name__ if network is None else network.pretrained_cfg["architecture"]
+    timm_model = timm_network(model)
+    return type(model).__name__ if timm_model is None else timm_model.pretrained_cfg["architecture"]
 
 
-def _dtype(network: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in network.parameters() if p.is_floating_point())
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
