@@ -1,1 +1,1 @@
-"""Folders that timm and transformers load: written, described, loaded, pushed and pulled."""
+"""Checkpoint folders that timm and transformers load: written, checked, loaded, pushed and pulled."""

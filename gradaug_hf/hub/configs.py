@@ -1,6 +1,7 @@
-"""What is written next to the weights, so that timm and transformers load the same folder."""
+"""The configuration files next to the weights, so that timm and transformers load the same folder."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,18 @@ from transformers import TimmWrapperForImageClassification
 from transformers.image_processing_utils import BaseImageProcessor
 
 from gradaug_hf.hub.preprocessing import processor_data_config
+from gradaug_hf.hub.weights import CONFIG
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-# What a configuration says about classes is written from the network and the names of its classes instead.
+PREPROCESSOR = "preprocessor_config.json"
+# Fields about classes, which are written from the model and the names of its classes instead.
 CLASSES = ("num_classes", "label_names", "label_descriptions", "label_offset")
 
 
 def timm_network(model: nn.Module) -> nn.Module | None:
-    """The network built by `timm.create_model` that a model is or wraps; None for others.
+    """Return the model built by `timm.create_model` that a model is or wraps; None for others.
 
     Args:
-        model: a timm network, a `TimmWrapperForImageClassification`, or any module.
+        model: a timm model, a `TimmWrapperForImageClassification`, or any module.
     """
     network = model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
     built_by_timm = isinstance(getattr(network, "pretrained_cfg", None), dict) and hasattr(network, "num_features")
@@ -33,7 +35,7 @@ def timm_network(model: nn.Module) -> nn.Module | None:
 
 
 def why_not_rebuilt(network: nn.Module) -> str | None:
-    """Why `timm.create_model` does not make a network again from what `config.json` can hold; None where it does.
+    """Return the reason why `timm.create_model` cannot build a timm model again from `config.json`, or None.
 
     Args:
         network: one for which `timm_network` is not None; changed since it was built, perhaps.
@@ -61,7 +63,7 @@ def why_not_rebuilt(network: nn.Module) -> str | None:
 
 
 def tensor_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a state dict."""
+    """Return the names and shapes of the tensors of a state dict."""
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
@@ -71,17 +73,17 @@ def save_configs(
     label_names: Sequence[str] | None = None,
     processor: BaseImageProcessor | None = None,
 ) -> None:
-    """Write `config.json` and `preprocessor_config.json` next to the weights of a timm network.
+    """Write `config.json` and `preprocessor_config.json` next to the weights of a timm model.
 
-    With the network's own state dict as `model.safetensors` the folder then loads in
+    With the timm model's own state dict as `model.safetensors` the folder then loads in
     `timm.create_model("local-dir:FOLDER", pretrained=True)`, `AutoModelForImageClassification.from_pretrained(FOLDER)`
     and `pipeline("image-classification", model=FOLDER)`.
 
     Args:
-        model: a network built by timm, or a `TimmWrapperForImageClassification` of one.
+        model: built by timm, or a `TimmWrapperForImageClassification` of such a model.
         folder: an existing folder.
-        label_names: of the classes, in the order of the labels; None keeps those that the network came with.
-        processor: what prepares the images; None keeps what the network came with.
+        label_names: of the classes, in the order of the labels; None keeps those that the model came with.
+        processor: prepares the images; None keeps the preparation that the model came with.
     """
     network = timm_network(model)
     file = Path(folder) / CONFIG
@@ -118,14 +120,14 @@ def save_configs(
 
 
 def wrapper_cfg(model: nn.Module) -> dict[str, Any]:
-    """What the folder that a wrapper came from says, of which its network knows nothing."""
+    """Return the entries that the checkpoint of a wrapper has but its timm model lacks."""
     config = getattr(getattr(model, "config", None), "pretrained_cfg", None) or {}
     config = filter_pretrained_cfg(config, remove_source=True)
     return {name: value for name, value in config.items() if name not in (*CLASSES, "architecture")}
 
 
 def _data_config(network: nn.Module, processor: BaseImageProcessor | None) -> dict[str, Any]:
-    """What a processor does, as far as it can be said of the network's input."""
+    """Return the data config of a processor, as far as it fits the model's input."""
     if processor is None:
         return {}
     config = processor_data_config(processor)
@@ -137,6 +139,28 @@ def _data_config(network: nn.Module, processor: BaseImageProcessor | None) -> di
     return {k: v for k, v in config.items() if k not in ("mean", "std") or len(v) in (1, channels)}
 
 
+def warn_of_other_size(model: nn.Module, processor: BaseImageProcessor | None, size: Sequence[int]) -> None:
+    """Warn if a pipeline will prepare images of another size than those that a model was evaluated on.
+
+    Args:
+        model: the model that is saved.
+        processor: prepares the images; None keeps the preparation that the model came with.
+        size: height and width of the images that were evaluated, in pixels.
+    """
+    network = timm_network(model)
+    if network is not None:
+        config = {**get_model_input_config(network), **wrapper_cfg(model), **_data_config(network, processor)}
+    else:
+        config = {} if processor is None else processor_data_config(processor)
+    prepared = tuple(config.get("input_size", (3, *size))[1:])
+    if prepared != tuple(size):
+        warnings.warn(
+            f"images of {size[0]} x {size[1]} pixels were evaluated, but {PREPROCESSOR} will have {prepared[0]} x "
+            f"{prepared[1]}: give the trainer the image processor of the evaluation as processing_class",
+            stacklevel=2,
+        )
+
+
 def _as_list(names: Any) -> list[str]:
     return list(names.values() if isinstance(names, Mapping) else names or ())
 
@@ -146,7 +170,7 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def plain_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict as safetensors stores it: contiguous tensors, none of which shares memory with another."""
+    """Return a state dict as safetensors stores it: contiguous tensors that share no memory with each other."""
     seen: set[int] = set()
     plain = {}
     for name, tensor in state_dict.items():
@@ -158,7 +182,7 @@ def plain_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def label_names(model: nn.Module, *datasets: Any) -> list[str] | None:
-    """Names of a model's classes as its configuration or the first of some data sets has them, or None.
+    """Return the names of a model's classes from its configuration or the first dataset that has them, or None.
 
     Args:
         model: a transformers classifier with `config.id2label`, or any module.

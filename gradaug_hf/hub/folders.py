@@ -1,4 +1,4 @@
-"""Folders that appear whole, or not at all."""
+"""New folders that appear whole, or not at all."""
 
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ def check_new(output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `output` at the end; nothing is left of it after an error.
+    """Yield a folder to write in, which becomes `output` at the end; nothing is left of it after an error.
 
     Args:
         output: must not exist, or be an empty folder.

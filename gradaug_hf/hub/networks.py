@@ -226,7 +226,7 @@ def load_checkpoint(
             loaded = _load_timm_model(folder, class_names, arguments)
         else:
             loaded = _load_classifier(folder, class_names)
-    check_finite(loaded, folder)
+    check_finite(loaded.state_dict(), folder)
     if isinstance(loaded, PreTrainedModel) and not Path(model).is_dir():
         loaded.name_or_path = loaded.config.name_or_path = model.partition("@")[0]  # not the cache's folder
     return loaded

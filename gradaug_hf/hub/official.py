@@ -1,6 +1,6 @@
 """Weights that the paper's own code trained become a checkpoint folder of timm.
 
-A ResNet-110 becomes the network that was trained: the paper's code multiplies the residuals by their survival
+A ResNet-110 becomes the model that was trained: the paper's code multiplies the residuals by their survival
 probability when it tests, although its full network never drops a block while training.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import gradaug_hf.models  # noqa: F401  (registers the paper's networks in timm)
 from gradaug_hf.hub.configs import save_configs
 from gradaug_hf.hub.folders import check_new, new_folder
+from gradaug_hf.hub.weights import check_finite
 
 WRAPPED = "module."
 # The transform that the paper's code tests with, which is not the one of timm's own ResNet-50 weights.
@@ -36,7 +37,7 @@ IMAGENET_CFG = {
 
 
 def _resnet50_name(name: str) -> str:
-    """There all blocks follow each other behind the stem, each with its residual's layers as a sequence."""
+    """Return the name in a ResNet whose blocks follow each other behind the stem, each with a sequence of layers."""
     first_blocks = (1, 4, 8, 14)
     name = re.sub(r"^conv1", "features.0.0", name)
     name = re.sub(r"^bn1", "features.0.1", name)
@@ -55,7 +56,7 @@ def _pyramidnet_name(name: str) -> str:
     return re.sub(r"^bn\.", "bn_final.", name)
 
 
-# How the paper's code names a tensor of the network in timm.
+# How the paper's code names a tensor of the model in timm.
 OFFICIAL_NAMES: dict[str, Callable[[str], str]] = {
     "resnet50": _resnet50_name,
     "wrn28_10": _wide_resnet_name,
@@ -65,13 +66,14 @@ OFFICIAL_NAMES: dict[str, Callable[[str], str]] = {
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint by name, without what DataParallel puts in front of the names.
+    """Return the tensors of a checkpoint by name, without the prefix that DataParallel gives the names.
 
     Args:
         file: a checkpoint of PyTorch; the tensors are its entry `state_dict` or `model`, or all of it.
 
     Raises:
-        ValueError: the file cannot be read, needs more than tensors and plain values, or holds no tensors by name.
+        ValueError: the file cannot be read, needs more than tensors and plain values, holds no tensors by name, or
+            holds NaN or infinite ones.
     """
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -83,6 +85,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             f"{file} holds no tensors by name; a state dict is accepted, by itself or as the entry 'state_dict' or "
             "'model' of a dict"
         )
+    check_finite(weights, file)
     return {name.removeprefix(WRAPPED): tensor for name, tensor in weights.items()}
 
 
@@ -107,14 +110,14 @@ def _find_weights(checkpoint: Any) -> dict[str, Tensor] | None:
 
 
 def convert(weights: dict[str, Tensor], arch: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The network of timm that a checkpoint of the paper's code belongs to, and its state dict.
+    """Return the timm model that a checkpoint of the paper's code belongs to, and its state dict.
 
     Args:
         weights: tensors by the names that the paper's code gives them; the classifier says how many classes there are.
-        arch: name of the network in timm, one of `OFFICIAL_NAMES`.
+        arch: name of the model in timm, one of `OFFICIAL_NAMES`.
 
     Returns:
-        The network on the meta device, and its tensors by timm's names.
+        The model on the meta device, and its tensors by timm's names.
 
     Raises:
         ValueError: tensors are missing, left over, or of another shape; names them all.
@@ -151,11 +154,11 @@ def convert_file(file: Path, arch: str, output: Path) -> nn.Module:
 
     Args:
         file: the checkpoint.
-        arch: name of the network in timm, one of `OFFICIAL_NAMES`.
+        arch: name of the model in timm, one of `OFFICIAL_NAMES`.
         output: folder to write, which must not exist or be empty.
 
     Returns:
-        The network on the meta device.
+        The model on the meta device.
 
     Raises:
         ValueError: the file cannot be read or does not fit, or the folder is taken or cannot be written.

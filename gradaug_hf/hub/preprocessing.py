@@ -1,4 +1,4 @@
-"""What evaluation does to an image, in timm's terms, so that a network's folder can say it."""
+"""The steps from an image to pixels in timm's terms (a data config), so that a model's folder can say them."""
 
 import math
 from typing import Any
@@ -7,15 +7,15 @@ from torch import nn
 from torchvision.transforms import v2
 from transformers import BitImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import PILImageResampling
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-PIL_INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # From this side on, ConvNextImageProcessor brings an image to a square without cropping it.
 CONVNEXT_UNCROPPED = 384
 
 
 def transform_data_config(transform: v2.Compose) -> dict[str, Any]:
-    """What an evaluation transform does, as the arguments of `timm.data.create_transform`.
+    """Return the arguments of `timm.data.create_transform` that do what an evaluation transform does.
 
     Args:
         transform: steps among which are `Resize` of the short side, a square `CenterCrop` and `Normalize`.
@@ -42,13 +42,13 @@ def transform_data_config(transform: v2.Compose) -> dict[str, Any]:
 
 
 def processor_data_config(processor: BaseImageProcessor) -> dict[str, Any]:
-    """What an image processor of transformers does, as far as `timm.data.create_transform` can do it.
+    """Return the arguments of `timm.data.create_transform` that do what an image processor of transformers does.
 
     Args:
         processor: one that normalises, and resizes to a rectangle or to a short side with a centre crop.
 
     Returns:
-        as of `transform_data_config`, without what the processor does not say.
+        As of `transform_data_config`, without steps that the processor does not have or timm cannot do.
     """
     if isinstance(processor, TimmWrapperImageProcessor):
         return dict(processor.data_config)
@@ -56,47 +56,46 @@ def processor_data_config(processor: BaseImageProcessor) -> dict[str, Any]:
     if getattr(processor, "do_normalize", False):
         config |= {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
     if getattr(processor, "do_resize", False):
-        config |= {"interpolation": PIL_INTERPOLATIONS[int(processor.resample)], **_sizes(processor)}
+        config |= {"interpolation": PILImageResampling(processor.resample).name.lower(), **_sizes(processor)}
     return config
 
 
-def image_processor_of(transform: v2.Compose, network: nn.Module) -> BaseImageProcessor:
-    """An image processor of transformers that does what an evaluation transform does.
+def image_processor_of(transform: v2.Compose, model: nn.Module) -> BaseImageProcessor:
+    """Return an image processor of transformers that does what an evaluation transform does.
 
     Args:
         transform: as for `transform_data_config`.
-        network: the one that it is for; a network of timm, plain or wrapped, takes timm's processor.
+        model: the one that it is for; a timm model, plain or wrapped, takes timm's processor.
     """
     config = transform_data_config(transform)
-    if (pretrained_cfg := _pretrained_cfg(network)) is not None:
+    if (pretrained_cfg := _pretrained_cfg(model)) is not None:
         return TimmWrapperImageProcessor(config, architecture=pretrained_cfg.get("architecture"))
     _, height, width = config["input_size"]
-    interpolations = {name: code for code, name in PIL_INTERPOLATIONS.items()}
     return BitImageProcessor(
         size={"shortest_edge": math.floor(height / config["crop_pct"])},
         crop_size={"height": height, "width": width},
-        resample=interpolations[config["interpolation"]],
+        resample=PILImageResampling[config["interpolation"].upper()],
         image_mean=list(config["mean"]),
         image_std=list(config["std"]),
     )
 
 
-def as_its_pipeline(transform: v2.Compose, network: nn.Module) -> v2.Compose:
-    """An evaluation transform that rounds pixels as the pipeline of a network's folder does.
+def as_its_pipeline(transform: v2.Compose, model: nn.Module) -> v2.Compose:
+    """Return an evaluation transform that rounds pixels as the pipeline of a model's folder does.
 
     Args:
         transform: steps that start from a PIL image.
-        network: as for `image_processor_of`.
+        model: as for `image_processor_of`.
     """
-    if _pretrained_cfg(network) is not None:
+    if _pretrained_cfg(model) is not None:
         return transform
     # The processors of transformers resize tensors, which torchvision rounds otherwise than Pillow its images.
     return v2.Compose([v2.ToImage(), *transform.transforms])
 
 
-def _pretrained_cfg(network: nn.Module) -> dict[str, Any] | None:
-    """What timm says of a network, plain or wrapped; None for one that is not timm's."""
-    return getattr(getattr(network, "timm_model", network), "pretrained_cfg", None)
+def _pretrained_cfg(model: nn.Module) -> dict[str, Any] | None:
+    """Return timm's configuration of a model, plain or wrapped; None for one that is not timm's."""
+    return getattr(getattr(model, "timm_model", model), "pretrained_cfg", None)
 
 
 def _sizes(processor: BaseImageProcessor) -> dict[str, Any]:
@@ -120,6 +119,6 @@ def _to_size(height: int, width: int, crop_pct: float, crop_mode: str) -> dict[s
 
 
 def _crop_share(crop: int, side: int) -> float:
-    """Share of the short side that is kept; timm resizes to `floor(crop / share)`, which is exactly `side`."""
+    """Return the share of the short side that is kept; timm resizes to `floor(crop / share)`, exactly `side`."""
     share = crop / side
     return share if math.floor(crop / share) == side else math.nextafter(share, 0)

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from gradaug_hf.hub.configs import CONFIG, label_names, plain_state, timm_network, wrapper_cfg
+from gradaug_hf.hub.configs import label_names, plain_state, timm_network, wrapper_cfg
 from gradaug_hf.hub.folders import check_new, new_folder
 from gradaug_hf.hub.preprocessing import processor_data_config
+from gradaug_hf.hub.weights import CONFIG
 from gradaug_hf.slimming import extract_subnet
 from gradaug_hf.slimming.meta import example_sizes
 

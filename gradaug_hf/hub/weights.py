@@ -1,6 +1,7 @@
 """Weights files and the JSON beside them: read, and checked before a model is built from them."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,21 +127,17 @@ def check_weights(folder: Path, model: nn.Module, prefix: str = "") -> None:
         )
 
 
-def check_finite(model: nn.Module, source: str | Path) -> None:
-    """Make sure that a model that was loaded holds numbers.
+def check_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
+    """Make sure that the weights of a checkpoint are numbers.
 
     Args:
-        model: the model.
-        source: name of its checkpoint in the message.
+        weights: tensors by name.
+        source: name of the checkpoint in the message.
 
     Raises:
         WeightsError: a tensor holds NaN or an infinite value; names the first.
     """
-    wrong = [
-        name
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and not tensor.isfinite().all()
-    ]
+    wrong = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise WeightsError(

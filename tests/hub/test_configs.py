@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,14 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
 from gradaug_hf.data.transforms import imagenet_transform
-from gradaug_hf.hub.configs import label_names, plain_state, save_configs, timm_network, why_not_rebuilt
+from gradaug_hf.hub.configs import (
+    label_names,
+    plain_state,
+    save_configs,
+    timm_network,
+    warn_of_other_size,
+    why_not_rebuilt,
+)
 from gradaug_hf.hub.preprocessing import as_its_pipeline, image_processor_of
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
@@ -325,6 +333,25 @@ def test_what_a_processor_says_does_not_break_a_network_of_another_input(tmp_pat
     grey = write_folder(timm.create_model("test_resnet", in_chans=1), tmp_path / "grey", processor=processor)
     assert images_prepared_by(fixed)[0]["input_size"] == (3, 64, 64)
     assert images_prepared_by(grey)[0]["input_size"] == (1, 96, 96)
+
+
+@pytest.mark.parametrize("build", [lambda: timm.create_model("test_resnet", num_classes=7), wrapped, resnet])
+def test_images_of_another_size_than_the_folder_says_are_warned_of(build, tmp_path):
+    model, processor = build(), ViTImageProcessor(size={"height": 96, "width": 96})
+    with pytest.warns(
+        UserWarning, match="images of 64 x 64 pixels were evaluated, but .* will have 96 x"
+    ):
+        warn_of_other_size(model, processor, (64, 64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_size(model, processor, (96, 96))
+        if timm_network(model) is None:
+            warn_of_other_size(model, None, (64, 64))  # no preprocessor_config.json is written
+            return
+    write_folder(timm_network(model), tmp_path)
+    side = AutoImageProcessor.from_pretrained(tmp_path).data_config["input_size"][-1]
+    with pytest.warns(UserWarning, match=f"preprocessor_config.json will have {side} x {side}: give the trainer the"):
+        warn_of_other_size(model, None, (64, 64))
 
 
 # ---- the classes ----

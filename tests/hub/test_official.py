@@ -323,6 +323,12 @@ def test_a_checkpoint_without_tensors_by_name_is_refused(tmp_path: Path, capsys,
     assert "holds no tensors by name" in refusal(capsys, tmp_path / "x.pth.tar", "resnet50", tmp_path / "out")
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path):
+    torch.save({"module.x": torch.tensor([1.0, float("nan")])}, tmp_path / "x.pth.tar")
+    with pytest.raises(ValueError, match="the weights of .*x.pth.tar hold NaN or infinite values in module.x;"):
+        official.read_weights(tmp_path / "x.pth.tar")
+
+
 def test_a_folder_with_something_in_it_is_not_overwritten(weights, tmp_path: Path, capsys):
     file = save(tmp_path / "x.pth.tar", weights)
     folder = tmp_path / "out"
