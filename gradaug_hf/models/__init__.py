@@ -1,4 +1,4 @@
-"""Networks of the paper that timm lacks, registered in timm when this package is imported."""
+"""Models of the paper that timm lacks, registered in timm when this package is imported."""
 
 from gradaug_hf.models.cifar_resnet import CifarResNet
 from gradaug_hf.models.pyramidnet import PyramidNet

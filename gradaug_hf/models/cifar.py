@@ -1,4 +1,4 @@
-"""What the networks for CIFAR share: statistics of the images, configuration for timm, and all but their blocks."""
+"""The common part of the models for CIFAR: statistics of images, configuration for timm, all but their blocks."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
 def cifar_cfg(**changes) -> dict:
-    """timm's configuration of a network for 32x32 images and 100 classes, without pretrained weights."""
+    """Return timm's configuration of a model for 32x32 images and 100 classes, without pretrained weights."""
     return {
         "url": "",
         "num_classes": 100,
@@ -35,8 +35,8 @@ def cifar_cfg(**changes) -> dict:
 class CifarNetwork(nn.Module):
     """Residual network for small images: 3x3 convolution, three stages of blocks, pooling, linear classifier.
 
-    Any image of at least 8x8 pixels is accepted: the features are pooled adaptively. A subclass replaces those of
-    `bn1` and `act1` behind the first convolution, and of `bn` and `act` behind the last block, that it has.
+    Any image of at least 8x8 pixels is accepted: the features are pooled adaptively. A subclass that has
+    them replaces `bn1` and `act1` behind the first convolution, `bn` and `act` behind the last block.
 
     Args:
         block: Makes a residual block from input channels, output channels and stride, `drop_block` (makes a DropBlock,
@@ -86,7 +86,7 @@ class CifarNetwork(nn.Module):
         self.bn1 = nn.Identity()
         self.act1 = nn.Identity()
         paths = _drop_paths(drop_path_rate, shake_drop_rate, [len(stage) for stage in channels])
-        # timm has DropBlock settings for four stages, of which networks for small images have the last three.
+        # timm has DropBlock settings for four stages; models for small images have the last three.
         drops = drop_blocks(drop_block_rate)[1:]
         self.layer1 = _stage(block, self.STEM_CHANNELS, channels[0], 1, paths[0], drops[0], dd)
         self.layer2 = _stage(block, channels[0][-1], channels[1], 2, paths[1], drops[1], dd)
@@ -100,7 +100,7 @@ class CifarNetwork(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns of parameter names that make up the stem and each stage (`coarse`) or each block."""
+        """Return patterns of the parameter names in the stem and in each stage (`coarse`) or each block."""
         return {"stem": r"^(?:conv1|bn1)\.", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -108,7 +108,7 @@ class CifarNetwork(nn.Module):
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The linear layer that gives the logits."""
+        """Return the linear layer that gives the logits."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -126,7 +126,7 @@ class CifarNetwork(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (N, in_chans, H, W) to features (N, num_features, H/4, W/4)."""
+        """Return the features (N, num_features, H/4, W/4) of images (N, in_chans, H, W)."""
         x = self.act1(self.bn1(self.conv1(x)))
         stages = [self.layer1, self.layer2, self.layer3]
         if self.grad_checkpointing and self.training:
@@ -137,7 +137,7 @@ class CifarNetwork(nn.Module):
         return self.act(self.bn(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features to logits (N, num_classes), or to pooled features if `pre_logits`."""
+        """Return the logits (N, num_classes) of features, or the pooled features if `pre_logits`."""
         x = self.global_pool(x)
         return x if pre_logits else self.fc(x)
 
@@ -146,7 +146,7 @@ class CifarNetwork(nn.Module):
 
 
 def _drop_paths(drop_path_rate: float, shake_drop_rate: float, num_blocks: Sequence[int]) -> list[list[nn.Module]]:
-    """What is applied to the residual of each block of each stage: ShakeDrop, stochastic depth, both or nothing."""
+    """Return a module for the residual of each block of each stage: ShakeDrop, stochastic depth, both or identity."""
     shakes = iter(shake_drop_rate * index / sum(num_blocks) for index in range(1, sum(num_blocks) + 1))
     rates = calculate_drop_path_rates(drop_path_rate, list(num_blocks), stagewise=True)
     return [[_drop_path(rate, next(shakes)) for rate in stage] for stage in rates]

@@ -13,7 +13,7 @@ from gradaug_hf.models.cifar import CifarNetwork, cifar_cfg
 class PyramidBlock(nn.Module):
     """Residual that begins and ends with a batch norm, beside a shortcut with zeros for the channels it lacks.
 
-    With a stride the shortcut is pooled by averaging. The residual is what a subclass gives.
+    With a stride the shortcut is pooled by averaging. A subclass defines `residual`.
 
     Args:
         stride: Stride of the residual.
@@ -141,7 +141,7 @@ class PyramidNet(CifarNetwork):
         dtype: Type of the parameters.
 
     Raises:
-        ValueError: `depth` or `alpha` is none that a network can have, or a rate is not in [0, 1).
+        ValueError: no model has such a `depth` or `alpha`, or a rate is not in [0, 1).
     """
 
     def __init__(

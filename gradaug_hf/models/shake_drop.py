@@ -17,7 +17,7 @@ def check_rate(name: str, rate: float) -> None:
 
 
 class _Scale(torch.autograd.Function):
-    """x times alpha, whose gradient is multiplied by beta."""
+    """Multiply x by alpha, and its gradient by beta."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -31,15 +31,15 @@ class _Scale(torch.autograd.Function):
 
 
 class ShakeDrop(nn.Module):
-    """While training, now and then multiplies a residual by alpha, and its gradient by beta instead.
+    """Multiply a residual by alpha now and then while training, and its gradient by beta instead.
 
-    Whether it does is drawn for the whole batch, alpha from [-1, 1] and beta from [0, 1] for each image. In eval mode
-    the residual is multiplied by what is expected while training.
+    Scaling is sampled for the whole batch, alpha from [-1, 1] and beta from [0, 1] for each image. In eval mode the
+    residual is multiplied by the expected factor of training.
 
     Args:
         rate: Probability of scaling.
-        scale_by_keep: Whether to divide by what is expected while training, and leave the residual as it is in eval
-            mode, as timm's DropPath does: the trained weights then are those of the network without ShakeDrop.
+        scale_by_keep: Whether to divide by the expected factor while training, and leave the residual as it is in
+            eval mode, as timm's DropPath does: the trained weights then are those of the model without ShakeDrop.
 
     Raises:
         ValueError: The rate is not in [0, 1).
@@ -52,7 +52,7 @@ class ShakeDrop(nn.Module):
         self.scale_by_keep = scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
-        """Residual (N, ...) to scaled residual."""
+        """Return the scaled residual (N, ...)."""
         expected = 1 - self.rate
         if not self.training:
             return x if self.scale_by_keep else x * expected
@@ -68,24 +68,24 @@ class ShakeDrop(nn.Module):
         return f"rate={self.rate:.3f}, scale_by_keep={self.scale_by_keep}"
 
 
-def residual_blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a timm network that have a `drop_path` for their residual, whatever it is now."""
-    return [module for module in network.modules() if hasattr(module, "drop_path")]
+def residual_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a timm model that have a `drop_path` for their residual, whatever it is now."""
+    return [module for module in model.modules() if hasattr(module, "drop_path")]
 
 
-def add_shake_drop(network: nn.Module, rate: float) -> None:
-    """Have the residuals of a timm network scaled by ShakeDrop in place; its state dict does not change.
+def add_shake_drop(model: nn.Module, rate: float) -> None:
+    """Have the residuals of a timm model scaled by ShakeDrop in place; its state dict does not change.
 
     Args:
-        network: One whose residual blocks have a `drop_path`, such as timm's ResNet.
+        model: One whose residual blocks have a `drop_path`, such as timm's ResNet.
         rate: Probability of scaling the last block's residual; it rises linearly from block to block.
 
     Raises:
         ValueError: There is no such block, or the rate is not in [0, 1).
     """
     check_rate("shake_drop_rate", rate)
-    blocks = residual_blocks(network)
+    blocks = residual_blocks(model)
     if not blocks:
-        raise ValueError(f"{type(network).__name__} has no residual block with a drop_path, which ShakeDrop replaces")
+        raise ValueError(f"{type(model).__name__} has no residual block with a drop_path, which ShakeDrop replaces")
     for number, block in enumerate(blocks, start=1):
         block.drop_path = ShakeDrop(rate * number / len(blocks), scale_by_keep=True).train(block.training)

@@ -338,9 +338,7 @@ def test_what_a_processor_says_does_not_break_a_network_of_another_input(tmp_pat
 @pytest.mark.parametrize("build", [lambda: timm.create_model("test_resnet", num_classes=7), wrapped, resnet])
 def test_images_of_another_size_than_the_folder_says_are_warned_of(build, tmp_path):
     model, processor = build(), ViTImageProcessor(size={"height": 96, "width": 96})
-    with pytest.warns(
-        UserWarning, match="images of 64 x 64 pixels were evaluated, but .* will have 96 x"
-    ):
+    with pytest.warns(UserWarning, match="images of 64 x 64 pixels were evaluated, but .* will have 96 x"):
         warn_of_other_size(model, processor, (64, 64))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
