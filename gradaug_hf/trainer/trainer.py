@@ -209,16 +209,21 @@ class GradAugTrainer(Trainer):
             self.add_callback(callback)
         if checkpoint and self.processing_class is None:
             self.processing_class = image_processor(checkpoint)
-        if args.label_smoothing_factor > 0 and model is None and isinstance(self.model, PreTrainedModel):
-            self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
         self._network_has_loss = bool(find_labels(type(self.model)))
-        if not self._network_has_loss:
+        self._is_plain = self._is_trainers_own()
+        was_set_aside = not isinstance(model, PreTrainedModel)
+        if (
+            args.label_smoothing_factor > 0
+            and was_set_aside
+            and (self._is_plain or isinstance(self.model, PreTrainedModel))
+        ):
+            self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
+        if not (self._network_has_loss or self._is_plain):
             self.label_names = args.label_names or [LABELS]
             self._signature_columns = [IMAGES, "label", "label_ids", *self.label_names]
         if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
             self._mixer = self._make_mixer()
-        is_plain = args.num_subnets == 0 and self._mixer is None and not self._has_own_full_loss
-        if not (is_plain and self._network_has_loss):
+        if not self._is_plain:
             self._use_own_loss()
             evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
             check_columns(args, {"train_dataset": train_dataset, **evaluated})
@@ -237,6 +242,21 @@ class GradAugTrainer(Trainer):
                 compile_statically(self.accelerator)
             if self.model_init is None and self.train_dataset is not None:
                 self._prepare_network(self.model)
+
+    def _is_trainers_own(self, inputs: Mapping[str, Any] | None = None) -> bool:
+        """Return True if the loss is `Trainer`'s, or a user's, as it is without sub-networks and mixing.
+
+        A classifier of images without a loss of its own, such as a timm model, gets cross-entropy even then.
+
+        Args:
+            inputs: a batch, which can show that it is no classifier of images.
+        """
+        args = self.args
+        if args.num_subnets > 0 or args.mixup_alpha > 0 or args.cutmix_alpha > 0 or self._has_own_full_loss:
+            return False
+        users = self.compute_loss_func is not None and timm_network(self.model) is None
+        users = users or type(self).compute_loss is not GradAugTrainer.compute_loss
+        return self._network_has_loss or users or (inputs is not None and IMAGES not in inputs)
 
     def _use_own_loss(self) -> None:
         if self.compute_loss_func is not None:
@@ -440,7 +460,7 @@ class GradAugTrainer(Trainer):
             inputs = self._mix(inputs)
         if self.args.num_subnets == 0 or not model.training:
             found = self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
-            if model.training:
+            if model.training and not (self._is_plain and self.args.logging_nan_inf_filter):
                 self._loss_watch.add(self.state.global_step + 1, [found[0] if return_outputs else found])
             return found
         images, labels, others = split_batch(inputs)
@@ -517,7 +537,8 @@ class GradAugTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
     ) -> Tensor | tuple[Tensor, Any]:
         soft_labels = isinstance(inputs.get(LABELS), Tensor) and inputs[LABELS].is_floating_point()
-        if self._network_has_loss and not soft_labels and not self._has_own_full_loss:
+        is_models_own = self._network_has_loss and not soft_labels and not self._has_own_full_loss
+        if self._is_trainers_own(inputs) or is_models_own:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         images, labels, others = split_batch(inputs)
         loss, output = self._loss_of_full_pass(model, images, labels, others)
@@ -533,7 +554,7 @@ class GradAugTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """`Trainer.prediction_step`, also for a model that takes images by position and without labels."""
         inputs = as_evaluated(inputs, model, self.args)
-        if self._network_has_loss or inputs.get(LABELS) is not None:
+        if self._is_trainers_own(inputs) or self._network_has_loss or inputs.get(LABELS) is not None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
