@@ -4,7 +4,6 @@ A ResNet-110 becomes the model that was trained: the paper's code multiplies the
 probability when it tests, although its full network never drops a block while training.
 """
 
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 import gradaug_hf.models  # noqa: F401  (registers the paper's networks in timm)
 from gradaug_hf.hub.configs import save_configs
 from gradaug_hf.hub.folders import check_new, new_folder
-from gradaug_hf.hub.weights import check_finite
+from gradaug_hf.hub.weights import check_finite, read_pickle
 
 WRAPPED = "module."
 # The transform that the paper's code tests with, which is not the one of timm's own ResNet-50 weights.
@@ -75,11 +74,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         ValueError: the file cannot be read, needs more than tensors and plain values, holds no tensors by name, or
             holds NaN or infinite ones.
     """
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # nearly anything is raised for what is no checkpoint
-        raise ValueError(f"{file} {_why_unreadable(error)}") from error
-    weights = _find_weights(checkpoint)
+    weights = _find_weights(read_pickle(file, map_location="cpu"))
     if weights is None:
         raise ValueError(
             f"{file} holds no tensors by name; a state dict is accepted, by itself or as the entry 'state_dict' or "
@@ -87,18 +82,6 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         )
     check_finite(weights, file)
     return {name.removeprefix(WRAPPED): tensor for name, tensor in weights.items()}
-
-
-def _why_unreadable(error: Exception) -> str:
-    if not isinstance(error, pickle.UnpicklingError):
-        return f"cannot be read as a checkpoint of PyTorch: {error}"
-    if found := re.search(r"GLOBAL (\S+)", str(error)):
-        return (
-            f"holds {found[1]} beside tensors and plain values, and is not read, since that could run code of its "
-            "author; where you trust it, save its tensors alone: "
-            'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW_FILE)'
-        )
-    return "is no checkpoint of PyTorch"
 
 
 def _find_weights(checkpoint: Any) -> dict[str, Tensor] | None:

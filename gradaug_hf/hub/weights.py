@@ -1,12 +1,16 @@
 """Weights files and the JSON beside them: read, and checked before a model is built from them."""
 
 import json
+import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 CONFIG = "config.json"
@@ -60,6 +64,54 @@ def read_config(folder: Path) -> dict[str, Any]:
             "nor sliced; give the checkpoint that they were made from"
         )
     return config
+
+
+def has_types(value: Any, template: Any) -> bool:
+    """Return True if a value of a JSON file is built as a template says.
+
+    Args:
+        value: of the file.
+        template: a type or union of types; a list with the template of all elements; a tuple with the template of each
+            element; a dict with the template of each name that is needed, or with that of all values at `...`.
+    """
+    if isinstance(template, list):
+        return isinstance(value, list) and all(has_types(each, template[0]) for each in value)
+    if isinstance(template, tuple):
+        return isinstance(value, list) and len(value) == len(template) and all(map(has_types, value, template))
+    if isinstance(template, dict):
+        names = value if ... in template and isinstance(value, dict) else template
+        return isinstance(value, dict) and all(
+            has_types(value.get(name), template.get(name, template.get(...))) for name in names
+        )
+    return isinstance(value, template) and not isinstance(value, bool)
+
+
+def read_pickle(file: Path, **options: Any) -> Any:
+    """Return the tensors and plain values that `torch.save` wrote; no code in the file is run.
+
+    Args:
+        file: to read.
+        options: of `torch.load`.
+
+    Raises:
+        WeightsError: it cannot be read, or needs more than tensors and plain values.
+    """
+    try:
+        with safe_globals():
+            return torch.load(file, weights_only=True, **options)
+    except Exception as error:  # nearly anything is raised for what is no checkpoint
+        raise WeightsError(f"{file} {_why_unreadable(error)}") from error
+
+
+def _why_unreadable(error: Exception) -> str:
+    if not isinstance(error, pickle.UnpicklingError):
+        return f"cannot be read as a checkpoint of PyTorch: {error}"
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return (
+            f"holds {found[1]} beside tensors and plain values, and is not read, since that could run code of its "
+            "author; where you trust it, save its tensors and plain values alone by torch.save"
+        )
+    return "is no checkpoint of PyTorch"
 
 
 def weights_files(folder: Path) -> list[Path]:

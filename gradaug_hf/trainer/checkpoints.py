@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from accelerate import Accelerator
@@ -16,10 +17,25 @@ from transformers import TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from gradaug_hf.hub.weights import WeightsError, read_json, weight_shapes
+from gradaug_hf.hub.weights import WeightsError, has_types, read_json, read_pickle, weight_shapes
 from gradaug_hf.trainer.config import GradAugConfig
 
 STATE = "gradaug_state.json"
+NUMBER = int | float
+# Types of the progress in it, by name.
+PROGRESS = {
+    "seconds": NUMBER,
+    "stream": (NUMBER, NUMBER),
+    "processes": [
+        {
+            "loss": NUMBER,
+            "total_loss": NUMBER,
+            "last_logged": int,
+            "means": {...: (NUMBER, str | NoneType, int)},
+        }
+    ],
+}
+RESUME_ELSEWHERE = "resume from another checkpoint"
 # Starts the name of a folder in which a checkpoint is being written. Nothing takes it for a checkpoint, and what
 # begins with an underscore is never pushed.
 PARTIAL = "_tmp-"
@@ -146,12 +162,20 @@ def read_state(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the `settings` and the `progress` of a checkpoint, both empty where another trainer wrote it.
 
     Raises:
-        ResumeError: the file cannot be read.
+        ResumeError: the file cannot be read, or holds something else.
     """
     file = folder / STATE
     if not file.is_file():
         return {"settings": {}, "progress": {}}
-    return {name: read_json(file).get(name, {}) for name in ("settings", "progress")}
+    content = read_json(file)
+    state = {name: content.get(name, {}) for name in ("settings", "progress")}
+    if not has_types(state, {"settings": dict, "progress": dict}):
+        raise ResumeError(f"{file} is damaged: settings and progress must be values by name; {RESUME_ELSEWHERE}")
+    for name in state["progress"].keys() & PROGRESS.keys():
+        value = state["progress"][name]
+        if not has_types(value, PROGRESS[name]):
+            raise ResumeError(f"{file} is damaged: progress has {name} {str(value)[:100]}; {RESUME_ELSEWHERE}")
+    return state
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], may_be_longer: bool = False) -> None:
@@ -194,9 +218,11 @@ def check_whole(folder: Path) -> None:
     for name in (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME):
         if not (folder / name).is_file():
             raise ResumeError(f"{folder} has no {name}, so that training cannot be resumed from it")
-    read_json(folder / TRAINER_STATE_NAME)
+    if not has_types(read_json(folder / TRAINER_STATE_NAME), {"global_step": int, "log_history": [dict]}):
+        raise ResumeError(f"{folder / TRAINER_STATE_NAME} is damaged: it has no global_step; {RESUME_ELSEWHERE}")
     for pattern in ("*.pt", "*.pth"):
         for file in sorted(folder.glob(pattern)):
             if not zipfile.is_zipfile(file):
-                raise ResumeError(f"{file} is damaged or cut off; resume from another checkpoint")
+                raise ResumeError(f"{file} is damaged or cut off; {RESUME_ELSEWHERE}")
+            read_pickle(file, map_location="meta", mmap=True)
     weight_shapes(folder)

@@ -18,13 +18,18 @@ def topk_accuracy(prediction: EvalPrediction) -> dict[str, float]:
         `top1` and, with more than five classes, `top5`, shares in 0..1; with fewer every label is among the best five.
 
     Raises:
-        ValueError: the shapes are others.
+        ValueError: the shapes are others, or logits are NaN.
     """
     logits = prediction.predictions
     logits = np.asarray(logits[0] if isinstance(logits, tuple) else logits)
     labels = np.asarray(prediction.label_ids)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits {logits.shape} and labels {labels.shape}; expected (N, classes) and (N,)")
+    if unknown := int(np.isnan(logits).any(axis=1).sum()):
+        raise ValueError(
+            f"the logits of {unknown} of {len(logits)} images are NaN, so that no class is the largest: the model's "
+            "weights or the images hold NaN or values that overflow"
+        )
     best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     hits = best == labels[:, None]
     found = {"top1": float(hits[:, :1].any(axis=1).mean())}

@@ -32,6 +32,14 @@ def test_a_wrong_shape_is_named():
         topk_accuracy(EvalPrediction(predictions=np.zeros((2, 3)), label_ids=np.zeros((2, 3))))
 
 
+def test_logits_that_are_nan_are_no_accuracy():
+    logits = np.array([[1.0, np.nan], [3.0, 0.0], [np.nan, np.nan]])
+    with pytest.raises(ValueError, match="the logits of 2 of 3 images are NaN"):
+        topk_accuracy(EvalPrediction(predictions=logits, label_ids=np.array([0, 0, 0])))
+    masked = np.array([[1.0, -np.inf], [-np.inf, 0.0]])
+    assert topk_accuracy(EvalPrediction(predictions=masked, label_ids=np.array([0, 0])))["top1"] == 0.5
+
+
 def test_running_means_start_again_when_taken():
     means = RunningMeans()
     for loss, width in ((1.0, 0.5), (2.0, 1.0), (6.0, 0.9)):

@@ -193,6 +193,8 @@ def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
         logits: (N, classes).
         labels: (N,).
     """
+    if logits.isnan().any():
+        raise ValueError("logits are NaN, so that no class is the largest: the images or the activations overflow")
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     return torch.stack([hits[:, 0], hits.any(1)], 1)
 

@@ -19,6 +19,11 @@ def test_hits_are_those_of_the_best_and_of_the_five_best():
     assert topk_hits(logits[:, :2], torch.tensor([1, 0, 0])).tolist() == [[True, True], [False, True], [True, True]]
 
 
+def test_logits_that_are_nan_are_no_hits():
+    with pytest.raises(ValueError, match="logits are NaN, so that no class is the largest"):
+        topk_hits(torch.tensor([[1.0, float("nan")]]), torch.tensor([0]))
+
+
 def test_networks_may_be_given_in_one_flag_or_in_several():
     flags = ["--dataset_name", "photos", "--model", "a", "--model", "b", "c"]
     assert parse_evaluation(EvaluationArguments, None, flags).model == ["a", "b", "c"]
