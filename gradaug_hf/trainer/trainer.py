@@ -38,6 +38,7 @@ from gradaug_hf.hub.configs import (
     plain_state,
     save_configs,
     timm_network,
+    warn_of_other_size,
     why_not_rebuilt,
 )
 from gradaug_hf.hub.networks import image_processor, network_to_train
@@ -181,6 +182,7 @@ class GradAugTrainer(Trainer):
         self._partial_folder: Path | None = None  # while a checkpoint is written
         self._fingerprint: str | None = None  # of the training set
         self._loss_was_computed = False
+        self._evaluated_size: tuple[int, ...] | None = None  # height and width of the images
         with _label_smoothing_set_aside(args, model):
             super().__init__(
                 model,
@@ -554,6 +556,8 @@ class GradAugTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """`Trainer.prediction_step`, also for a model that takes images by position and without labels."""
         inputs = as_evaluated(inputs, model, self.args)
+        if isinstance(images := inputs.get(IMAGES), Tensor):
+            self._evaluated_size = tuple(images.shape[2:])
         if self._is_trainers_own(inputs) or self._network_has_loss or inputs.get(LABELS) is not None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -732,6 +736,8 @@ class GradAugTrainer(Trainer):
     # Every folder that is saved loads in timm and in transformers, whatever wraps the model.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self._evaluated_size is not None:
+            warn_of_other_size(model, self.processing_class, self._evaluated_size)
         network = timm_network(model)
         if network is None or why_not_rebuilt(network):
             if isinstance(model, PreTrainedModel) and self.processing_class is None:

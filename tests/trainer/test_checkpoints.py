@@ -139,18 +139,14 @@ def test_a_whole_checkpoint_is_accepted(checkpoint):
 )
 def test_progress_of_wrong_types_is_named_before_training(checkpoint, name, value):
     (checkpoint / "gradaug_state.json").write_text(json.dumps({"progress": {name: value}}))
-    with pytest.raises(
-        ResumeError, match=f"gradaug_state.json is damaged: progress has {name} .*; resume"
-    ):
+    with pytest.raises(ResumeError, match=f"gradaug_state.json is damaged: progress has {name} .*; resume"):
         read_state(checkpoint)
 
 
 @pytest.mark.parametrize("content", [{"progress": [1]}, {"settings": "none"}])
 def test_a_state_without_values_by_name_is_named(checkpoint, content):
     (checkpoint / "gradaug_state.json").write_text(json.dumps(content))
-    with pytest.raises(
-        ResumeError, match="gradaug_state.json is damaged: settings and progress must be"
-    ):
+    with pytest.raises(ResumeError, match="gradaug_state.json is damaged: settings and progress must be"):
         read_state(checkpoint)
 
 
@@ -164,8 +160,6 @@ def test_a_trainer_state_of_wrong_types_is_named(checkpoint, content):
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_code_in_a_checkpoint_is_named_and_not_run(checkpoint, tmp_path, name):
     torch.save({"state": Marker(tmp_path / "ran")}, checkpoint / name)
-    with pytest.raises(
-        WeightsError, match=rf"{name} holds \w+.mkdir beside tensors and plain values"
-    ):
+    with pytest.raises(WeightsError, match=rf"{name} holds \w+.mkdir beside tensors and plain values"):
         check_whole(checkpoint)
     assert not (tmp_path / "ran").exists()
