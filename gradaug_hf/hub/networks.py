@@ -164,15 +164,13 @@ def _parameters(model: nn.Module) -> set[str]:
     return set(inspect.signature(type(model).__init__).parameters)
 
 
-def create_network(
-    model: str, class_names: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
-) -> nn.Module:
+def create_network(model: str, class_names: Sequence[str], arguments: Mapping[str, Any]) -> nn.Module:
     """Return a model to train: from scratch if `model` names one of timm, else with the weights of the checkpoint.
 
     Args:
         model: as for `timm_name`.
         class_names: in the order of the labels; another classifier than the checkpoint's is made where they differ in
-            number. None keeps the checkpoint's classifier, or timm's number of classes.
+            number.
         arguments: of a timm model, by the names of `accepted_arguments`.
 
     Raises:
@@ -211,7 +209,7 @@ def load_checkpoint(
 
     Args:
         model: as for `checkpoint_folder`.
-        class_names: as for `create_network`.
+        class_names: as for `create_network`; None keeps the classifier.
         arguments: of a timm model, by the names of `accepted_arguments`.
 
     Raises:

@@ -138,7 +138,7 @@ def write_model_card(folder: Path, facts: ModelFacts, metadata: CardMetadata) ->
     name = metadata.model_name or facts.name
     data = _named(facts.data, metadata)
     base = metadata.finetuned_from or facts.base
-    base = base and (Path(base).name if Path(base).exists() else base)
+    base = base and (f"the local folder `{Path(base).absolute().name}`" if Path(base).exists() else base)
     load = _loading(folder, facts.hub_id)
     results = _eval_results(facts, data)
     listed = ModelCardData(

@@ -178,13 +178,13 @@ def test_a_backbone_that_its_weights_lack_is_never_filled_in_at_random(tmp_path,
     files_of(tmp_path)
     changed_weights(tmp_path, name, tensor)
     with pytest.raises(ValueError, match=name.removeprefix("timm_model.")):
-        create_network(str(tmp_path), class_names)
+        load_checkpoint(str(tmp_path), class_names)
 
 
 @pytest.mark.parametrize("files_of", [files_of_timm, files_of_transformers, wrapper_of_transformers])
 def test_only_the_classifier_is_made_anew_for_other_classes(tmp_path, files_of):
     weights = safetensors.torch.load(files_of(tmp_path)["model.safetensors"])
-    found = create_network(str(tmp_path), ["ant", "bee"]).state_dict()
+    found = create_network(str(tmp_path), ["ant", "bee"], {}).state_dict()
     assert found.keys() == weights.keys()
     anew = {name for name, tensor in weights.items() if not torch.equal(found[name], tensor)}
     assert {name.rpartition(".")[0] for name in anew} <= {"fc", "classifier.1", "timm_model.fc"}
@@ -198,7 +198,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, files_of, value):
     tensor = safetensors.torch.load_file(tmp_path / "model.safetensors")[name]
     tensor.view(-1)[3] = value
     changed_weights(tmp_path, name, tensor)
-    for load in (load_checkpoint, lambda model: load_network(model, 3), create_network):
+    for load in (load_checkpoint, lambda model: load_network(model, 3)):
         with pytest.raises(ValueError, match=f"the weights of {tmp_path} hold NaN or infinite values in {name};"):
             load(str(tmp_path))
 
@@ -237,7 +237,7 @@ def test_a_configuration_of_wrong_types_ends_in_one_sentence(tmp_path, files_of,
     model = changed_config(tmp_path, files_of, changes)
     loads = [load_checkpoint]
     if files_of is files_of_timm:
-        loads += [accepted_arguments, lambda model: create_network(model, ["ant", "bee"])]
+        loads += [accepted_arguments, lambda model: create_network(model, ["ant", "bee"], {})]
     for load in loads:
         with pytest.raises(ValueError, match=message) as raised:
             load(model)
@@ -252,11 +252,6 @@ def test_a_damaged_image_processor_is_not_taken_for_none(tmp_path, content):
     (tmp_path / "preprocessor_config.json").write_text(content)
     with pytest.raises(ValueError, match="preprocessor_config.json cannot be loaded"):
         image_processor(str(tmp_path))
-
-
-def test_a_name_of_timm_gives_a_model_from_scratch():
-    assert create_network("test_resnet").num_classes == timm.create_model("test_resnet").num_classes
-    assert create_network("test_resnet", ["ant", "bee"]).num_classes == 2
 
 
 # ---- what a repository must not do ----

@@ -217,6 +217,18 @@ def test_card_of_another_loop_than_the_trainers_shows_the_facts_that_it_is_given
         assert re.search(r"^\| *" + r" *\| *".join(cells) + r" *\|$", card.text, flags=re.MULTILINE), cells
 
 
+def test_a_local_folder_that_training_began_with_is_named_and_not_linked(tmp_path):
+    (tmp_path / "earlier-net").mkdir()
+    facts = ModelFacts(
+        name="net", architecture="resnet18", num_parameters=1, steps=7, base=str(tmp_path / "earlier-net")
+    )
+    write_model_card(tmp_path, facts, CardMetadata())
+    card = card_in(tmp_path)
+    assert "fine-tuned from the local folder `earlier-net`, trained" in card.text
+    assert "huggingface.co/earlier-net" not in card.text
+    assert card.data.base_model is None
+
+
 def test_neither_tokens_nor_folders_of_the_machine_are_on_the_card(trained, tmp_path, monkeypatch):
     script = ModuleType("__main__")
     script.__file__ = str(tmp_path / "train.py")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.data.loading import cifar_transform
+from gradaug_hf.data.transforms import cifar_transform
 from gradaug_hf.hub.preprocessing import image_processor_of
 
 QUIET = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}

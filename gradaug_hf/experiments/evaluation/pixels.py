@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from gradaug_hf.data.transforms import LimitAspectRatio, Transform
 from gradaug_hf.hub.networks import image_processor, load_network, pixel_statistics
-from gradaug_hf.objective.objective import logits_of
+from gradaug_hf.objective.logits import logits_of
 from gradaug_hf.slimming.meta import example_sizes
 
 # ImageNet's images are evaluated on the centre of 256 pixels, those of datasets of small images as they are.
