@@ -244,8 +244,8 @@ def _loading_errors(source: str | Path) -> Iterator[None]:
     except Exception as error:  # whatever a wrong value in a configuration leads to
         reason = " ".join(str(error).split())[:MESSAGE_LENGTH]
         raise WeightsError(
-            f"{source} cannot be loaded, since its {CONFIG} or its weights are not as timm or transformers wrote "
-            f"them: {type(error).__name__}: {reason}"
+            f"{source} cannot be loaded: {type(error).__name__}: {reason}; its {CONFIG} and its weights must be as "
+            "timm or transformers wrote them"
         ) from error
 
 

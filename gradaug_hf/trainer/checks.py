@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import DataCollator, PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from gradaug_hf.data.collator import as_int64
-from gradaug_hf.objective.losses import check_labels
+from gradaug_hf.objective.losses import SUM_TOLERANCE, check_labels
 from gradaug_hf.trainer.batches import IMAGES
 from gradaug_hf.trainer.config import GradAugConfig
 
@@ -152,6 +153,29 @@ def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
             'activation checkpointing computes layers anew in the backward; set subnet_backward="sequential", with '
             "which each pass still has its width then"
         )
+
+
+def learns_one_class(model: nn.Module, labels: Tensor) -> bool:
+    """Return True if a model of transformers states that float labels are the probabilities of one class each.
+
+    Its own loss takes them for several classes, and that of `problem_type="single_label_classification"` takes none. A
+    first batch of probabilities is warned of where nothing is stated.
+
+    Args:
+        model: to train without sub-networks.
+        labels: float.
+    """
+    if not isinstance(model, PreTrainedModel) or labels.ndim != 2 or labels.shape[1] < 2:
+        return False
+    stated = getattr(model.config, "problem_type", None)  # set by the loss of the first batch, if it was not
+    if stated is None and ((labels.sum(dim=1) - 1).abs() <= SUM_TOLERANCE).all():
+        warnings.warn(
+            f"the labels of a batch are probabilities, but problem_type of this {type(model).__name__} is not set: "
+            "without sub-networks its own loss takes them for several independent classes. For the cross-entropy "
+            'that GradAug has, set config.problem_type="single_label_classification"',
+            stacklevel=4,
+        )
+    return stated == "single_label_classification"
 
 
 @dataclass

@@ -73,6 +73,7 @@ from gradaug_hf.trainer.checks import (
     check_output_dir,
     check_sharding,
     check_train_dataset,
+    learns_one_class,
 )
 from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
@@ -539,8 +540,11 @@ class GradAugTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
     ) -> Tensor | tuple[Tensor, Any]:
         soft_labels = isinstance(inputs.get(LABELS), Tensor) and inputs[LABELS].is_floating_point()
+        is_trainers = self._is_trainers_own(inputs)
+        if is_trainers and soft_labels and IMAGES in inputs and self.compute_loss_func is None:
+            is_trainers = not learns_one_class(self.model, inputs[LABELS])
         is_models_own = self._network_has_loss and not soft_labels and not self._has_own_full_loss
-        if self._is_trainers_own(inputs) or is_models_own:
+        if is_trainers or is_models_own:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         images, labels, others = split_batch(inputs)
         loss, output = self._loss_of_full_pass(model, images, labels, others)

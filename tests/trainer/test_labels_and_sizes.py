@@ -54,6 +54,20 @@ def test_multi_hot_labels_are_refused_before_training_and_in_evaluation(tmp_path
         trainer.evaluate()
 
 
+def test_probabilities_that_a_plain_training_takes_for_several_classes_are_warned_of(tmp_path):
+    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": torch.tensor([0.5, 0.5, 0.0, 0.0])} for _ in range(4)]
+    args = GradAugConfig(str(tmp_path), num_subnets=0, max_steps=1, **QUIET)
+    with pytest.warns(UserWarning, match='labels of a batch are probabilities.*problem_type="single_label_class'):
+        GradAugTrainer(resnet(), args, train_dataset=data).train()
+    model = resnet()
+    model.config.problem_type = "single_label_classification"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = GradAugTrainer(model, args, train_dataset=data)
+        trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(torch.tensor(4.0).log().item(), abs=0.5)
+
+
 @pytest.mark.parametrize("num_subnets", [0, 3])
 def test_a_second_head_is_refused_whether_sub_networks_are_trained_or_not(tmp_path, num_subnets):
     model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=4, depth=1, img_size=32)
