@@ -333,11 +333,14 @@ def image_processor(model: str) -> BaseImageProcessor | None:
     """
     if timm_name(model) is not None:
         return None
-    folder = checkpoint_folder(model)
-    if not (folder / PREPROCESSOR).is_file():
-        return None
-    with _loading_errors(folder / PREPROCESSOR):
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    file = checkpoint_folder(model) / PREPROCESSOR
+    with _loading_errors(file):
+        try:
+            return AutoImageProcessor.from_pretrained(file.parent, trust_remote_code=False)
+        except OSError:
+            if file.is_file():
+                raise
+            return None
 
 
 def pixel_statistics(model: nn.Module, processor: BaseImageProcessor | None) -> dict[str, tuple[float, ...]]:

@@ -252,14 +252,17 @@ class GradAugTrainer(Trainer):
         A classifier of images without a loss of its own, such as a timm model, gets cross-entropy even then.
 
         Args:
-            inputs: a batch, which can show that it is no classifier of images.
+            inputs: a batch, which can show that it is no classifier of images; None before there is one.
         """
         args = self.args
         if args.num_subnets > 0 or args.mixup_alpha > 0 or args.cutmix_alpha > 0 or self._has_own_full_loss:
             return False
-        users = self.compute_loss_func is not None and timm_network(self.model) is None
-        users = users or type(self).compute_loss is not GradAugTrainer.compute_loss
-        return self._network_has_loss or users or (inputs is not None and IMAGES not in inputs)
+        if inputs is None:
+            is_another = type(self).compute_loss is not GradAugTrainer.compute_loss
+        else:
+            is_another = IMAGES not in inputs
+        is_users = self.compute_loss_func is not None and timm_network(self.model) is None
+        return self._network_has_loss or is_users or is_another
 
     def _use_own_loss(self) -> None:
         if self.compute_loss_func is not None:
@@ -560,7 +563,7 @@ class GradAugTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """`Trainer.prediction_step`, also for a model that takes images by position and without labels."""
         inputs = as_evaluated(inputs, model, self.args)
-        if isinstance(images := inputs.get(IMAGES), Tensor):
+        if isinstance(images := inputs.get(IMAGES), Tensor) and images.ndim == 4:
             self._evaluated_size = tuple(images.shape[2:])
         if self._is_trainers_own(inputs) or self._network_has_loss or inputs.get(LABELS) is not None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -208,6 +209,23 @@ def test_an_overridden_loss_without_sub_networks_is_the_trainer_s(tmp_path, monk
     expected = run(type("Theirs", (Weighted, Trainer), {}), tmp_path / "theirs", "overridden")
     assert torch.equal(found[0]["a"], expected[0]["a"])
     assert found[1] == expected[1]
+
+
+def test_an_overridden_loss_may_call_that_of_the_class(tmp_path):
+    class Noted(GradAugTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.noted = True
+            return super().compute_loss(*args, **kwargs)
+
+    weights = []
+    for kind in (Noted, GradAugTrainer):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=4)
+        args = GradAugConfig(str(tmp_path), num_subnets=0, max_steps=1, **{**QUIET, "eval_strategy": "no"})
+        trainer = kind(model, args, train_dataset=images(lambda i: torch.tensor(i % 4)))
+        trainer.train()
+        weights.append(model.fc.weight.detach())
+    assert torch.equal(*weights)
 
 
 def test_label_smoothing_of_a_module_without_configuration_is_not_left_out(tmp_path):
