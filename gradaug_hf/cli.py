@@ -4,6 +4,7 @@ A command imports what it alone needs when it runs. To add one, write a function
 flags in `make_parser`.
 """
 
+import sys
 from argparse import REMAINDER, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,7 +130,9 @@ def predict(args: Namespace) -> None:
         width=args.width,
         calibration_images=args.calibration_images,
     )
-    print(f"wrote {args.output}: predictions of {predicted:,} photos; skipped {skipped:,} that cannot be read")
+    for file, reason in skipped.items():
+        print(f"skipped {file}: {reason}", file=sys.stderr)
+    print(f"wrote {args.output}: predictions of {predicted:,} photos; {len(skipped):,} skipped")
 
 
 def report(args: Namespace) -> None:

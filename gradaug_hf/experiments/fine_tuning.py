@@ -20,7 +20,16 @@ from gradaug_hf.data.loading import class_names, load_image_data, load_two_folde
 from gradaug_hf.data.seeded import SeededDataset
 from gradaug_hf.experiments.fine_tuning_arguments import FineTuningArguments, parse
 from gradaug_hf.experiments.fine_tuning_trainer import FineTuningTrainer, freeze_backbone
-from gradaug_hf.experiments.run import CHANGEABLE, FAULTS, complete_config, first_on_main_process, hide_token, push
+from gradaug_hf.experiments.memory import check_memory
+from gradaug_hf.experiments.run import (
+    CHANGEABLE,
+    FAULTS,
+    check_batch,
+    complete,
+    first_on_main_process,
+    hide_token,
+    push,
+)
 from gradaug_hf.experiments.run import train as train_and_save
 from gradaug_hf.hub.networks import accepted_arguments, image_processor, load_checkpoint, pretrained_source
 from gradaug_hf.hub.preprocessing import image_processor_doing, input_config, processor_data_config
@@ -70,7 +79,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         use_all_cores()
         if not config.do_train:
             raise ValueError("do_train is False, but fine-tuning trains; `gradaug predict` applies a model")
-        complete_config(config, args.batch_size, args.warmup_epochs)
+        complete(args, config)
         if args.preview and not can_plot():
             raise ValueError(NEEDS_MATPLOTLIB)
         trainer = make_trainer(args, config)
@@ -92,6 +101,7 @@ def make_trainer(args: FineTuningArguments, config: GradAugConfig) -> FineTuning
     """
     source = pretrained_source(args.model)
     data = first_on_main_process(lambda: load_data(args, config.seed))
+    check_batch(args.batch_size, len(data["train"]))
     names = class_names(data)
     set_seed(config.seed)
     model = load_checkpoint(source, names, size_arguments(source, args.image_size))
@@ -99,6 +109,7 @@ def make_trainer(args: FineTuningArguments, config: GradAugConfig) -> FineTuning
         freeze_backbone(model)
     inputs = input_config(model, image_processor(source), args.image_size)
     check_side(model, args.model, inputs["input_size"])
+    check_memory(model, config.per_device_train_batch_size, inputs["input_size"][-1], config)
     processor = image_processor_doing(inputs, model)
     augmented = with_pixels(
         data["train"],
@@ -107,7 +118,7 @@ def make_trainer(args: FineTuningArguments, config: GradAugConfig) -> FineTuning
         ),
     )
     weights = balanced_weights(label_values(data["train"]), len(names)) if args.class_weights == "balanced" else None
-    trainer = FineTuningTrainer(
+    return FineTuningTrainer(
         model,
         config,
         train_dataset=SeededDataset(SkippingDataset(augmented) if args.skip_bad_images else augmented, config.seed),
@@ -117,14 +128,13 @@ def make_trainer(args: FineTuningArguments, config: GradAugConfig) -> FineTuning
         layer_decay=args.layer_decay,
         ema_decay=args.ema_decay,
         class_weights=weights,
+        card_metadata={
+            "dataset": args.dataset_name or args.train_dir,
+            "dataset_args": args.dataset_config_name,
+            "finetuned_from": source,
+        },
         experiment={name: value for name, value in asdict(args).items() if name not in CHANGEABLE_HERE},
     )
-    trainer.card_metadata = {
-        "dataset": args.dataset_name or args.train_dir,
-        "dataset_args": args.dataset_config_name,
-        "finetuned_from": source,
-    }
-    return trainer
 
 
 def load_data(args: FineTuningArguments, seed: int) -> DatasetDict:

@@ -188,7 +188,9 @@ def parse(argv: Sequence[str]) -> tuple[FineTuningArguments, GradAugConfig]:
                 "that is not trained cannot learn; leave one of them out"
             )
         chosen["num_subnets"] = 0
-    args, config = parser.parse_dict({"output_dir": _folder_of(chosen), **chosen})
+    if chosen.get("output_dir") is None:
+        chosen["output_dir"] = _folder_of(chosen)
+    args, config = parser.parse_dict(chosen)
     args.method = "gradaug" if config.num_subnets > 0 else "plain"
     return args, config
 

@@ -20,8 +20,9 @@ from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.hub.configs import plain_state, timm_network
 from gradaug_hf.objective.class_weights import WeightedGradAug, weighted_cross_entropy
 from gradaug_hf.objective.objective import logits_of
+from gradaug_hf.trainer.batches import split_batch
 from gradaug_hf.trainer.checkpoints import ResumeError
-from gradaug_hf.trainer.trainer import _split
+from gradaug_hf.trainer.config import GradAugConfig
 
 # File of a checkpoint with the averaged weights.
 AVERAGE = "ema.safetensors"
@@ -35,11 +36,12 @@ class FineTuningTrainer(RecipeTrainer):
     """Fine-tune a pretrained model as GradAugTrainer trains it, with what fine-tuning adds.
 
     Args:
-        trainer_args: positional arguments of RecipeTrainer, the model first.
+        model: a pretrained model, made for the classes.
+        args: the settings.
         layer_decay: factor of the learning rate from each layer to the one before it, in (0, 1].
         ema_decay: decay of the averaged weights, which are evaluated and saved; None: there are none.
         class_weights: (classes,), of the full network's loss; None: all are 1.
-        kwargs: keyword arguments of RecipeTrainer.
+        kwargs: further keyword arguments of RecipeTrainer.
 
     Raises:
         ValueError: as GradAugTrainer; or averaged weights are asked for, and the model is divided among processes.
@@ -47,7 +49,9 @@ class FineTuningTrainer(RecipeTrainer):
 
     def __init__(
         self,
-        *trainer_args: Any,
+        model: nn.Module,
+        args: GradAugConfig,
+        *,
         layer_decay: float = 1.0,
         ema_decay: float | None = None,
         class_weights: Tensor | None = None,
@@ -57,7 +61,7 @@ class FineTuningTrainer(RecipeTrainer):
         self.class_weights = class_weights
         if class_weights is not None:
             self._objective_class = partial(WeightedGradAug, class_weights=class_weights)
-        super().__init__(*trainer_args, **kwargs)
+        super().__init__(model, args, **kwargs)
         if class_weights is not None:  # whose loss is a mean over images, to be divided among accumulated batches
             self.model_accepts_loss_kwargs = False
         self._average: ModelEmaV3 | None = None
@@ -112,7 +116,7 @@ class FineTuningTrainer(RecipeTrainer):
     ) -> Tensor | tuple[Tensor, Any]:
         if self.class_weights is None or not model.training:
             return super()._plain_loss(model, inputs, return_outputs, num_items_in_batch)
-        images, labels, others = _split(inputs)
+        images, labels, others = split_batch(inputs)
         logits = logits_of(model(images, **others), len(labels))
         loss = weighted_cross_entropy(logits, labels, self.class_weights, self.args.label_smoothing_factor)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
@@ -171,7 +175,7 @@ class _Averaging(TrainerCallback):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Return the trained parameters by layer, each group with its `lr_scale` and `weight_decay`.
+    """Return the trained parameters by layer, the classifier first, each group with `lr_scale` and `weight_decay`.
 
     Norms, biases, position embeddings and class tokens have no weight decay. The layers are timm's where the model is
     of timm; else parameters are taken for layers twelve by twelve, in their order, as timm does.
@@ -187,7 +191,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
         network = SimpleNamespace(
             named_parameters=network.named_parameters, pretrained_cfg={"classifier": head_parameters(network)}
         )
-    return param_groups_layer_decay(network, weight_decay, (*no_decay, *NO_DECAY), layer_decay=layer_decay)
+    groups = param_groups_layer_decay(network, weight_decay, (*no_decay, *NO_DECAY), layer_decay=layer_decay)
+    return sorted(groups, key=lambda group: group["lr_scale"], reverse=True)
 
 
 def head_parameters(model: nn.Module) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ from gradaug_hf.data.folders import read_folder
 from gradaug_hf.hub.networks import checkpoint_folder, image_processor, load_checkpoint, pretrained_source
 from gradaug_hf.hub.preprocessing import image_processor_doing, input_config
 from gradaug_hf.objective.objective import logits_of
-from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm
+from gradaug_hf.slimming import at_width, make_slimmable, recalibrate_batchnorm
 from gradaug_hf.slimming.patching import check_width
 
 TOP = 3
@@ -35,11 +34,10 @@ def predict(
     batch_size: int = 32,
     width: float | None = None,
     calibration_images: str | Path | None = None,
-) -> tuple[int, int]:
+) -> tuple[int, dict[str, str]]:
     """Write the most probable classes of photos to a CSV file: file, label, probability, and those of the next two.
 
-    They are those of the pipeline `image-classification` of transformers. A photo that cannot be read is warned of and
-    left out.
+    They are those of the pipeline `image-classification` of transformers. Photos that cannot be read are left out.
 
         predict("outputs/ants", ["holiday"], "predictions.csv")
 
@@ -52,7 +50,7 @@ def predict(
         calibration_images: folder of training photos, of which the batch norm of a sub-network takes its statistics.
 
     Returns:
-        The number of photos that were predicted, and of those that were left out.
+        The number of photos that were predicted, and the files that were left out, each with the reason.
 
     Raises:
         ValueError: an argument is out of its range or contradicts another, or the model or no photo can be read.
@@ -65,19 +63,18 @@ def predict(
     labels = class_labels(source, classifier)
     processor = image_processor(source) or image_processor_doing(input_config(classifier, None), classifier)
     transform = ProcessorTransform(processor)
-    rows, skipped = [], []
-    with torch.inference_mode(), at_calibrated_width(classifier, width, calibration_images, transform, batch_size):
+    rows, skipped = [], {}
+    narrowed = at_calibrated_width(classifier, width, calibration_images, transform, batch_size)
+    with torch.inference_mode(), narrowed:
         for names, pixels, unread in _batches(files, transform, batch_size):
-            skipped += unread
+            skipped.update(unread)
             if names:
                 probabilities = logits_of(classifier(pixels), len(names)).float().softmax(1)
                 rows += [_row(name, row, labels) for name, row in zip(names, probabilities.cpu(), strict=True)]
-    for name, reason in skipped:
-        warnings.warn(f"skipped {name}: {reason}", stacklevel=2)
     if not rows:
-        raise ValueError(f"none of the {len(files)} photos can be read, {files[0]} first")
+        raise ValueError(f"none of the {len(files)} photos can be read; {files[0]}: {skipped[files[0]]}")
     _write(output, rows, min(TOP, len(labels)))
-    return len(rows), len(skipped)
+    return len(rows), skipped
 
 
 def find_photos(paths: Sequence[str | Path]) -> list[str]:
@@ -107,9 +104,8 @@ def class_labels(source: str, model: nn.Module) -> list[str]:
         source: folder or Hub id of its checkpoint.
         model: as it was loaded from there.
     """
-    config = (
-        model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(checkpoint_folder(source))
-    )
+    own = isinstance(model, PreTrainedModel)
+    config = model.config if own else AutoConfig.from_pretrained(checkpoint_folder(source))
     return [config.id2label[label] for label in range(config.num_labels)]
 
 
@@ -135,7 +131,7 @@ def at_calibrated_width(
             "of training photos as calibration_images"
         )
     if not has_statistics:
-        return recalibrate_batchnorm(model, width, iter([torch.zeros(0)]))
+        return at_width(model, width)
     files = find_photos([photos])
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:CALIBRATION_PHOTOS]
     chosen = [files[index] for index in order.tolist()]
@@ -149,8 +145,8 @@ def _check(batch_size: int, width: float | None, calibration_images: str | Path 
         check_width(width)
     if calibration_images is not None and width is None:
         raise ValueError("calibration_images are for a sub-network; give its width, or leave them out")
-    if output.is_dir() or not output.parent.is_dir():
-        raise ValueError(f"output is {output}; it must be a file in a folder that exists")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise ValueError(f"output is {output}; it must be a file in a folder that can be written")
 
 
 class _Photos(Dataset):
@@ -197,12 +193,10 @@ def _row(file: str, probabilities: Tensor, labels: Sequence[str]) -> list[str]:
 
 
 def _write(output: Path, rows: Iterable[Sequence[str]], top: int) -> None:
-    names = [
-        "label",
-        "probability",
-        *(f"{name}_{place}" for place in range(2, top + 1) for name in ("label", "probability")),
-    ]
+    header = ["file", "label", "probability"]
+    for place in range(2, top + 1):
+        header += [f"label_{place}", f"probability_{place}"]
     partial = output.with_name(f"{output.name}.partial")
     with partial.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([("file", *names), *rows])
+        csv.writer(stream).writerows([header, *rows])
     partial.replace(output)

@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from gradaug_hf.hub.configs import CONFIG, PREPROCESSOR
 from gradaug_hf.reports.history import LOSS, Evaluation, shares, title
+from gradaug_hf.reports.photos import CONFUSION, EXAMPLES, MISTAKES
 from gradaug_hf.reports.plots import CURVES, PLOTS, SUBNETS, WIDTHS
 from gradaug_hf.utils.environment import versions
 from gradaug_hf.utils.tables import markdown_table
@@ -30,6 +31,9 @@ NOT_ON_HUB = "local"
 CAPTIONS = {
     CURVES: "Loss and accuracy over the epochs",
     WIDTHS: "Accuracy against width",
+    CONFUSION: "Images of each class and what they were predicted as",
+    MISTAKES: "The most wrong predictions",
+    EXAMPLES: "Training images as the model saw them",
     SUBNETS: "A batch as the full network and its sub-networks saw it",
 }
 
