@@ -34,7 +34,7 @@ def plot_photos(photos: Sequence[np.ndarray | PIL.Image.Image], captions: Sequen
     rows = max(1, math.ceil(len(photos) / COLUMNS))
     figure = _figure(figsize=(2.6 * COLUMNS, 0.4 + 3.0 * rows))
     figure.suptitle(title)
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes in grid:
         axes.set_axis_off()
     for axes, photo, caption in zip(grid, photos, captions, strict=False):
