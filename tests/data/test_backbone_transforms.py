@@ -20,11 +20,10 @@ def augmented(image: PIL.Image.Image, count: int = 20, **settings: object) -> li
 
 def test_pixels_are_normalised_by_the_backbones_own_statistics():
     (pixels,) = augmented(picture(200), 1)
-    expected = [
-        (value / 255 - m) / s for value, m, s in zip((200, 100, 55), CONFIG["mean"], CONFIG["std"], strict=True)
-    ]
+    mean, std = (torch.tensor(CONFIG[name]) for name in ("mean", "std"))
+    expected = (torch.tensor([200, 100, 55]) / 255 - mean) / std
     assert pixels.shape == (3, 32, 32)
-    torch.testing.assert_close(pixels[:, 16, 16], torch.tensor(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pixels[:, 16, 16], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_crops_differ_and_colours_stay_unless_asked_for():

@@ -13,6 +13,7 @@ from gradaug_hf.cli import main
 from tests.helpers.checkpoints import save_network
 
 COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "red": (200, 60, 60)}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 QUICK = "--num_train_epochs 1 --batch_size 8 --use_cpu --dataloader_num_workers 0 --disable_tqdm true --report_to none"
 
 
@@ -98,7 +99,7 @@ def test_a_vision_transformer_is_fine_tuned_and_predicts_as_its_pipeline(monkeyp
         model, side = save_network(tmp_path / "vit", 0, 5, "test_vit"), 48
     else:  # a processor that squashes
         model, side = str(tmp_path / "vit"), 32
-        ViTForImageClassification(ViTConfig(32, 2, 2, 64, image_size=32, patch_size=8)).save_pretrained(model)
+        ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=8)).save_pretrained(model)
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(model)
     out = fine_tune(monkeypatch, tmp_path, model, f"--dataset_name {photos} --image_size {side} --max_eval_samples 3")
     main(["predict", str(out), photos, "--output", str(tmp_path / "found.csv"), "--batch_size", "7"])
@@ -134,6 +135,6 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
 
 
 def test_a_side_that_the_model_does_not_take_is_refused(monkeypatch, tmp_path, photos):
-    ViTForImageClassification(ViTConfig(32, 1, 2, 64, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
+    ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
     with pytest.raises(SystemExit, match="image_size is 40, which .*vit does not take: .*; leave image_size out"):
         fine_tune(monkeypatch, tmp_path, tmp_path / "vit", f"--dataset_name {photos} --image_size 40")

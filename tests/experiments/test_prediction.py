@@ -1,13 +1,16 @@
 import csv
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import timm
 import torch
+from torch import nn
 
 from gradaug_hf import make_slimmable, recalibrate_batchnorm
 from gradaug_hf.cli import main
 from gradaug_hf.experiments.prediction import find_photos, predict
+from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
 from gradaug_hf.slimming import extract_subnet
 from tests.helpers.checkpoints import save_images, save_network
 from tests.helpers.pictures import picture
@@ -28,20 +31,25 @@ def rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def probabilities(model: torch.nn.Module, files: list[str]) -> torch.Tensor:
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    from PIL import Image
+def load(model: str) -> nn.Module:
+    return timm.create_model(f"local-dir:{model}", pretrained=True).eval()
 
-    with torch.inference_mode():
-        return model(torch.stack([transform(Image.open(file).convert("RGB")) for file in files])).softmax(1)
+
+def pixels(files: list[str]) -> torch.Tensor:
+    """Photos as timm evaluates on them at 32 pixels."""
+    transform = timm.data.create_transform((3, 32, 32), mean=CIFAR_MEAN, std=CIFAR_STD, crop_pct=1.0)
+    return torch.stack([transform(PIL.Image.open(file).convert("RGB")) for file in files])
+
+
+@torch.inference_mode()
+def predicted(model: nn.Module, files: list[str]) -> torch.Tensor:
+    return model(pixels(files)).softmax(1)
 
 
 def test_each_photo_has_its_three_most_probable_classes(tmp_path, photos, model):
     assert predict(model, [photos], tmp_path / "found.csv", batch_size=4) == (18, {})
     found = rows(tmp_path / "found.csv")
-    expected = probabilities(
-        timm.create_model(f"local-dir:{model}", pretrained=True).eval(), [row["file"] for row in found]
-    )
+    expected = predicted(load(model), [row["file"] for row in found])
     for row, shares in zip(found, expected, strict=True):
         best = shares.topk(3)
         assert [row["label"], row["label_2"], row["label_3"]] == [f"LABEL_{label}" for label in best.indices.tolist()]
@@ -52,24 +60,13 @@ def test_each_photo_has_its_three_most_probable_classes(tmp_path, photos, model)
 def test_a_sub_network_predicts_with_statistics_of_the_photos_for_it(tmp_path, photos, model):
     predict(model, [f"{photos}/test"], tmp_path / "found.csv", width=0.5, calibration_images=f"{photos}/train")
     found = rows(tmp_path / "found.csv")
-    network = make_slimmable(timm.create_model(f"local-dir:{model}", pretrained=True).eval())
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
-    from PIL import Image
-
+    network = make_slimmable(load(model))
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0)).tolist()
     files = [find_photos([f"{photos}/train"])[index] for index in order]
-    calibration = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
-    with recalibrate_batchnorm(network, 0.5, [calibration]):
+    with recalibrate_batchnorm(network, 0.5, [pixels(files)]):
         narrow = extract_subnet(network, 0.5).eval()
-    expected = probabilities_of(narrow, transform, [row["file"] for row in found])
+    expected = predicted(narrow, [row["file"] for row in found])
     assert [float(row["probability"]) for row in found] == pytest.approx(expected.amax(1).tolist(), abs=1e-5)
-
-
-def probabilities_of(model: torch.nn.Module, transform, files: list[str]) -> torch.Tensor:
-    from PIL import Image
-
-    with torch.inference_mode():
-        return model(torch.stack([transform(Image.open(file).convert("RGB")) for file in files])).softmax(1)
 
 
 def test_photos_that_cannot_be_read_are_named_and_counted(tmp_path, capsys, model):
