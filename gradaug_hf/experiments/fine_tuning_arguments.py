@@ -34,6 +34,7 @@ FINE_TUNING = SETTINGS | {
     "num_subnets": 3,
     "min_width": 0.9,
     "kl_warmup": 1 / 3,
+    "channels_last": True,
 }
 
 

@@ -121,7 +121,7 @@ def test_a_vision_transformer_is_fine_tuned_and_predicts_as_its_pipeline(monkeyp
         ("--dataset_name {photos} --do_train false", "do_train is False, but fine-tuning trains"),
         ("--dataset_name {photos} --auto_augment strong", "auto_augment is 'strong', which timm cannot read"),
         ("--dataset_name {photos} --batch_size 80", "batch_size is 80, but there are 24 images"),
-        ("--train_dir {photos} --validation_dir {photos}/red", "is not"),
+        ("--train_dir {photos} --validation_dir {photos}/red", "photos/red holds 10 images but no folders of classes"),
         ("--train_dir nowhere --validation_dir {photos}", "nowhere"),
     ],
 )
