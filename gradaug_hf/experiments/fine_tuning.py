@@ -214,7 +214,8 @@ def report(trainer: FineTuningTrainer) -> None:
     folder = Path(trainer.args.output_dir)
     results = class_results(predictions)
     write_class_results(results, folder / CLASSES)
-    print(f"\n{class_table(results)}\n")
+    trainer.class_table = class_table(results)
+    print(f"\n{trainer.class_table}\n")
     if can_plot():
         save_plot(plot_confusion(predictions), folder / PLOTS / CONFUSION)
         plot_mistakes(trainer, predictions, folder / PLOTS / MISTAKES)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.hub.configs import plain_state, timm_network
 from gradaug_hf.objective.class_weights import WeightedGradAug, weighted_cross_entropy
 from gradaug_hf.objective.objective import logits_of
+from gradaug_hf.reports.model_card import ModelFacts
 from gradaug_hf.trainer.batches import split_batch
 from gradaug_hf.trainer.checkpoints import ResumeError
 from gradaug_hf.trainer.config import GradAugConfig
@@ -58,6 +60,7 @@ class FineTuningTrainer(RecipeTrainer):
         **kwargs: Any,
     ) -> None:
         self.layer_decay = layer_decay
+        self.class_table: str | None = None  # on the model card, once the classes are evaluated
         self.class_weights = class_weights
         if class_weights is not None:
             self._objective_class = partial(WeightedGradAug, class_weights=class_weights)
@@ -120,6 +123,9 @@ class FineTuningTrainer(RecipeTrainer):
         logits = logits_of(model(images, **others), len(labels))
         loss = weighted_cross_entropy(logits, labels, self.class_weights, self.args.label_smoothing_factor)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def _card_facts(self) -> ModelFacts:
+        return replace(super()._card_facts(), classes=self.class_table)
 
     # ---- averaged weights ----
 

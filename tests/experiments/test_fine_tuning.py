@@ -60,6 +60,7 @@ def test_one_command_ends_with_a_model_and_what_to_look_at(monkeypatch, capsys, 
     assert sum(int(row["correct"]) for row in classes) / 6 == pytest.approx(result["top1"])
     assert result["top1"] >= 4 / 6 and result["method"] == "gradaug"
     card = (out / "README.md").read_text()
+    assert "| class | most often taken for | images | accuracy % |\n" in card
     for name in ("examples.png", "confusion.png", "mistakes.png", "curves.png"):
         assert (out / "plots" / name).is_file() and f"(plots/{name})" in card
     assert timm.create_model(f"local-dir:{out}", pretrained=True).num_classes == 3
