@@ -4,9 +4,11 @@ A command imports what it alone needs when it runs. To add one, write a function
 flags in `make_parser`.
 """
 
+import sys
 from argparse import REMAINDER, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from gradaug_hf.experiments.sweep import LAUNCH
 from gradaug_hf.hub.official import OFFICIAL_NAMES
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: an argument is wrong, or the command cannot do its work.
     """
     args, flags = make_parser().parse_known_args(argv)
-    if args.command is sweep:
+    if args.command in (fine_tune, sweep):
         args.flags = flags
     else:
         args.parser.refuse(flags)
@@ -47,14 +49,29 @@ def make_parser() -> BriefParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, command: Callable[[Namespace], None], help: str) -> BriefParser:
-        added = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    def add(name: str, command: Callable[[Namespace], None], help: str, **settings: Any) -> BriefParser:
+        added = commands.add_parser(name, help=help, description=help, allow_abbrev=False, **settings)
         added.set_defaults(command=command, parser=added)
         return added
 
     added = add("train", train, "Train by a recipe of the paper.")
     added.add_argument("recipe", choices=RECIPES, metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
     added.add_argument("flags", nargs=REMAINDER, metavar="...", help="flags of the recipe; --help lists them")
+
+    add("fine-tune", fine_tune, "Fine-tune a pretrained model on your photos; --help lists the flags.", add_help=False)
+
+    added = add("predict", predict, "Write the classes that a model predicts of photos to a CSV file.")
+    added.add_argument("model", help="folder or Hub id of a model of timm or transformers")
+    added.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="photo, or folder with photos in it")
+    added.add_argument("--output", type=Path, default=Path("predictions.csv"), metavar="FILE", help="CSV to write")
+    added.add_argument("--batch_size", type=int, default=32, help="photos at a time")
+    added.add_argument("--width", type=float, help="width multiplier in (0, 1) of the sub-network that predicts")
+    added.add_argument(
+        "--calibration_images",
+        type=Path,
+        metavar="DIR",
+        help="training photos, of which a sub-network's batch norm takes its statistics",
+    )
 
     added = add("report", report, "Print which layers of a timm model are sliced, and why the others are not.")
     added.add_argument("name", help="name of an architecture in timm")
@@ -88,6 +105,34 @@ def train(args: Namespace) -> None:
     from gradaug_hf.experiments.run import run
 
     run(classification[args.recipe], args.flags)
+
+
+def fine_tune(args: Namespace) -> None:
+    """Fine-tune a pretrained model, whose own parser reads the flags."""
+    from gradaug_hf.experiments.fine_tuning import run
+
+    run(args.flags)
+
+
+def predict(args: Namespace) -> None:
+    """Write predictions of photos, and say how many there are.
+
+    Raises:
+        ValueError: the model or the photos cannot be read, or an argument is out of its range.
+    """
+    from gradaug_hf.experiments.prediction import predict as predict_photos
+
+    predicted, skipped = predict_photos(
+        args.model,
+        args.paths,
+        args.output,
+        batch_size=args.batch_size,
+        width=args.width,
+        calibration_images=args.calibration_images,
+    )
+    for file, reason in skipped.items():
+        print(f"skipped {file}: {reason}", file=sys.stderr)
+    print(f"wrote {args.output}: predictions of {predicted:,} photos; {len(skipped):,} skipped")
 
 
 def report(args: Namespace) -> None:

@@ -79,6 +79,32 @@ def load_image_data(
     return data
 
 
+def load_two_folders(train_dir: str, validation_dir: str, *, label_column: str | None = None) -> DatasetDict:
+    """Load a folder of images to train on and another to evaluate on, in the form of `load_image_data`.
+
+    Args:
+        train_dir: Folder of images sorted by class.
+        validation_dir: Folder of images sorted by class, with the same classes or some of them.
+        label_column: As for `load_image_data`.
+
+    Raises:
+        OSError: A folder cannot be read.
+        ValueError: As `load_image_data`; or a folder holds no images, or folders of splits.
+    """
+    loaded = {}
+    for split, folder in (("train", train_dir), ("eval", validation_dir)):
+        content = read_folder(Path(folder))
+        if not content.is_image_folder:
+            raise ValueError(f"{folder} holds {'parquet files' if content.tables else 'no images'}; expected images")
+        found = load_image_folder(content, label_column)
+        if list(found) != ["train"]:
+            raise ValueError(f"{folder} holds folders of splits, {', '.join(found)}; name one of them, or it alone")
+        loaded[split] = found["train"]
+    data = standard_columns(DatasetDict(loaded), *find_columns(loaded["train"].features, None, label_column))
+    _warn_of_unseen_classes(data)
+    return data
+
+
 def stream_image_data(
     name: str,
     *,

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from timm.models import get_arch_pretrained_cfgs
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -45,6 +46,31 @@ ACCEPTED = "a timm model, a folder with a config.json and a Hub id (user/name or
 def is_checkpoint(model: str) -> bool:
     """Return whether a model comes with weights, from a folder or the Hub, rather than by its name in timm alone."""
     return "/" in model or not timm.is_model(model)
+
+
+def pretrained_source(model: str) -> str:
+    """Return the folder or Hub id with the pretrained weights of a model.
+
+        >>> pretrained_source("resnet50.a1_in1k")
+        'timm/resnet50.a1_in1k'
+
+    Args:
+        model: folder, Hub id, or a name of timm, with or without the tag of its weights.
+
+    Raises:
+        ValueError: timm has no weights of this name that the Hub holds.
+    """
+    if is_checkpoint(model):
+        return model
+    name = model.partition(".")[0]
+    known = {tagged: config for tagged, config in get_arch_pretrained_cfgs(name).items() if config.hf_hub_id}
+    found = next(iter(known), model) if name == model else model
+    if found not in known:
+        raise ValueError(
+            f"model is {model!r}, of which timm has no weights on the Hub; it has {', '.join(known) or 'none'}"
+            f" of {name}"
+        )
+    return known[found].hf_hub_id
 
 
 def timm_name(model: str) -> str | None:

@@ -1,11 +1,13 @@
 """The steps from an image to pixels in timm's terms (a data config), so that a model's folder can say them."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import timm
 from torch import nn
 from torchvision.transforms import v2
-from transformers import BitImageProcessor
+from transformers import BitImageProcessor, ViTImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
@@ -67,17 +69,42 @@ def image_processor_of(transform: v2.Compose, model: nn.Module) -> BaseImageProc
         transform: as for `transform_data_config`.
         model: the one that it is for; a timm model, plain or wrapped, takes timm's processor.
     """
-    config = transform_data_config(transform)
+    return image_processor_doing(transform_data_config(transform), model)
+
+
+def image_processor_doing(config: Mapping[str, Any], model: nn.Module) -> BaseImageProcessor:
+    """Return an image processor of transformers that does what a data config of timm says.
+
+    Args:
+        config: as `transform_data_config` returns it; its `crop_mode` "center" or "squash".
+        model: the one that it is for; a timm model, plain or wrapped, takes timm's processor.
+    """
     if (pretrained_cfg := _pretrained_cfg(model)) is not None:
-        return TimmWrapperImageProcessor(config, architecture=pretrained_cfg.get("architecture"))
+        return TimmWrapperImageProcessor(dict(config), architecture=pretrained_cfg.get("architecture"))
     _, height, width = config["input_size"]
-    return BitImageProcessor(
-        size={"shortest_edge": math.floor(height / config["crop_pct"])},
-        crop_size={"height": height, "width": width},
-        resample=PILImageResampling[config["interpolation"].upper()],
-        image_mean=list(config["mean"]),
-        image_std=list(config["std"]),
-    )
+    pixels = {
+        "resample": PILImageResampling[config["interpolation"].upper()],
+        "image_mean": list(config["mean"]),
+        "image_std": list(config["std"]),
+    }
+    size = {"height": height, "width": width}
+    if config["crop_mode"] == "squash":
+        return ViTImageProcessor(size=size, **pixels)
+    return BitImageProcessor(size={"shortest_edge": math.floor(height / config["crop_pct"])}, crop_size=size, **pixels)
+
+
+def input_config(model: nn.Module, processor: BaseImageProcessor | None, side: int | None = None) -> dict[str, Any]:
+    """Return the input that a pretrained model is made for, as the arguments of `timm.data.create_transform`.
+
+    Args:
+        model: of timm or transformers.
+        processor: of a checkpoint of transformers; None for one of timm.
+        side: of the images in pixels; None: that of the model.
+    """
+    own = (_pretrained_cfg(model) or {}) if processor is None else processor_data_config(processor)
+    config = timm.data.resolve_data_config(pretrained_cfg=own or {"crop_mode": "center"})
+    channels = config["input_size"][0]
+    return config if side is None else config | {"input_size": (channels, side, side)}
 
 
 def as_its_pipeline(transform: v2.Compose, model: nn.Module) -> v2.Compose:

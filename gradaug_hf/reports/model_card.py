@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from gradaug_hf.hub.configs import CONFIG, PREPROCESSOR
 from gradaug_hf.reports.history import LOSS, Evaluation, shares, title
+from gradaug_hf.reports.photos import CONFUSION, EXAMPLES, MISTAKES
 from gradaug_hf.reports.plots import CURVES, PLOTS, SUBNETS, WIDTHS
 from gradaug_hf.utils.environment import versions
 from gradaug_hf.utils.tables import markdown_table
@@ -30,6 +31,9 @@ NOT_ON_HUB = "local"
 CAPTIONS = {
     CURVES: "Loss and accuracy over the epochs",
     WIDTHS: "Accuracy against width",
+    CONFUSION: "Images of each class and what they were predicted as",
+    MISTAKES: "The most wrong predictions",
+    EXAMPLES: "Training images as the model saw them",
     SUBNETS: "A batch as the full network and its sub-networks saw it",
 }
 
@@ -91,6 +95,7 @@ class ModelFacts:
         data: the dataset as it says itself.
         train_images: their number.
         eval_images: their number.
+        classes: results of each class as a Markdown table; None leaves it out.
         measured: evaluations of the model as it is, on one set after the other, from the full width to the narrowest.
         steps: of the training; 0: it was not trained.
         subnets: settings of the sub-networks by name; none: it was trained without.
@@ -106,6 +111,7 @@ class ModelFacts:
     data: DataName = DataName()
     train_images: int | None = None
     eval_images: int | None = None
+    classes: str | None = None
     measured: Sequence[Evaluation] = ()
     steps: int = 0
     subnets: Mapping[str, str] = field(default_factory=dict)
@@ -164,6 +170,7 @@ def write_model_card(folder: Path, facts: ModelFacts, metadata: CardMetadata) ->
         summary=_summary(facts, data, base),
         results=_results_table(facts.measured),
         results_of=_results_of(facts, data),
+        classes=facts.classes,
         plots={caption: f"{PLOTS}/{file}" for file, caption in CAPTIONS.items() if (folder / PLOTS / file).exists()},
         load=load,
         architecture=facts.architecture,

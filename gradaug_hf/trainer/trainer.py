@@ -51,7 +51,7 @@ from gradaug_hf.objective.resolutions import ResolutionTrial
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 from gradaug_hf.objective.transforms import ImageTransform
 from gradaug_hf.reports.history import Evaluation
-from gradaug_hf.reports.model_card import as_metadata, write_model_card
+from gradaug_hf.reports.model_card import ModelFacts, as_metadata, write_model_card
 from gradaug_hf.reports.plots import IMAGES_SHOWN, NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
 from gradaug_hf.slimming.patching import num_droppable_blocks
 from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, name_images, split_batch
@@ -674,7 +674,10 @@ class GradAugTrainer(Trainer):
             self._write_card(Path(self.args.output_dir), {**self.card_metadata, **metadata})
 
     def _write_card(self, folder: Path, metadata: Mapping[str, Any]) -> None:
-        write_model_card(folder, model_facts(self), as_metadata(metadata))
+        write_model_card(folder, self._card_facts(), as_metadata(metadata))
+
+    def _card_facts(self) -> ModelFacts:
+        return model_facts(self)
 
     # ---- checkpoint ----
 

@@ -1,0 +1,203 @@
+"""Command line of fine-tuning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gradaug_hf.data.backbone_transforms import AUGMENTATIONS
+from gradaug_hf.experiments.arguments import (
+    USAGE,
+    DataArguments,
+    RecipeParser,
+    ScheduleArguments,
+    given_settings,
+)
+from gradaug_hf.experiments.run import SETTINGS
+from gradaug_hf.trainer.config import GradAugConfig
+
+DESCRIPTION = (
+    "Fine-tune a pretrained model on photos of your own, with GradAug, or plainly with --num_subnets 0. Prints the "
+    "accuracy after the final epoch and of each class, and writes the model, results.json, classes.csv and plots to "
+    "--output_dir."
+)
+# Learning rate of a batch of so many images, to which it is in proportion.
+LEARNING_RATE, BASE_BATCH = 1e-4, 32
+FINE_TUNING = SETTINGS | {
+    "num_train_epochs": 10,
+    "optim": "adamw_torch",
+    "learning_rate": LEARNING_RATE,
+    "weight_decay": 0.05,
+    "warmup_steps": 0.1,
+    "max_grad_norm": 1.0,
+    "label_smoothing_factor": 0.1,
+    "num_subnets": 3,
+    "min_width": 0.9,
+    "kl_warmup": 1 / 3,
+    "channels_last": True,
+}
+
+
+@dataclass(kw_only=True)
+class FineTuningArguments(ScheduleArguments, DataArguments):
+    """Arguments of fine-tuning, beside those of GradAugConfig.
+
+    Raises:
+        ValueError: a field is out of its range, or fields contradict each other.
+    """
+
+    model: str = field(
+        metadata={
+            "aliases": ["--model_name_or_path"],
+            "help": (
+                "Model with pretrained weights: name of a timm model, Hub id as user/name or user/name@revision, or "
+                "folder, of timm or transformers."
+            ),
+        },
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Hub id, parquet file, folder of parquet files, or folder of photos sorted by class. A fifth of each "
+                "class is held out for evaluation where there is no other split."
+            )
+        },
+    )
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of photos to train on, sorted by class; instead of dataset_name."}
+    )
+    validation_dir: str | None = field(
+        default=None, metadata={"help": "Folder of photos to evaluate on, sorted by class, beside train_dir."}
+    )
+    image_column: str | None = field(
+        default=None,
+        metadata={"aliases": ["--image_column_name"], "help": "Column of images; found if not given."},
+    )
+    label_column: str | None = field(
+        default=None,
+        metadata={"aliases": ["--label_column_name"], "help": "Column of classes; found if not given."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Number of training images, sampled with the seed; default: all."}
+    )
+    skip_bad_images: bool = field(
+        default=False,
+        metadata={"help": "Whether to leave out, and count, images that cannot be decoded instead of stopping."},
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side in pixels of the images; default: that of the pretrained model."}
+    )
+    batch_size: int = field(
+        default=BASE_BATCH,
+        metadata={
+            "help": (
+                "Images in an optimiser step, over all processes and accumulated batches. The learning rate is "
+                f"{LEARNING_RATE:g} times batch_size / {BASE_BATCH} unless learning_rate is given."
+            )
+        },
+    )
+    layer_decay: float = field(
+        default=0.75,
+        metadata={
+            "help": (
+                "Factor of the learning rate from each layer to the one before it, in (0, 1]; the classifier has all "
+                "of it, and 1 gives it to all layers."
+            )
+        },
+    )
+    freeze: Literal["none", "backbone"] = field(
+        default="none",
+        metadata={"help": 'Part that is not trained; "backbone" trains the classifier alone, without sub-networks.'},
+    )
+    class_weights: Literal["none", "balanced"] = field(
+        default="none",
+        metadata={
+            "help": 'Weights of the classes in the loss; "balanced" counts each the same, however many images it has.'
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Decay in (0, 1) of a moving average of the weights, which is evaluated and saved instead of them, "
+                "0.999 for example; it starts lower and rises with the steps. Default: no average."
+            )
+        },
+    )
+    hflip: float = field(
+        default=0.5,
+        metadata={"help": "Probability of a flip; 0 where left and right matter, as for letters."},
+    )
+    auto_augment: str | None = field(
+        default=None, metadata={"help": f"timm's policy of augmentation: {AUGMENTATIONS}. Default: none."}
+    )
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Probability with which a rectangle of a training image becomes noise."}
+    )
+    preview: bool = field(
+        default=False,
+        metadata={"help": "Whether to stop once plots/examples.png shows what the model would be trained on."},
+    )
+    method: str = field(default="gradaug", init=False)  # the run's name in tables of results
+
+    def __post_init__(self) -> None:
+        DataArguments.__post_init__(self)
+        ScheduleArguments.__post_init__(self)
+        self._check_texts()
+        self._check_source()
+        for name in ("max_train_samples", "image_size"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "at least 1")
+        self._check("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
+        self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)")
+        for name in ("hflip", "random_erasing"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name, choices in (("freeze", ("none", "backbone")), ("class_weights", ("none", "balanced"))):
+            self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
+
+    def _check_source(self) -> None:
+        if (self.dataset_name is None) == (self.train_dir is None):
+            found = "neither is given" if self.dataset_name is None else "both are given"
+            raise ValueError(f"dataset_name or train_dir names the photos to train on, but {found}; give one of them")
+        if self.validation_dir is not None and self.train_dir is None:
+            raise ValueError(
+                f"validation_dir is {self.validation_dir!r} without train_dir; give that instead of dataset_name"
+            )
+
+
+def parse(argv: Sequence[str]) -> tuple[FineTuningArguments, GradAugConfig]:
+    """Return the arguments of a fine-tuning: flags, then the file, then the defaults.
+
+    Args:
+        argv: flags, after the name of a YAML or JSON file if there is one.
+
+    Raises:
+        ValueError: a setting is out of its range or contradicts another, or the file is not one of settings.
+        SystemExit: a flag is missing or not known, or its value has a wrong type.
+    """
+    parser = RecipeParser((FineTuningArguments, GradAugConfig), description=DESCRIPTION, usage=USAGE)
+    given = given_settings(parser, FINE_TUNING, argv)
+    chosen: dict[str, Any] = {**FINE_TUNING, **given}
+    batch_size = chosen.get("batch_size", BASE_BATCH)
+    if "learning_rate" not in given:
+        chosen["learning_rate"] = LEARNING_RATE * batch_size / BASE_BATCH
+    if chosen.get("freeze") == "backbone":
+        if given.get("num_subnets", 0) > 0:
+            raise ValueError(
+                f"freeze is 'backbone' and num_subnets is {given['num_subnets']}, but the sub-networks of a backbone "
+                "that is not trained cannot learn; leave one of them out"
+            )
+        chosen["num_subnets"] = 0
+    if chosen.get("output_dir") is None:
+        chosen["output_dir"] = _folder_of(chosen)
+    args, config = parser.parse_dict(chosen)
+    args.method = "gradaug" if config.num_subnets > 0 else "plain"
+    return args, config
+
+
+def _folder_of(chosen: dict[str, Any]) -> str:
+    """Return the folder of a run for which none is named."""
+    data = chosen.get("dataset_name") or chosen.get("train_dir") or "."
+    names = Path(chosen["model"]).name, Path(data).resolve().name, f"seed{chosen.get('seed', GradAugConfig.seed)}"
+    return str(Path("outputs") / "-".join(names))

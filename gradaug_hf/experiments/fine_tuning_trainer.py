@@ -1,0 +1,246 @@
+"""The trainer of fine-tuning: layer-wise learning rates, a frozen backbone, class weights, averaged weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from timm.optim import param_groups_layer_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PredictionOutput, TrainOutput
+
+from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
+from gradaug_hf.hub.configs import plain_state, timm_network
+from gradaug_hf.objective.class_weights import WeightedGradAug, weighted_cross_entropy
+from gradaug_hf.objective.objective import logits_of
+from gradaug_hf.reports.model_card import ModelFacts
+from gradaug_hf.trainer.batches import split_batch
+from gradaug_hf.trainer.checkpoints import ResumeError
+from gradaug_hf.trainer.config import GradAugConfig
+
+# File of a checkpoint with the averaged weights.
+AVERAGE = "ema.safetensors"
+# Names of parameters that weight decay leaves alone, beside norms and biases; a timm model adds its own.
+NO_DECAY = ("*cls_token", "*pos_embed", "*position_embeddings")
+# What `Trainer.get_optimizer_cls_and_kwargs` returns for optimisers that choose their parameters themselves.
+OWN_PARAMETERS = ("params", "model", "optimizer_dict")
+
+
+class FineTuningTrainer(RecipeTrainer):
+    """Fine-tune a pretrained model as GradAugTrainer trains it, with what fine-tuning adds.
+
+    Args:
+        model: a pretrained model, made for the classes.
+        args: the settings.
+        layer_decay: factor of the learning rate from each layer to the one before it, in (0, 1].
+        ema_decay: decay of the averaged weights, which are evaluated and saved; None: there are none.
+        class_weights: (classes,), of the full network's loss; None: all are 1.
+        kwargs: further keyword arguments of RecipeTrainer.
+
+    Raises:
+        ValueError: as GradAugTrainer; or averaged weights are asked for, and the model is divided among processes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: GradAugConfig,
+        *,
+        layer_decay: float = 1.0,
+        ema_decay: float | None = None,
+        class_weights: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.layer_decay = layer_decay
+        self.class_table: str | None = None  # on the model card, once the classes are evaluated
+        self.class_weights = class_weights
+        if class_weights is not None:
+            self._objective_class = partial(WeightedGradAug, class_weights=class_weights)
+        super().__init__(model, args, **kwargs)
+        if class_weights is not None:  # whose loss is a mean over images, to be divided among accumulated batches
+            self.model_accepts_loss_kwargs = False
+        self._average: ModelEmaV3 | None = None
+        if ema_decay is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(f"ema_decay is {ema_decay}, which neither FSDP nor DeepSpeed can do; leave it out")
+            self._average = ModelEmaV3(self.model, ema_decay, use_warmup=True)
+            self.add_callback(_Averaging(self))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Return the optimiser that `args.optim` names, with a learning rate for each layer.
+
+        Raises:
+            ValueError: it chooses its parameters itself.
+        """
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            if any(name in settings for name in OWN_PARAMETERS):
+                raise ValueError(
+                    f"optim is {self.args.optim.value!r}, which takes no groups of parameters; use 'adamw_torch', "
+                    "for example"
+                )
+            groups = parameter_groups(self.model, self.args.weight_decay, self.layer_decay)
+            rate = settings.pop("lr", self.args.learning_rate)
+            self.optimizer = kind([{**group, "lr": rate * group["lr_scale"]} for group in groups], lr=rate, **settings)
+        return self.optimizer
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """`GradAugTrainer.train`, which also resumes the averaged weights.
+
+        Raises:
+            ResumeError: as `GradAugTrainer.train`; or the checkpoint has no averaged weights.
+        """
+        if self._average is not None and resume_from_checkpoint is not None:
+            file = Path(resume_from_checkpoint) / AVERAGE
+            if not file.is_file():
+                raise ResumeError(
+                    f"{resume_from_checkpoint} has no {AVERAGE}, which a training with ema_decay goes on"
+                )
+            self._average.module.load_state_dict(load_file(file))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Any]:
+        """`GradAugTrainer.compute_loss`, with the batch norm of a frozen backbone as in evaluation."""
+        if model.training:
+            for norm in frozen_norms(model):
+                norm.eval()
+        return super().compute_loss(model, *args, **kwargs)
+
+    def _plain_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
+    ) -> Tensor | tuple[Tensor, Any]:
+        if self.class_weights is None or not model.training:
+            return super()._plain_loss(model, inputs, return_outputs, num_items_in_batch)
+        images, labels, others = split_batch(inputs)
+        logits = logits_of(model(images, **others), len(labels))
+        loss = weighted_cross_entropy(logits, labels, self.class_weights, self.args.label_smoothing_factor)
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def _card_facts(self) -> ModelFacts:
+        return replace(super()._card_facts(), classes=self.class_table)
+
+    # ---- averaged weights ----
+
+    def average(self) -> None:
+        """Add the weights of this step to the averaged ones."""
+        self._average.update(self.model, self.state.global_step)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """`GradAugTrainer.evaluate`, of the averaged weights where there are any."""
+        with self._averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """`Trainer.predict`, of the averaged weights where there are any."""
+        with self._averaged():
+            return super().predict(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """`GradAugTrainer.save_model`, of the averaged weights; a checkpoint has both."""
+        is_checkpoint = _internal_call and output_dir is not None
+        if not is_checkpoint:
+            with self._averaged():
+                return super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, _internal_call)
+        if self._average is not None and self.args.should_save:
+            save_file(plain_state(self._average.module.state_dict()), Path(output_dir) / AVERAGE)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Give the model its averaged weights for a while."""
+        if self._average is None:
+            yield
+            return
+        trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self._average.module.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(trained)
+
+
+class _Averaging(TrainerCallback):
+    """Average the weights after each step of the optimiser."""
+
+    def __init__(self, trainer: FineTuningTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the weights of the step."""
+        self._trainer.average()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Return the trained parameters by layer, the classifier first, each group with `lr_scale` and `weight_decay`.
+
+    Norms, biases, position embeddings and class tokens have no weight decay. The layers are timm's where the model is
+    of timm; else parameters are taken for layers twelve by twelve, in their order, as timm does.
+
+    Args:
+        model: of timm, wrapped or not, or a classifier of transformers.
+        weight_decay: of the other parameters.
+        layer_decay: factor of `lr_scale` from each layer to the one before it; the classifier has 1.
+    """
+    network = timm_network(model) or model
+    no_decay = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    if isinstance(network, PreTrainedModel):  # timm asks a model which parameters are the classifier's
+        network = SimpleNamespace(
+            named_parameters=network.named_parameters, pretrained_cfg={"classifier": head_parameters(network)}
+        )
+    groups = param_groups_layer_decay(network, weight_decay, (*no_decay, *NO_DECAY), layer_decay=layer_decay)
+    return sorted(groups, key=lambda group: group["lr_scale"], reverse=True)
+
+
+def head_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a model's classifier.
+
+    Args:
+        model: of timm, wrapped or not, or a classifier of transformers.
+
+    Raises:
+        ValueError: it has none, or does not say which they are.
+    """
+    network = timm_network(model)
+    if network is None:
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        names = [name for name, _ in model.named_parameters()]
+        found = [name for name in names if not name.startswith(prefix)]
+        if len(found) == len(names):
+            found = []
+    else:
+        heads = network.get_classifier()
+        own = {id(p) for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()}
+        found = [name for name, p in model.named_parameters() if id(p) in own]
+    if not found:
+        raise ValueError(f"{type(model).__name__} does not say which of its parameters are the classifier's")
+    return tuple(found)
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Train the classifier of a model alone.
+
+    Args:
+        model: as for `head_parameters`.
+
+    Raises:
+        ValueError: as `head_parameters`.
+    """
+    heads = head_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in heads
+
+
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the batch norms whose parameters are not trained."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [norm for norm in norms if norm.affine and not norm._parameters["weight"].requires_grad]

@@ -1,0 +1,141 @@
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import timm
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
+
+from gradaug_hf.cli import main
+from tests.helpers.checkpoints import save_network
+
+COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "red": (200, 60, 60)}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+QUICK = "--num_train_epochs 1 --batch_size 8 --use_cpu --dataloader_num_workers 0 --disable_tqdm true --report_to none"
+
+
+def save_photos(folder: Path, each: int, size: tuple[int, int] = (40, 50)) -> str:
+    """Noisy photos in the colour of their class."""
+    generator = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = np.clip(colour + generator.normal(0, 30, (*size, 3)), 0, 255).astype(np.uint8)
+            PIL.Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> str:
+    return save_photos(tmp_path_factory.mktemp("data") / "photos", 10)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> str:
+    """A timm model of another number of classes."""
+    return save_network(tmp_path_factory.mktemp("models") / "resnet", 0, 7, "test_resnet")
+
+
+def fine_tune(monkeypatch, folder: Path, model: str, flags: str) -> Path:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "fine_tune.py", raising=False)
+    main(["fine-tune", *f"--model {model} --output_dir {folder / 'out'} {QUICK} {flags}".split()])
+    return folder / "out"
+
+
+def test_one_command_ends_with_a_model_and_what_to_look_at(monkeypatch, capsys, tmp_path, photos, backbone):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--dataset_name {photos} --image_size 32 --num_train_epochs 8 --learning_rate 3e-3 --ema_decay 0.9"
+    out = fine_tune(monkeypatch, tmp_path, backbone, f"{flags} --class_weights balanced --random_erasing 0.2")
+    printed = capsys.readouterr().out
+    assert (
+        "24 photos of 3 classes to train on, 6 to evaluate on, held out: a fifth of each class, by seed 42" in printed
+    )
+    (result,) = json.loads((out / "results.json").read_text())["runs"]
+    with (out / "classes.csv").open(newline="") as stream:
+        classes = list(csv.DictReader(stream))
+    assert [row["class"] for row in classes] == list(COLOURS) and {row["images"] for row in classes} == {"2"}
+    assert sum(int(row["correct"]) for row in classes) / 6 == pytest.approx(result["top1"])
+    assert result["top1"] >= 4 / 6 and result["method"] == "gradaug"
+    card = (out / "README.md").read_text()
+    assert "| class | most often taken for | images | accuracy % |\n" in card
+    for name in ("examples.png", "confusion.png", "mistakes.png", "curves.png"):
+        assert (out / "plots" / name).is_file() and f"(plots/{name})" in card
+    assert timm.create_model(f"local-dir:{out}", pretrained=True).num_classes == 3
+    assert json.loads((out / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_preview_writes_examples_and_stops(monkeypatch, capsys, tmp_path, photos, backbone):
+    out = fine_tune(monkeypatch, tmp_path, backbone, f"--dataset_name {photos} --image_size 32 --preview")
+    assert [str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()] == ["plots/examples.png"]
+    assert "examples.png: look whether the labels are right" in capsys.readouterr().out
+
+
+def test_two_folders_are_trained_and_evaluated_on_as_they_are(monkeypatch, capsys, tmp_path, photos, backbone):
+    validation = save_photos(tmp_path / "validation", 2)
+    flags = f"--train_dir {photos} --validation_dir {validation} --image_size 32 --num_subnets 0"
+    out = fine_tune(monkeypatch, tmp_path, backbone, f"{flags} --freeze backbone")
+    assert "30 photos of 3 classes to train on, 6 to evaluate on\n" in capsys.readouterr().out
+    (result,) = json.loads((out / "results.json").read_text())["runs"]
+    assert result["method"] == "plain"
+
+
+def test_the_split_follows_from_the_seed(monkeypatch, capsys, tmp_path, photos, backbone):
+    def evaluated(seed: int) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shown = []
+        monkeypatch.setattr("gradaug_hf.experiments.fine_tuning.plot_examples", shown.append)
+        fine_tune(monkeypatch, folder, backbone, f"--dataset_name {photos} --image_size 32 --preview --seed {seed}")
+        return [image["path"] for image in shown[0].eval_dataset.with_format(None)["image"]]
+
+    assert evaluated(1) == evaluated(1) != evaluated(2)
+
+
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_a_vision_transformer_is_fine_tuned_and_predicts_as_its_pipeline(monkeypatch, tmp_path, photos, kind: str):
+    if kind == "timm":  # position embeddings of another size
+        model, side = save_network(tmp_path / "vit", 0, 5, "test_vit"), 48
+    else:  # a processor that squashes
+        model, side = str(tmp_path / "vit"), 32
+        ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=8)).save_pretrained(model)
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(model)
+    out = fine_tune(monkeypatch, tmp_path, model, f"--dataset_name {photos} --image_size {side} --max_eval_samples 3")
+    main(["predict", str(out), photos, "--output", str(tmp_path / "found.csv"), "--batch_size", "7"])
+    with (tmp_path / "found.csv").open(newline="") as stream:
+        found = list(csv.DictReader(stream))
+    classify = pipeline("image-classification", model=str(out))
+    assert len(found) == 30
+    for row in found[::10]:
+        expected = classify(row["file"], top_k=3)
+        names = [("label", "probability"), ("label_2", "probability_2"), ("label_3", "probability_3")]
+        assert [row[label] for label, _ in names] == [answer["label"] for answer in expected]
+        shares = [float(row[share]) for _, share in names]
+        assert shares == pytest.approx([answer["score"] for answer in expected], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dataset_name {photos} --do_train false", "do_train is False, but fine-tuning trains"),
+        ("--dataset_name {photos} --auto_augment strong", "auto_augment is 'strong', which timm cannot read"),
+        ("--dataset_name {photos} --batch_size 80", "batch_size is 80, but there are 24 images"),
+        ("--train_dir {photos} --validation_dir {photos}/red", "photos/red holds 10 images but no folders of classes"),
+        ("--train_dir nowhere --validation_dir {photos}", "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
+    monkeypatch, tmp_path, photos, backbone, flags: str, message: str
+):
+    with pytest.raises(SystemExit) as ended:
+        fine_tune(monkeypatch, tmp_path, backbone, f"--image_size 32 {flags.format(photos=photos)}")
+    assert message in str(ended.value.code) and "\n" not in str(ended.value.code)
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_a_side_that_the_model_does_not_take_is_refused(monkeypatch, tmp_path, photos):
+    ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(SystemExit, match="image_size is 40, which .*vit does not take: .*; leave image_size out"):
+        fine_tune(monkeypatch, tmp_path, tmp_path / "vit", f"--dataset_name {photos} --image_size 40")
