@@ -196,7 +196,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any], may_be_longer: boo
         different = [name for name in different if name not in longer]
     if different:
         listed = "; ".join(f"{name} was {saved[name]!r} and is {settings[name]!r}" for name in different)
-        schedule = " In a longer training the learning rate falls later, from here on." if longer else ""
+        later = "the weight of the sub-networks rises" if settings.get("kl_warmup") else "the learning rate falls"
+        schedule = f" In a longer training {later} later, from here on." if longer else ""
         raise ResumeError(
             f"{folder} was trained with other settings: {listed}.{schedule} Set them as they were, or set "
             "ignore_config_change to go on with those of now"

@@ -66,11 +66,12 @@ def checkpoint_to_resume(
 
 
 def has_fixed_schedule(trainer: Trainer) -> bool:
-    """Return True if the learning rate of a step does not depend on the number of steps."""
+    """Return True if neither the learning rate of a step nor its KL weight depends on the number of steps."""
     args = trainer.args
     is_constant = args.lr_scheduler_type in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
     is_own = type(trainer).create_scheduler is not Trainer.create_scheduler or trainer.lr_scheduler is not None
-    return is_constant and not is_own and not 0 < args.warmup_steps < 1  # below 1 it is a share of the steps
+    has_share = 0 < args.warmup_steps < 1 or args.kl_warmup > 0  # of the steps
+    return is_constant and not is_own and not has_share
 
 
 def dataset_fingerprint(dataset: Any) -> str | None:

@@ -299,6 +299,10 @@ def test_more_steps_with_another_learning_rate_are_refused_with_the_way_to_have_
     )
     with pytest.raises(ResumeError, match=message):
         make_trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(trained))
+    rising = {"lr_scheduler_type": "constant", "kl_warmup": 0.5}
+    make_trainer(tmp_path / "rising", max_steps=2, save_steps=2, **rising).train()
+    with pytest.raises(ResumeError, match=r"max_steps was 2 and is 4\. .* the weight of the sub-networks rises later"):
+        make_trainer(tmp_path / "rising", max_steps=4, **rising).train(resume_from_checkpoint=True)
     with pytest.raises(ResumeError, match=r"max_steps was 2 and is 1\. Set them"):
         make_trainer(tmp_path, max_steps=1, lr_scheduler_type="constant").train(resume_from_checkpoint=str(trained))
 
