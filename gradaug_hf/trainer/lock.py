@@ -1,7 +1,6 @@
 """The lock of an output folder: two trainings that write to it at once would delete each other's checkpoints."""
 
 import errno
-import fcntl
 import os
 import socket
 import warnings
@@ -45,6 +44,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def _opened(file: Path) -> IO[str]:
     """Return the file of a lock, open and locked, that no other training has removed meanwhile."""
+    import fcntl  # which Windows lacks, where all but training works
+
     while True:
         lock = file.open("a+", encoding="utf-8")
         try:
