@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.flags = flags
     else:
         args.parser.refuse(flags)
-    with errors_as_messages(ValueError):
+    with errors_as_messages(ImportError, ValueError):  # a command may need a library that is not installed
         args.command(args)
 
 
