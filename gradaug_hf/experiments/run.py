@@ -297,7 +297,7 @@ def settle_steps(args: ExperimentArguments, config: GradAugConfig, images: int |
             f"{args.dataset_name} does not say how many images split {args.train_split!r} has; give max_steps, or "
             "leave out streaming"
         )
-    config.max_steps = round(config.num_train_epochs * math.ceil(images / args.batch_size))
+    config.max_steps = max(1, round(config.num_train_epochs * math.ceil(images / args.batch_size)))
 
 
 def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
