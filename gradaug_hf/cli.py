@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.flags = flags
     else:
         args.parser.refuse(flags)
-    with errors_as_messages(ValueError):
+    with errors_as_messages(ImportError, ValueError):  # a command may need a library that is not installed
         args.command(args)
 
 
@@ -54,7 +54,8 @@ def make_parser() -> BriefParser:
         added.set_defaults(command=command, parser=added)
         return added
 
-    added = add("train", train, "Train by a recipe of the paper.")
+    several = "accelerate launch --no_python gradaug train RECIPE"
+    added = add("train", train, f"Train by a recipe of the paper; on several processes by `{several}`.")
     added.add_argument("recipe", choices=RECIPES, metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
     added.add_argument("flags", nargs=REMAINDER, metavar="...", help="flags of the recipe; --help lists them")
 

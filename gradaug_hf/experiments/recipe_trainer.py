@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.trainer import GradAugTrainer
+from gradaug_hf.utils.environment import public_settings
 
 MOMENTUM = 0.9
 
@@ -51,7 +52,7 @@ class RecipeTrainer(GradAugTrainer):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that have to be the same when a training is resumed."""
-        return super().settings() | dict(self.experiment)
+        return super().settings() | public_settings(self.experiment)
 
     def training_seconds(self) -> float:
         """Return the seconds that the training has taken so far, without those of evaluation."""

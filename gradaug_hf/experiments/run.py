@@ -201,7 +201,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         accepted = accepted_arguments(args.model)
         check_method(args.method, recipe.methods, arguments, args.model, accepted)
         arguments = {name: value for name, value in arguments.items() if value is not None and name in accepted}
-    data = load_data_once(args, config.seed)
+    data = first_on_main_process(lambda: load_data(args, config.seed))  # and then on the others from its cache
     images = images_to_train_on(args, data["train"])
     if config.do_train:
         check_batch(args.batch_size, images)
@@ -242,11 +242,6 @@ def training_images(
     if args.streaming:
         return SeededStream(images, seed)
     return SeededDataset(SkippingDataset(images) if args.skip_bad_images else images, seed)
-
-
-def load_data_once(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
-    """Load the data on the main process, and then on the others from its cache."""
-    return first_on_main_process(lambda: load_data(args, seed))
 
 
 def first_on_main_process(load: Callable[[], Loaded]) -> Loaded:
@@ -302,7 +297,7 @@ def settle_steps(args: ExperimentArguments, config: GradAugConfig, images: int |
             f"{args.dataset_name} does not say how many images split {args.train_split!r} has; give max_steps, or "
             "leave out streaming"
         )
-    config.max_steps = round(config.num_train_epochs * math.ceil(images / args.batch_size))
+    config.max_steps = max(1, round(config.num_train_epochs * math.ceil(images / args.batch_size)))
 
 
 def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:

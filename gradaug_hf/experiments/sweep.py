@@ -191,6 +191,7 @@ def _train(run: PlannedRun, recipe: Path, folder: Path, launch: str) -> str | No
     if code == 0 and (folder / RESULTS).exists():
         return None
     lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = [line for line in lines if line.startswith("error: ")] or lines  # a launcher adds a trace of its own
     return "\n".join(
         [f"    {line[-300:]}" for line in lines[-SHOWN_LINES:]] + [f"    exit code {code}; see {folder / LOG}"]
     )

@@ -34,6 +34,14 @@ def test_sgd_is_nesterovs_and_decays_all_parameters(tmp_path):
     assert {name: group[name] for name in expected} == expected
 
 
+def test_settings_that_a_checkpoint_keeps_name_no_folder_of_the_machine(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.experiment = {"dataset_name": "/data/private/cats", "batch_size": 8}
+    settings = trainer.settings()
+    assert (settings["dataset_name"], settings["batch_size"]) == ("cats", 8)
+    assert not any("/" in str(value) for value in settings.values())
+
+
 def test_another_optimiser_is_transformers_own(tmp_path):
     trainer = trainer_of(tmp_path, optim="adamw_torch")
     trainer.create_optimizer()

@@ -18,7 +18,8 @@ folder = Path(flags["--output_dir"])
 with open(folder.parent / "calls.txt", "a") as calls:
     calls.write(" ".join(sys.argv[1:]) + "\\n")
 if flags["--method"] == "broken":
-    sys.exit("error: there is no such method")
+    print("error: there is no such method", *(f"  of the launcher's trace: {line}" for line in range(9)), sep="\\n")
+    sys.exit(1)
 top1 = {"baseline": 0.5, "gradaug": 0.6}[flags["--method"]] + int(flags["--seed"]) / 100
 result = {"method": flags["--method"], "top1": top1, "top5": 1.0, "steps": 20, "curve": [], "peak_memory": 10.0,
           "seconds": {"baseline": 10.0, "gradaug": 27.0}[flags["--method"]]}
@@ -113,7 +114,8 @@ def test_a_run_that_fails_is_named_and_the_others_are_trained(recipe, tmp_path, 
     (failed,) = train_all(make_plan(recipe, rows=rows, seeds=[0]), tmp_path / "runs", LAUNCH)
     assert failed.row == "bad"
     assert len(calls(tmp_path / "runs")) == 2
-    assert "error: there is no such method" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "error: there is no such method" in printed and "launcher" not in printed
 
 
 def test_results_of_other_settings_are_never_taken_for_those_of_the_plan(recipe, tmp_path):
