@@ -5,20 +5,28 @@ has none, and so has one that went back to its own class (pruned, parametrized).
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
-
-from gradaug_hf.slimming.patterns import pattern_full_size
 
 MARK = "_patched_with"
 
 
+class Mark(NamedTuple):
+    """Hold the state that a model was patched with, and the shapes of the sliced tensors of one of its modules."""
+
+    state: Any
+    shapes: dict[str, torch.Size]
+
+
 def mark(model: nn.Module, state: Any) -> int:
-    """Mark every module of a model with the state that they share, and return their number."""
+    """Mark every module of a patched model with the state that they share, and return their number."""
     modules = list(_walk(model))
     for module in modules:
-        vars(module)[MARK] = state
+        slices = vars(module).get("_slices")
+        names = () if slices is None else slices.tensors
+        vars(module)[MARK] = Mark(state, {name: _stored(module, name).shape for name in names})
     return len(modules)
 
 
@@ -39,7 +47,7 @@ def find_change(model: nn.Module, state: Any, num_modules: int) -> str | None:
     if len(modules) == num_modules and all(_is_as_marked(module, state) for module in modules):
         return None
     for name, module in model.named_modules():
-        if vars(module).get(MARK) is not state:
+        if not _is_marked(module, state):
             return f"{name or 'the model'} ({type(module).__name__}) was put in or changed"
         if not _has_planned_shapes(module):
             return f"{name or 'the model'} ({type(module).__name__}) has parameters of another shape"
@@ -56,16 +64,17 @@ def _walk(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_as_marked(module: nn.Module, state: Any) -> bool:
-    return vars(module).get(MARK) is state and _has_planned_shapes(module)
+    return _is_marked(module, state) and _has_planned_shapes(module)
+
+
+def _is_marked(module: nn.Module, state: Any) -> bool:
+    own = vars(module).get(MARK)
+    return own is not None and own.state is state
 
 
 def _has_planned_shapes(module: nn.Module) -> bool:
-    slices = vars(module).get("_slices")
-    return slices is None or all(
-        tuple(map(pattern_full_size, patterns)) == tuple(_stored(module, name).shape)
-        for name, patterns in slices.tensors.items()
-    )
+    return all(_stored(module, name).shape == shape for name, shape in vars(module)[MARK].shapes.items())
 
 
-def _stored(module: nn.Module, name: str) -> Any:
+def _stored(module: nn.Module, name: str) -> torch.Tensor:
     return module._parameters[name] if name in module._parameters else module._buffers[name]

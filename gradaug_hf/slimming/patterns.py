@@ -85,10 +85,6 @@ def pattern_size(pattern: Pattern, width: Width) -> int:
     return sum(part.size_at(width) for part in pattern)
 
 
-def pattern_full_size(pattern: Pattern) -> int:
-    return sum(part.full_size for part in pattern)
-
-
 def is_sliced(pattern: Pattern) -> bool:
     return any(isinstance(part, Kept) for part in pattern)
 

@@ -69,7 +69,7 @@ def test_a_subnetwork_equals_the_full_model_with_left_out_channels_zeroed(name, 
     for grad in (True, False):  # torch has an implementation of its own for the second
         with torch.set_grad_enabled(grad), gradaug_hf.at_width(model, width):
             output = model(x)
-        assert relative_error(output.detach(), zeroed(untouched, kept)(x)) < 1e-10
+        assert relative_error(output.detach(), zeroed(untouched, kept)(x).detach()) < 1e-10
         assert relative_error(gradaug_hf.extract_subnet(model, width)(x).detach(), output.detach()) < 1e-10
 
 
