@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from gradaug_hf.experiments.backbone import frozen_norms, head_parameters
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.hub.configs import plain_state, timm_network
 from gradaug_hf.objective.class_weights import WeightedGradAug, weighted_cross_entropy
@@ -199,48 +199,3 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
         )
     groups = param_groups_layer_decay(network, weight_decay, (*no_decay, *NO_DECAY), layer_decay=layer_decay)
     return sorted(groups, key=lambda group: group["lr_scale"], reverse=True)
-
-
-def head_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters of a model's classifier.
-
-    Args:
-        model: of timm, wrapped or not, or a classifier of transformers.
-
-    Raises:
-        ValueError: it has none, or does not say which they are.
-    """
-    network = timm_network(model)
-    if network is None:
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        names = [name for name, _ in model.named_parameters()]
-        found = [name for name in names if not name.startswith(prefix)]
-        if len(found) == len(names):
-            found = []
-    else:
-        heads = network.get_classifier()
-        own = {id(p) for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()}
-        found = [name for name, p in model.named_parameters() if id(p) in own]
-    if not found:
-        raise ValueError(f"{type(model).__name__} does not say which of its parameters are the classifier's")
-    return tuple(found)
-
-
-def freeze_backbone(model: nn.Module) -> None:
-    """Train the classifier of a model alone.
-
-    Args:
-        model: as for `head_parameters`.
-
-    Raises:
-        ValueError: as `head_parameters`.
-    """
-    heads = head_parameters(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name in heads
-
-
-def frozen_norms(model: nn.Module) -> list[nn.Module]:
-    """Return the batch norms whose parameters are not trained."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return [norm for norm in norms if norm.affine and not norm._parameters["weight"].requires_grad]

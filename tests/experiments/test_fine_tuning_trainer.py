@@ -7,16 +7,11 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from gradaug_hf import GradAugConfig
-from gradaug_hf.experiments.fine_tuning_trainer import (
-    AVERAGE,
-    FineTuningTrainer,
-    freeze_backbone,
-    head_parameters,
-    parameter_groups,
-)
+from gradaug_hf.experiments.backbone import freeze_backbone, head_parameters
+from gradaug_hf.experiments.fine_tuning_trainer import AVERAGE, FineTuningTrainer, parameter_groups
 from gradaug_hf.trainer.checkpoints import ResumeError
 
 STEPS = 4
@@ -123,20 +118,6 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(tmp_path, name: str):
     trainer_of(tmp_path, model).train()
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert changed == set(head_parameters(model)) and len(changed) == 2
-
-
-def test_the_classifier_of_a_transformers_model_is_trained_alone():
-    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3))
-    freeze_backbone(model)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        "classifier.1.weight",
-        "classifier.1.bias",
-    }
-
-
-def test_a_model_that_does_not_name_its_classifier_cannot_be_frozen():
-    with pytest.raises(ValueError, match="Sequential does not say which of its parameters are the classifier's"):
-        freeze_backbone(small_model())
 
 
 # ---- weights of classes ----
