@@ -20,7 +20,7 @@ from gradaug_hf.experiments.backbone import frozen_norms, head_parameters
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.hub.configs import plain_state, timm_network
 from gradaug_hf.objective.class_weights import WeightedGradAug, weighted_cross_entropy
-from gradaug_hf.objective.objective import logits_of
+from gradaug_hf.objective.logits import logits_of, num_classes_of
 from gradaug_hf.reports.model_card import ModelFacts
 from gradaug_hf.trainer.batches import split_batch
 from gradaug_hf.trainer.checkpoints import ResumeError
@@ -120,7 +120,7 @@ class FineTuningTrainer(RecipeTrainer):
         if self.class_weights is None or not model.training:
             return super()._plain_loss(model, inputs, return_outputs, num_items_in_batch)
         images, labels, others = split_batch(inputs)
-        logits = logits_of(model(images, **others), len(labels))
+        logits = logits_of(model(images, **others), len(labels), num_classes_of(self.model))
         loss = weighted_cross_entropy(logits, labels, self.class_weights, self.args.label_smoothing_factor)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
