@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +18,7 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput
 from gradaug_hf.experiments.backbone import frozen_norms, head_parameters
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.hub.configs import plain_state, timm_network
-from gradaug_hf.objective.class_weights import WeightedGradAug, weighted_cross_entropy
-from gradaug_hf.objective.logits import logits_of, num_classes_of
+from gradaug_hf.objective.class_weights import weighted_cross_entropy
 from gradaug_hf.reports.model_card import ModelFacts
 from gradaug_hf.trainer.batches import split_batch
 from gradaug_hf.trainer.checkpoints import ResumeError
@@ -62,11 +60,7 @@ class FineTuningTrainer(RecipeTrainer):
         self.layer_decay = layer_decay
         self.class_table: str | None = None  # on the model card, once the classes are evaluated
         self.class_weights = class_weights
-        if class_weights is not None:
-            self._objective_class = partial(WeightedGradAug, class_weights=class_weights)
         super().__init__(model, args, **kwargs)
-        if class_weights is not None:  # whose loss is a mean over images, to be divided among accumulated batches
-            self.model_accepts_loss_kwargs = False
         self._average: ModelEmaV3 | None = None
         if ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -107,22 +101,24 @@ class FineTuningTrainer(RecipeTrainer):
             self._average.module.load_state_dict(load_file(file))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Any]:
-        """`GradAugTrainer.compute_loss`, with the batch norm of a frozen backbone as in evaluation."""
-        if model.training:
-            for norm in frozen_norms(model):
-                norm.eval()
-        return super().compute_loss(model, *args, **kwargs)
+    def full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Return the loss of the full network, in training with the weights of the classes, and its logits.
 
-    def _plain_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
-    ) -> Tensor | tuple[Tensor, Any]:
-        if self.class_weights is None or not model.training:
-            return super()._plain_loss(model, inputs, return_outputs, num_items_in_batch)
-        images, labels, others = split_batch(inputs)
-        logits = logits_of(model(images, **others), len(labels), num_classes_of(self.model))
-        loss = weighted_cross_entropy(logits, labels, self.class_weights, self.args.label_smoothing_factor)
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+        The batch norm of a frozen backbone is as in evaluation.
+
+        Args:
+            model: as for `GradAugTrainer.full_loss`.
+            inputs: as for `GradAugTrainer.full_loss`.
+        """
+        if not model.training:
+            return super().full_loss(model, inputs)
+        for norm in frozen_norms(model):
+            norm.eval()
+        loss, logits = super().full_loss(model, inputs)
+        if self.class_weights is not None:
+            labels = split_batch(inputs)[1]
+            loss = weighted_cross_entropy(logits, labels, self.class_weights, self.args.label_smoothing_factor)
+        return loss, logits
 
     def _card_facts(self) -> ModelFacts:
         return replace(super()._card_facts(), classes=self.class_table)

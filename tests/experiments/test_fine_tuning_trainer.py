@@ -128,19 +128,20 @@ def test_only_the_training_loss_has_the_weights(tmp_path, num_subnets: int):
     settings = {"num_subnets": num_subnets, "resolutions": [16], "max_steps": 1, "logging_steps": 1}
     settings |= {"learning_rate": 0.0, "per_device_train_batch_size": 10}
 
-    def losses(weights: list[float] | None) -> tuple[float, float]:
+    def losses(weights: list[float] | None) -> tuple[float, float, float | None]:
         own = {} if weights is None else {"class_weights": torch.tensor(weights)}
         trainer = trainer_of(tmp_path, settings=settings, **own)
         trainer.train()
         logged = trainer.state.log_history[0]
-        return logged.get("loss_full", logged["loss"]), trainer.evaluate()["eval_loss"]
+        return logged.get("loss_full", logged["loss"]), trainer.evaluate()["eval_loss"], logged.get("loss_subnets")
 
-    plain, evaluated = losses(None)
+    plain, evaluated, of_subnets = losses(None)
     parts = [losses([float(label == k) for k in range(3)])[0] for label in range(3)]
-    weighted, evaluated_after = losses([1.0, 2.0, 3.0])
+    weighted, evaluated_after, of_subnets_after = losses([1.0, 2.0, 3.0])
     assert sum(parts) == pytest.approx(plain, rel=1e-4)
     assert weighted == pytest.approx(sum(k * part for k, part in enumerate(parts, start=1)), rel=1e-4)
     assert evaluated_after == pytest.approx(evaluated, rel=1e-4)
+    assert of_subnets_after == of_subnets  # which learn the prediction, whatever the classes weigh
 
 
 # ---- averaged weights ----
