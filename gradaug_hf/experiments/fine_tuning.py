@@ -5,11 +5,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import DatasetDict
-from torch import nn
 from transformers import set_seed
 
 from gradaug_hf.data.backbone_transforms import ProcessorTransform, augmenting_transform
@@ -18,8 +16,9 @@ from gradaug_hf.data.columns import label_values
 from gradaug_hf.data.decoding import decode, with_pixels
 from gradaug_hf.data.loading import class_names, load_image_data, load_two_folders, take_images
 from gradaug_hf.data.seeded import SeededDataset
+from gradaug_hf.experiments.backbone import check_side, freeze_backbone, load_backbone
 from gradaug_hf.experiments.fine_tuning_arguments import FineTuningArguments, parse
-from gradaug_hf.experiments.fine_tuning_trainer import FineTuningTrainer, freeze_backbone
+from gradaug_hf.experiments.fine_tuning_trainer import FineTuningTrainer
 from gradaug_hf.experiments.memory import check_memory
 from gradaug_hf.experiments.run import (
     CHANGEABLE,
@@ -31,7 +30,7 @@ from gradaug_hf.experiments.run import (
     push,
 )
 from gradaug_hf.experiments.run import train as train_and_save
-from gradaug_hf.hub.networks import accepted_arguments, image_processor, load_checkpoint, pretrained_source
+from gradaug_hf.hub.networks import image_processor, pretrained_source
 from gradaug_hf.hub.preprocessing import image_processor_doing, input_config, processor_data_config
 from gradaug_hf.hub.pushing import PushError
 from gradaug_hf.objective.class_weights import balanced_weights
@@ -104,7 +103,7 @@ def make_trainer(args: FineTuningArguments, config: GradAugConfig) -> FineTuning
     check_batch(args.batch_size, len(data["train"]))
     names = class_names(data)
     set_seed(config.seed)
-    model = load_checkpoint(source, names, size_arguments(source, args.image_size))
+    model = load_backbone(source, names, args.image_size)
     if args.freeze == "backbone":
         freeze_backbone(model)
     inputs = input_config(model, image_processor(source), args.image_size)
@@ -156,36 +155,6 @@ def load_data(args: FineTuningArguments, seed: int) -> DatasetDict:
             f"evaluate on{origin}"
         )
     return data
-
-
-def size_arguments(source: str, side: int | None) -> dict[str, Any]:
-    """Return the arguments with which a timm model with position embeddings takes images of several sizes.
-
-    Args:
-        source: folder or Hub id of a checkpoint.
-        side: of the images in pixels; None: that of the model.
-    """
-    accepted = accepted_arguments(source)
-    arguments = {"img_size": side} if side is not None and "img_size" in accepted else {}
-    return arguments | ({"dynamic_img_size": True} if "dynamic_img_size" in accepted else {})
-
-
-def check_side(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-    """Make sure that a model takes images of a size, by one image.
-
-    Raises:
-        ValueError: it does not.
-    """
-    was_training = model.training
-    try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, *input_size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"image_size is {input_size[-1]}, which {name} does not take: {error}; leave image_size out for its own"
-        ) from error
-    finally:
-        model.train(was_training)
 
 
 def plot_examples(trainer: FineTuningTrainer) -> None:

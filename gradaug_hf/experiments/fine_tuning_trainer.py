@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,15 +11,14 @@ from safetensors.torch import load_file, save_file
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from gradaug_hf.experiments.backbone import frozen_norms, head_parameters
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.hub.configs import plain_state, timm_network
-from gradaug_hf.objective.class_weights import WeightedGradAug, weighted_cross_entropy
-from gradaug_hf.objective.objective import logits_of
+from gradaug_hf.objective.class_weights import weighted_cross_entropy
 from gradaug_hf.reports.model_card import ModelFacts
 from gradaug_hf.trainer.batches import split_batch
 from gradaug_hf.trainer.checkpoints import ResumeError
@@ -62,11 +60,7 @@ class FineTuningTrainer(RecipeTrainer):
         self.layer_decay = layer_decay
         self.class_table: str | None = None  # on the model card, once the classes are evaluated
         self.class_weights = class_weights
-        if class_weights is not None:
-            self._objective_class = partial(WeightedGradAug, class_weights=class_weights)
         super().__init__(model, args, **kwargs)
-        if class_weights is not None:  # whose loss is a mean over images, to be divided among accumulated batches
-            self.model_accepts_loss_kwargs = False
         self._average: ModelEmaV3 | None = None
         if ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -107,22 +101,24 @@ class FineTuningTrainer(RecipeTrainer):
             self._average.module.load_state_dict(load_file(file))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Any]:
-        """`GradAugTrainer.compute_loss`, with the batch norm of a frozen backbone as in evaluation."""
-        if model.training:
-            for norm in frozen_norms(model):
-                norm.eval()
-        return super().compute_loss(model, *args, **kwargs)
+    def full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Return the loss of the full network, in training with the weights of the classes, and its logits.
 
-    def _plain_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
-    ) -> Tensor | tuple[Tensor, Any]:
-        if self.class_weights is None or not model.training:
-            return super()._plain_loss(model, inputs, return_outputs, num_items_in_batch)
-        images, labels, others = split_batch(inputs)
-        logits = logits_of(model(images, **others), len(labels))
-        loss = weighted_cross_entropy(logits, labels, self.class_weights, self.args.label_smoothing_factor)
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+        The batch norm of a frozen backbone is as in evaluation.
+
+        Args:
+            model: as for `GradAugTrainer.full_loss`.
+            inputs: as for `GradAugTrainer.full_loss`.
+        """
+        if not model.training:
+            return super().full_loss(model, inputs)
+        for norm in frozen_norms(model):
+            norm.eval()
+        loss, logits = super().full_loss(model, inputs)
+        if self.class_weights is not None:
+            labels = split_batch(inputs)[1]
+            loss = weighted_cross_entropy(logits, labels, self.class_weights, self.args.label_smoothing_factor)
+        return loss, logits
 
     def _card_facts(self) -> ModelFacts:
         return replace(super()._card_facts(), classes=self.class_table)
@@ -199,48 +195,3 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
         )
     groups = param_groups_layer_decay(network, weight_decay, (*no_decay, *NO_DECAY), layer_decay=layer_decay)
     return sorted(groups, key=lambda group: group["lr_scale"], reverse=True)
-
-
-def head_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters of a model's classifier.
-
-    Args:
-        model: of timm, wrapped or not, or a classifier of transformers.
-
-    Raises:
-        ValueError: it has none, or does not say which they are.
-    """
-    network = timm_network(model)
-    if network is None:
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        names = [name for name, _ in model.named_parameters()]
-        found = [name for name in names if not name.startswith(prefix)]
-        if len(found) == len(names):
-            found = []
-    else:
-        heads = network.get_classifier()
-        own = {id(p) for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()}
-        found = [name for name, p in model.named_parameters() if id(p) in own]
-    if not found:
-        raise ValueError(f"{type(model).__name__} does not say which of its parameters are the classifier's")
-    return tuple(found)
-
-
-def freeze_backbone(model: nn.Module) -> None:
-    """Train the classifier of a model alone.
-
-    Args:
-        model: as for `head_parameters`.
-
-    Raises:
-        ValueError: as `head_parameters`.
-    """
-    heads = head_parameters(model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name in heads
-
-
-def frozen_norms(model: nn.Module) -> list[nn.Module]:
-    """Return the batch norms whose parameters are not trained."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    return [norm for norm in norms if norm.affine and not norm._parameters["weight"].requires_grad]

@@ -17,7 +17,7 @@ from gradaug_hf.data.decoding import UnreadableImageError, decode
 from gradaug_hf.data.folders import read_folder
 from gradaug_hf.hub.networks import checkpoint_folder, image_processor, load_checkpoint, pretrained_source
 from gradaug_hf.hub.preprocessing import image_processor_doing, input_config
-from gradaug_hf.objective.objective import logits_of
+from gradaug_hf.objective.logits import logits_of
 from gradaug_hf.slimming import at_width, make_slimmable, recalibrate_batchnorm
 from gradaug_hf.slimming.patching import check_width
 

@@ -1,14 +1,12 @@
 """Weights of classes: the full network's loss counts each class the same, however many images it has."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from gradaug_hf.objective.losses import check_labels, check_logits
-from gradaug_hf.objective.objective import GradAug
 
 
 def balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
@@ -56,20 +54,3 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor
             weights = class_weights[labels]
         losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
         return (weights * losses).mean()
-
-
-class WeightedGradAug(GradAug):
-    """Give the full network's loss weights of classes; the sub-networks learn its prediction as before.
-
-    Args:
-        model: as for `GradAug`.
-        class_weights: (classes,).
-        settings: keyword arguments of `GradAug`.
-    """
-
-    def __init__(self, model: nn.Module, *, class_weights: Tensor, **settings: Any) -> None:
-        super().__init__(model, **settings)
-        self.class_weights = class_weights
-
-    def _full_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return weighted_cross_entropy(logits, labels, self.class_weights, self.label_smoothing)

@@ -286,7 +286,7 @@ class GradAug:
             loss, output = self.full_loss(self.model, images, labels, inputs)
             return Pass(loss, logits_of(output, len(labels), self.num_classes).detach())
         logits = logits_of(self.model(images, **inputs), len(labels), self.num_classes)
-        return Pass(self._full_loss(logits, labels), logits.detach())
+        return Pass(cross_entropy(logits, labels, self.label_smoothing), logits.detach())
 
     def _subnet_pass(
         self, images: Tensor, labels: Tensor, target: Tensor, subnet: Subnet, inputs: dict[str, Any]
@@ -295,9 +295,6 @@ class GradAug:
         transformed = transform_for_subnet(images, subnet, self.transform)
         logits = logits_of(self.model(transformed, **inputs), len(labels), self.num_classes)
         return Pass(self._subnet_loss(logits, target, labels), logits.detach())
-
-    def _full_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels, self.label_smoothing)
 
     def _subnet_loss(self, logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         if self.subnet_target == "label":

@@ -7,16 +7,11 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import ViTConfig, ViTForImageClassification
 
 from gradaug_hf import GradAugConfig
-from gradaug_hf.experiments.fine_tuning_trainer import (
-    AVERAGE,
-    FineTuningTrainer,
-    freeze_backbone,
-    head_parameters,
-    parameter_groups,
-)
+from gradaug_hf.experiments.backbone import freeze_backbone, head_parameters
+from gradaug_hf.experiments.fine_tuning_trainer import AVERAGE, FineTuningTrainer, parameter_groups
 from gradaug_hf.trainer.checkpoints import ResumeError
 
 STEPS = 4
@@ -125,20 +120,6 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(tmp_path, name: str):
     assert changed == set(head_parameters(model)) and len(changed) == 2
 
 
-def test_the_classifier_of_a_transformers_model_is_trained_alone():
-    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3))
-    freeze_backbone(model)
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
-        "classifier.1.weight",
-        "classifier.1.bias",
-    }
-
-
-def test_a_model_that_does_not_name_its_classifier_cannot_be_frozen():
-    with pytest.raises(ValueError, match="Sequential does not say which of its parameters are the classifier's"):
-        freeze_backbone(small_model())
-
-
 # ---- weights of classes ----
 
 
@@ -147,19 +128,20 @@ def test_only_the_training_loss_has_the_weights(tmp_path, num_subnets: int):
     settings = {"num_subnets": num_subnets, "resolutions": [16], "max_steps": 1, "logging_steps": 1}
     settings |= {"learning_rate": 0.0, "per_device_train_batch_size": 10}
 
-    def losses(weights: list[float] | None) -> tuple[float, float]:
+    def losses(weights: list[float] | None) -> tuple[float, float, float | None]:
         own = {} if weights is None else {"class_weights": torch.tensor(weights)}
         trainer = trainer_of(tmp_path, settings=settings, **own)
         trainer.train()
         logged = trainer.state.log_history[0]
-        return logged.get("loss_full", logged["loss"]), trainer.evaluate()["eval_loss"]
+        return logged.get("loss_full", logged["loss"]), trainer.evaluate()["eval_loss"], logged.get("loss_subnets")
 
-    plain, evaluated = losses(None)
+    plain, evaluated, of_subnets = losses(None)
     parts = [losses([float(label == k) for k in range(3)])[0] for label in range(3)]
-    weighted, evaluated_after = losses([1.0, 2.0, 3.0])
+    weighted, evaluated_after, of_subnets_after = losses([1.0, 2.0, 3.0])
     assert sum(parts) == pytest.approx(plain, rel=1e-4)
     assert weighted == pytest.approx(sum(k * part for k, part in enumerate(parts, start=1)), rel=1e-4)
     assert evaluated_after == pytest.approx(evaluated, rel=1e-4)
+    assert of_subnets_after == of_subnets  # which learn the prediction, whatever the classes weigh
 
 
 # ---- averaged weights ----

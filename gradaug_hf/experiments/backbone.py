@@ -1,0 +1,125 @@
+"""The pretrained model of a fine-tuning: loaded for other classes and another size, frozen or not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoConfig
+
+from gradaug_hf.hub.configs import timm_network
+from gradaug_hf.hub.networks import accepted_arguments, checkpoint_folder, load_checkpoint
+
+# Deviation of the weights of a new classifier. timm's own is larger the fewer classes there are: 0.4 with two of an
+# EfficientNet, whose loss is then about 5 at first.
+HEAD_DEVIATION = 0.01
+
+
+def load_backbone(source: str, class_names: Sequence[str], side: int | None = None) -> nn.Module:
+    """Return a pretrained model for the classes of a dataset; where they are as many, it keeps its classifier.
+
+    Args:
+        source: folder or Hub id of a checkpoint of timm or transformers.
+        class_names: in the order of the labels.
+        side: of the images in pixels; None: that of the model.
+
+    Raises:
+        ValueError: the model cannot be loaded.
+    """
+    model = load_checkpoint(source, class_names, size_arguments(source, side))
+    if AutoConfig.from_pretrained(checkpoint_folder(source)).num_labels != len(class_names):
+        start_evenly(model)
+    return model
+
+
+def start_evenly(model: nn.Module) -> None:
+    """Give the classifier of a model small weights, so that no class is preferred at first.
+
+    Args:
+        model: as for `head_parameters`.
+
+    Raises:
+        ValueError: as `head_parameters`.
+    """
+    heads = {id(dict(model.named_parameters())[name]) for name in head_parameters(model)}
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module.weight) in heads:
+            nn.init.normal_(module.weight, std=HEAD_DEVIATION)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def size_arguments(source: str, side: int | None) -> dict[str, Any]:
+    """Return the arguments with which a timm model with position embeddings takes images of several sizes.
+
+    Args:
+        source: folder or Hub id of a checkpoint.
+        side: of the images in pixels; None: that of the model.
+    """
+    accepted = accepted_arguments(source)
+    arguments = {"img_size": side} if side is not None and "img_size" in accepted else {}
+    return arguments | ({"dynamic_img_size": True} if "dynamic_img_size" in accepted else {})
+
+
+def check_side(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
+    """Make sure that a model takes images of a size, by one image.
+
+    Raises:
+        ValueError: it does not.
+    """
+    was_training = model.training
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, *input_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"image_size is {input_size[-1]}, which {name} does not take: {error}; leave image_size out for its own"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
+def head_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a model's classifier.
+
+    Args:
+        model: of timm, wrapped or not, or a classifier of transformers.
+
+    Raises:
+        ValueError: it has none, or does not say which they are.
+    """
+    network = timm_network(model)
+    if network is None:
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        names = [name for name, _ in model.named_parameters()]
+        found = [name for name in names if not name.startswith(prefix)]
+        if len(found) == len(names):
+            found = []
+    else:
+        heads = network.get_classifier()
+        own = {id(p) for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()}
+        found = [name for name, p in model.named_parameters() if id(p) in own]
+    if not found:
+        raise ValueError(f"{type(model).__name__} does not say which of its parameters are the classifier's")
+    return tuple(found)
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Train the classifier of a model alone.
+
+    Args:
+        model: as for `head_parameters`.
+
+    Raises:
+        ValueError: as `head_parameters`.
+    """
+    heads = head_parameters(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in heads
+
+
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """Return the batch norms whose parameters are not trained."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [norm for norm in norms if norm.affine and not norm._parameters["weight"].requires_grad]
