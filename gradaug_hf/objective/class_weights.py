@@ -1,6 +1,7 @@
 """Weights of classes: the full network's loss counts each class the same, however many images it has."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,12 +65,12 @@ class WeightedGradAug(GradAug):
     Args:
         model: as for `GradAug`.
         class_weights: (classes,).
-        settings: keyword arguments of `GradAug`.
+        label_smoothing: of the full network's cross-entropy, in [0, 1].
+        settings: further keyword arguments of `GradAug`.
     """
 
-    def __init__(self, model: nn.Module, *, class_weights: Tensor, **settings: Any) -> None:
-        super().__init__(model, **settings)
-        self.class_weights = class_weights
-
-    def _full_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return weighted_cross_entropy(logits, labels, self.class_weights, self.label_smoothing)
+    def __init__(
+        self, model: nn.Module, *, class_weights: Tensor, label_smoothing: float = 0.0, **settings: Any
+    ) -> None:
+        criterion = partial(weighted_cross_entropy, class_weights=class_weights, label_smoothing=label_smoothing)
+        super().__init__(model, criterion=criterion, **settings)
