@@ -73,8 +73,8 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def binary_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
     """Return the KL divergence from a detached target to a sub-network's prediction of several independent classes.
 
-    It is that of the Bernoulli distributions of each class, summed over the classes and averaged over the batch: sum of
-    p * (log p - log q) + (1 - p) * (log(1 - p) - log(1 - q)) with p the sigmoid of `target_logits`, q that of
+    It is that of the Bernoulli distributions of each class, summed over the classes and averaged over the batch: sum
+    of p * (log p - log q) + (1 - p) * (log(1 - p) - log(1 - q)) with p the sigmoid of `target_logits`, q that of
     `logits`. No gradient reaches `target_logits`.
 
     Args:

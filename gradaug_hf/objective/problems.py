@@ -60,8 +60,8 @@ def problem_of(model: nn.Module, given: ProblemType | None = None) -> Problem:
         raise ValueError(f"config.problem_type is {stated!r}; GradAug needs one of {choices}")
     if None not in (given, stated) and given != stated:
         raise ValueError(
-            f"problem_type is {given!r}, but config.problem_type of this {type(model).__name__} is {stated!r}; set one "
-            "of them alone, or both to the same"
+            f"problem_type is {given!r}, but config.problem_type of this {type(model).__name__} is {stated!r}; set "
+            "one of them alone, or both to the same"
         )
     if given is not None and hasattr(config, "problem_type"):
         config.problem_type = given
@@ -81,9 +81,11 @@ def criterion_of(problem: Problem, given: Loss | None = None, label_smoothing: f
     """
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 1]")
-    if label_smoothing and (given is not None or problem is not SINGLE_LABEL):
-        other = "criterion" if given is not None else "problem_type='multi_label_classification'"
-        raise ValueError(f"label_smoothing is {label_smoothing!r}, which {other} does not have; set it to 0")
+    if label_smoothing and (given is not None or problem != SINGLE_LABEL):
+        raise ValueError(
+            f"label smoothing is {label_smoothing!r}, but only the cross-entropy of one class for an image has it; set "
+            "it to 0"
+        )
     if given is not None:
         return partial(_loss_given, given)
     return partial(cross_entropy, label_smoothing=label_smoothing) if label_smoothing else problem.full_loss
