@@ -24,7 +24,7 @@ from gradaug_hf.slimming import (
 )
 from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.trainer.config import GradAugConfig
-from gradaug_hf.trainer.metrics import topk_accuracy
+from gradaug_hf.trainer.metrics import mean_average_precision, topk_accuracy
 from gradaug_hf.trainer.trainer import GradAugTrainer
 from gradaug_hf.version import __version__
 
@@ -54,6 +54,7 @@ __all__ = [
     "load_image_data",
     "make_droppable",
     "make_slimmable",
+    "mean_average_precision",
     "preset_settings",
     "recalibrate_batchnorm",
     "register_layer",

@@ -1,11 +1,16 @@
-"""Columns of a dataset: which hold the images and the labels, and one form for both."""
+"""Columns of a dataset: which hold the images and the labels, and one form for both.
+
+A label is one class, or a list of the classes that an image has.
+"""
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, LargeList, List, Value
+from torch import Tensor
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
@@ -21,13 +26,44 @@ def _is_encoded_image(feature: object) -> bool:
     return _has_type(feature, BINARY) or (isinstance(feature, dict) and "bytes" in feature)
 
 
+def is_multi_label(feature: object) -> bool:
+    """Return whether a column holds lists."""
+    return isinstance(feature, (List, LargeList))
+
+
+def _of_one_class(feature: object) -> object:
+    return feature.feature if is_multi_label(feature) else feature
+
+
 def is_class_label(feature: object) -> bool:
-    """Return whether a column holds numbers of classes that have names."""
-    return isinstance(feature, ClassLabel)
+    """Return whether a column holds numbers of classes that have names, or lists of them."""
+    return isinstance(_of_one_class(feature), ClassLabel)
+
+
+def classes_of(feature: object) -> ClassLabel:
+    """Return the classes of a column for which `is_class_label` holds."""
+    return _of_one_class(feature)
+
+
+def multi_hot(labels: Iterable[Iterable[int]], num_classes: int) -> list[Tensor]:
+    """Return for each image a float tensor (num_classes,), 1 for each class that it has.
+
+    Args:
+        labels: numbers of the classes of each image.
+        num_classes: of the dataset.
+
+    Example:
+        >>> multi_hot([[0, 2]], 3)
+        [tensor([1., 0., 1.])]
+    """
+    return [torch.zeros(num_classes).index_fill(0, torch.tensor(classes, dtype=torch.long), 1) for classes in labels]
 
 
 def _is_class(feature: object) -> bool:
-    return _has_type(feature, (*STRINGS, pa.types.is_integer, pa.types.is_boolean))
+    single = (*STRINGS, pa.types.is_integer)
+    if is_multi_label(feature):
+        return _has_type(feature.feature, single)
+    return _has_type(feature, (*single, pa.types.is_boolean))
 
 
 def _has_type(feature: object, tests: Iterable[Callable[[pa.DataType], bool]]) -> bool:
@@ -72,10 +108,10 @@ def standard_columns(splits: DatasetDict, image_column: str, label_column: str) 
     """Return splits with the columns `image` (encoded), `label` (a `ClassLabel`) and `row` (the position).
 
     Labels that are no `ClassLabel` become one: its classes are the distinct values of all splits, sorted, and their
-    names are these values.
+    names are these values. Lists of classes become lists of a `ClassLabel`.
 
     Raises:
-        ValueError: a label is missing or out of range, or there is one class alone.
+        ValueError: a label is missing or out of range, is twice in a list, or there is one class alone.
     """
     splits = splits.select_columns([image_column, label_column])
     splits = splits.rename_columns({image_column: "image", label_column: "label"})
@@ -83,7 +119,7 @@ def standard_columns(splits: DatasetDict, image_column: str, label_column: str) 
         _check_labels(split)
     if not is_class_label(splits["train"].features["label"]):
         splits = _with_class_labels(splits)
-    names = splits["train"].features["label"].names
+    names = classes_of(splits["train"].features["label"]).names
     if len(names) < 2:
         raise ValueError(
             f"the dataset has one class, {names[0]!r}, in column {label_column!r}; two or more are needed"
@@ -97,38 +133,78 @@ def label_values(split: Dataset) -> np.ndarray:
     return _label_column(split).to_numpy()
 
 
+def classes_found(split: Dataset) -> np.ndarray:
+    """Return the sorted numbers of the classes that images of a split with standard columns have."""
+    return np.unique(_classes_of_images(split)[1].to_numpy())
+
+
 def _label_column(split: Dataset) -> pa.ChunkedArray:
     return split.select_columns("label").with_format("arrow")[:]["label"]
 
 
+def _classes_of_images(split: Dataset) -> tuple[pa.Array, pa.Array]:
+    """Return the rows and the classes of all labels; a row whose list is empty has none."""
+    column = _label_column(split).combine_chunks()
+    if not is_multi_label(split.features["label"]):
+        return pa.array(np.arange(len(column))), column
+    return pc.list_parent_indices(column), pc.list_flatten(column)
+
+
 def _check_labels(split: Dataset) -> None:
-    """Raise a ValueError where a label is missing, or is the number of no class."""
-    feature, column = split.features["label"], _label_column(split)
+    """Raise a ValueError where a label is missing, is the number of no class, or is twice in a list."""
+    feature, labels = split.features["label"], _label_column(split)
+    missing = pc.index(pc.is_null(labels), True).as_py()
+    if missing >= 0:
+        raise ValueError(f"row {missing} of split {split.split} has label None; expected a label in each row")
+    rows, column = _classes_of_images(split)
     wrong, accepted = pc.is_null(column), "a label in each row"
     if is_class_label(feature):
-        accepted = f"0..{feature.num_classes - 1}"
-        wrong = pc.or_(wrong, pc.or_(pc.less(column, 0), pc.greater_equal(column, feature.num_classes)))
+        num_classes = classes_of(feature).num_classes
+        accepted = f"0..{num_classes - 1}"
+        wrong = pc.or_(wrong, pc.or_(pc.less(column, 0), pc.greater_equal(column, num_classes)))
     elif pa.types.is_integer(column.type):
         accepted = "0 or above"
         wrong = pc.or_(wrong, pc.less(column, 0))
-    row = pc.index(pc.fill_null(wrong, True), True).as_py()
-    if row >= 0:
-        raise ValueError(f"row {row} of split {split.split} has label {column[row]}; expected {accepted}")
+    place = pc.index(pc.fill_null(wrong, True), True).as_py()
+    if place >= 0:
+        raise ValueError(f"row {rows[place]} of split {split.split} has label {column[place]}; expected {accepted}")
+    if is_multi_label(feature):
+        _check_distinct(split, rows, column)
+
+
+def _check_distinct(split: Dataset, rows: pa.Array, column: pa.Array) -> None:
+    """Raise a ValueError where a list names a class twice, as multi-hot lists of zeros and ones would."""
+    pairs = pa.table({"row": rows, "label": _plain(column)}).group_by(["row", "label"], use_threads=False)
+    counted = pairs.aggregate([([], "count_all")])
+    twice = pc.index(pc.greater(counted["count_all"], 1), True).as_py()
+    if twice >= 0:
+        row, label = counted["row"][twice], counted["label"][twice]
+        raise ValueError(
+            f"row {row} of split {split.split} has label {label} twice; a list names each class that the image has "
+            "once (not zeros and ones)"
+        )
 
 
 def _with_class_labels(splits: DatasetDict) -> DatasetDict:
-    columns = {name: _plain(_label_column(split)) for name, split in splits.items()}
+    columns = {name: _plain(_classes_of_images(split)[1]) for name, split in splits.items()}
     values = pa.array(sorted(set().union(*(column.unique().to_pylist() for column in columns.values()))))
     feature = ClassLabel(names=[str(value) for value in values.to_pylist()])
-    codes = {name: pc.index_in(column, values.cast(column.type)) for name, column in columns.items()}
-    return DatasetDict(
-        {
-            name: split.remove_columns("label").add_column("label", codes[name].to_numpy(), feature=feature)
-            for name, split in splits.items()
-        }
-    )
+    several = is_multi_label(splits["train"].features["label"])
+    coded = {}
+    for name, split in splits.items():
+        codes = pc.index_in(columns[name], values.cast(columns[name].type)).to_numpy()
+        labels = _as_lists(codes, _label_column(split)) if several else codes
+        kind = List(feature) if several else feature
+        coded[name] = split.remove_columns("label").add_column("label", labels, feature=kind)
+    return DatasetDict(coded)
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _as_lists(codes: np.ndarray, lists: pa.ChunkedArray) -> list[list[int]]:
+    """Return codes as lists of the lengths of these."""
+    ends = np.cumsum(pc.list_value_length(lists).to_numpy())
+    return [part.tolist() for part in np.split(codes, ends[:-1])]
+
+
+def _plain(column: pa.Array) -> pa.Array:
     """Return strings of any kind as plain ones, for which all of Arrow's functions are there."""
     return column.cast(pa.large_string()) if any(test(column.type) for test in STRINGS) else column

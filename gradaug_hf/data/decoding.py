@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, Image, IterableDataset
 
+from gradaug_hf.data.columns import classes_of, is_class_label, is_multi_label, multi_hot
 from gradaug_hf.data.transforms import Transform
 
 # Images that a stream decodes at a time.
@@ -24,28 +25,34 @@ def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Datas
     """Decode and transform the images of a split when they are read, so in the workers of a data loader.
 
     Args:
-        split: Data with the columns `image`, `label` and, unless it is a stream, `row`.
+        split: Data with the columns `image`, `label`, one class or a list of them, and, unless it is a stream, `row`.
         transform: Function of an RGB image that returns a tensor (3, H, W).
 
     Returns:
-        Data whose examples are `pixel_values`, a tensor (3, H, W), and `labels`, an int. Reading an example raises
-        `UnreadableImageError` with its row where the image cannot be decoded.
+        Data whose examples are `pixel_values`, a tensor (3, H, W), and `labels`, an int or, for lists, a multi-hot
+        float tensor (classes,). Reading an example raises `UnreadableImageError` with its row where the image cannot
+        be decoded.
 
     Example:
         >>> split = with_pixels(load_image_data("photos")["train"], cifar_transform(train=True))
         >>> split[0]["pixel_values"].shape, split[0]["labels"]
         (torch.Size([3, 32, 32]), 0)
     """
+    feature = (split.features or {}).get("label")
+    num_classes = classes_of(feature).num_classes if is_multi_label(feature) and is_class_label(feature) else None
+    read = partial(_read_batch, transform=transform, split=str(split.split), num_classes=num_classes)
     if isinstance(split, IterableDataset):
-        read = partial(_read_batch, transform=transform, split=str(split.split))
         return split.map(read, batched=True, batch_size=STREAM_BATCH, remove_columns=["image", "label"])
-    return split.with_transform(partial(_read_batch, transform=transform, split=str(split.split)))
+    return split.with_transform(read)
 
 
-def _read_batch(batch: dict[str, list], transform: Transform, split: str) -> dict[str, list]:
+def _read_batch(
+    batch: dict[str, list], transform: Transform, split: str, num_classes: int | None = None
+) -> dict[str, list]:
     rows = batch.get("row", [None] * len(batch["image"]))
     images = (decode(image, row, split) for image, row in zip(batch["image"], rows, strict=True))
-    return {"pixel_values": [transform(image) for image in images], "labels": batch["label"]}
+    labels = batch["label"] if num_classes is None else multi_hot(batch["label"], num_classes)
+    return {"pixel_values": [transform(image) for image in images], "labels": labels}
 
 
 def decode(encoded: dict | None, row: int | None, split: str) -> PIL.Image.Image:

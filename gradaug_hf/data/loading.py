@@ -22,7 +22,15 @@ from datasets import (
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
-from gradaug_hf.data.columns import find_columns, is_class_label, label_values, standard_columns
+from gradaug_hf.data.columns import (
+    classes_found,
+    classes_of,
+    find_columns,
+    is_class_label,
+    is_multi_label,
+    label_values,
+    standard_columns,
+)
 from gradaug_hf.data.folders import FolderContent, load_image_folder, read_folder
 
 EVAL_SPLITS = ("validation", "test")
@@ -46,19 +54,21 @@ def load_image_data(
 ) -> DatasetDict:
     """Load a dataset of labelled images in one form, whatever its own columns and splits are called.
 
+    Lists of classes (multi-label) stay lists, of which `with_pixels` makes multi-hot labels.
+
     Args:
         name: Hub id, parquet file, folder of parquet files, or folder of images sorted by class (`load_image_folder`).
         config_name: Configuration of a Hub dataset that has several.
         train_split: Split to train on.
         eval_split: Split to evaluate on; by default `validation`, else `test`. Where the training split is the only
-            one, a fifth of each class is held out.
+            one, a fifth of each class is held out; a fifth of the images where these have several classes.
         image_column: Column of images; found by its type and name if not given.
         label_column: Column of classes; found by its type and name if not given.
         seed: Seed of the split, where one has to be made.
 
     Returns:
-        Splits `train` and `eval` with the columns `image` (encoded), `label` (a `ClassLabel`) and `row` (the position
-        in the split as it was stored).
+        Splits `train` and `eval` with the columns `image` (encoded), `label` (a `ClassLabel`, or lists of one) and
+        `row` (the position in the split as it was stored).
 
     Raises:
         OSError: The dataset cannot be found, reached or read.
@@ -165,7 +175,7 @@ def stream_image_data(
 
 def class_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
     """Return the names of the classes, in the order of the labels."""
-    return data["train"].features["label"].names
+    return classes_of(data["train"].features["label"]).names
 
 
 def number_of_images(split: Dataset | IterableDataset) -> int | None:
@@ -192,7 +202,8 @@ def balanced_subset(split: Dataset, labels_per_class: int, seed: int = 0) -> Dat
         seed: Seed of the sample; the same seed gives the same images.
 
     Raises:
-        ValueError: `labels_per_class` is not positive, or larger than the number of images of a class.
+        ValueError: `labels_per_class` is not positive, or larger than the number of images of a class, or images have
+            several classes.
 
     Example:
         >>> data = load_image_data("photos")
@@ -201,6 +212,8 @@ def balanced_subset(split: Dataset, labels_per_class: int, seed: int = 0) -> Dat
     """
     if labels_per_class < 1:
         raise ValueError(f"labels_per_class={labels_per_class}: at least 1 is needed")
+    if is_multi_label(split.features["label"]):
+        raise ValueError("images have lists of classes; a balanced subset needs one class for each image")
     labels = label_values(split)
     generator = np.random.default_rng(seed)
     rows = []
@@ -300,9 +313,10 @@ def _choose_splits(
 
 
 def _warn_of_unseen_classes(data: DatasetDict) -> None:
-    unseen = np.setdiff1d(label_values(data["eval"]), label_values(data["train"]))
+    unseen = np.setdiff1d(classes_found(data["eval"]), classes_found(data["train"]))
     if len(unseen):
-        names = ", ".join(data["eval"].features["label"].int2str([int(label) for label in unseen[:5]]))
+        classes = classes_of(data["eval"].features["label"])
+        names = ", ".join(classes.int2str([int(label) for label in unseen[:5]]))
         warnings.warn(
             f"{len(unseen)} classes of split {data['eval'].split} have no image in split {data['train'].split}, so "
             f"that no model can learn them: {names}{', ...' if len(unseen) > 5 else ''}",
@@ -311,6 +325,13 @@ def _warn_of_unseen_classes(data: DatasetDict) -> None:
 
 
 def _hold_out(split: Dataset, seed: int) -> DatasetDict:
+    if is_multi_label(split.features["label"]):
+        if len(split) < 2:
+            raise ValueError(f"split {split.split} is the only one and has a single image: none can be held out")
+        parts = split.train_test_split(math.ceil(EVAL_SHARE * len(split)), seed=seed)
+        data = DatasetDict(train=parts["train"], eval=parts["test"])
+        _warn_of_unseen_classes(data)
+        return data
     labels, counts = np.unique(label_values(split), return_counts=True)
     if counts.min() < 2:
         name = split.features["label"].int2str(int(labels[counts.argmin()]))

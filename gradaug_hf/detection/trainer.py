@@ -29,6 +29,7 @@ from gradaug_hf.trainer.trainer import IMAGES, LABELS, GradAugTrainer
 # Settings of GradAugConfig that are about classes, and the only value that they can have here.
 ABOUT_CLASSES = {
     "subnet_mode": "width",
+    "problem_type": None,
     "label_smoothing_factor": 0.0,
     "mixup_alpha": 0.0,
     "cutmix_alpha": 0.0,
@@ -117,6 +118,8 @@ class DetectionTrainer(GradAugTrainer):
             raise ValueError("subnet_transform is given, but it would move the images and not their boxes")
         self.detections: list[dict[str, Any]] | None = None
         super().__init__(model, args, data_collator or collate, *trainer_args, **kwargs)
+        if self._has_own_full_loss or self.compute_loss_func is not None or self.teacher is not None:
+            raise ValueError("full_loss, compute_loss_func or teacher is given; a detector has its own losses alone")
 
     # ---- the detector and its sub-networks ----
 

@@ -72,6 +72,7 @@ def save_configs(
     folder: str | Path,
     label_names: Sequence[str] | None = None,
     processor: BaseImageProcessor | None = None,
+    problem_type: str | None = None,
 ) -> None:
     """Write `config.json` and `preprocessor_config.json` next to the weights of a timm model.
 
@@ -84,6 +85,8 @@ def save_configs(
         folder: an existing folder.
         label_names: of the classes, in the order of the labels; None keeps those that the model came with.
         processor: prepares the images; None keeps the preparation that the model came with.
+        problem_type: of transformers, from which a pipeline knows whether an image has one class or several; None:
+            that of the model's config.
     """
     network = timm_network(model)
     file = Path(folder) / CONFIG
@@ -108,6 +111,9 @@ def save_configs(
         "model_type": "timm_wrapper",
         "architectures": [TimmWrapperForImageClassification.__name__],
     }
+    problem_type = problem_type or getattr(getattr(model, "config", None), "problem_type", None)
+    if problem_type is not None:
+        config["problem_type"] = problem_type
     _write_json(file, config)
     _write_json(
         Path(folder) / PREPROCESSOR,
@@ -186,8 +192,8 @@ def label_names(model: nn.Module, *datasets: Any) -> list[str] | None:
 
     Args:
         model: a transformers classifier with `config.id2label`, or any module.
-        datasets: those of the `datasets` library whose `label` or `labels` is a `ClassLabel`, and those with `classes`
-            as torchvision's have; others are passed over.
+        datasets: those of the `datasets` library whose `label` or `labels` is a `ClassLabel` or a list of them, and
+            those with `classes` as torchvision's have; others are passed over.
     """
     names = getattr(getattr(model, "config", None), "id2label", None)
     if names and not all(name == f"LABEL_{label}" for label, name in names.items()):
@@ -195,7 +201,8 @@ def label_names(model: nn.Module, *datasets: Any) -> list[str] | None:
     for dataset in datasets:
         features = getattr(dataset, "features", None) or {}
         for column in ("label", "labels"):
-            if names := getattr(features.get(column), "names", None):  # a ClassLabel
+            feature = features.get(column)
+            if names := getattr(getattr(feature, "feature", feature), "names", None):  # a ClassLabel
                 return names
         classes = getattr(dataset, "classes", None)
         if isinstance(classes, Sequence) and all(isinstance(name, str) for name in classes):

@@ -25,7 +25,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     check_logits(logits, len(labels))
     check_labels(labels, logits.shape[1])
     with torch.autocast(logits.device.type, enabled=False):
-        logits = _at_least_float32(logits)
+        logits = at_least_float32(logits)
         if labels.ndim == 1:
             return functional.cross_entropy(logits, labels.long(), label_smoothing=label_smoothing)
         target = labels.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / logits.shape[1]
@@ -46,16 +46,50 @@ def soft_target_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ, or are not (N, classes).
     """
-    check_logits(target_logits, len(target_logits))
-    if logits.shape != target_logits.shape:
-        raise ValueError(
-            f"the sub-network's logits have shape {tuple(logits.shape)}, the full network's "
-            f"{tuple(target_logits.shape)}; both must be (N, classes)"
-        )
+    _check_target(logits, target_logits)
     with torch.autocast(logits.device.type, enabled=False):
-        target = functional.softmax(_at_least_float32(target_logits.detach()), dim=1)
-        log_predicted = _log_probabilities(_at_least_float32(logits), target)
+        target = functional.softmax(at_least_float32(target_logits.detach()), dim=1)
+        log_predicted = _log_probabilities(at_least_float32(logits), target)
         return functional.kl_div(log_predicted, target, reduction="batchmean")
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the binary cross-entropy of multi-hot labels, averaged over images and classes as transformers does.
+
+    Args:
+        logits: (N, classes).
+        labels: (N, classes), 1 for each class that an image has and 0 for the others; mixed labels lie between.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or a label on the CPU is not in 0..1.
+    """
+    check_logits(logits, len(labels))
+    check_multi_hot(labels, logits.shape[1])
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = at_least_float32(logits)
+        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+def binary_divergence(logits: Tensor, target_logits: Tensor) -> Tensor:
+    """Return the KL divergence from a detached target to a sub-network's prediction of several independent classes.
+
+    It is that of the Bernoulli distributions of each class, summed over the classes and averaged over the batch: sum
+    of p * (log p - log q) + (1 - p) * (log(1 - p) - log(1 - q)) with p the sigmoid of `target_logits`, q that of
+    `logits`. No gradient reaches `target_logits`.
+
+    Args:
+        logits: (N, classes), the sub-network's.
+        target_logits: (N, classes), the full network's.
+
+    Raises:
+        ValueError: the shapes differ, or are not (N, classes).
+    """
+    _check_target(logits, target_logits)
+    with torch.autocast(logits.device.type, enabled=False):
+        logits, target_logits = at_least_float32(logits), at_least_float32(target_logits.detach())
+        target = torch.cat([target_logits, -target_logits]).sigmoid()
+        log_predicted = functional.logsigmoid(torch.cat([logits, -logits])).masked_fill(target == 0, 0)
+        return functional.kl_div(log_predicted, target, reduction="sum") / len(logits)
 
 
 def _log_probabilities(logits: Tensor, target: Tensor) -> Tensor:
@@ -69,6 +103,15 @@ def check_logits(logits: Tensor, batch_size: int) -> None:
         raise ValueError(
             f"the model returned logits of shape {tuple(logits.shape)}; expected ({batch_size}, classes), one row "
             "for each label"
+        )
+
+
+def _check_target(logits: Tensor, target_logits: Tensor) -> None:
+    check_logits(target_logits, len(target_logits))
+    if logits.shape != target_logits.shape:
+        raise ValueError(
+            f"the sub-network's logits have shape {tuple(logits.shape)}, the full network's "
+            f"{tuple(target_logits.shape)}; both must be (N, classes)"
         )
 
 
@@ -114,10 +157,36 @@ def _check_soft_labels(labels: Tensor, num_classes: int | None) -> None:
         row = int(wrong.nonzero()[0])
         raise ValueError(
             f"soft label {row} of a batch sums to {sums[row]:.4g} with smallest entry {labels[row].min():.4g}; each "
-            "row must hold probabilities that sum to one. Several classes in one image (multi-label) have no GradAug "
-            "objective: train them with num_subnets=0 and config.problem_type='multi_label_classification'"
+            "row must hold probabilities that sum to one. For several classes in one image (multi-label) set "
+            "problem_type='multi_label_classification'"
         )
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def check_multi_hot(labels: Tensor, num_classes: int | None = None) -> None:
+    """Make sure that labels say of each class how far an image has it, (N, num_classes) in 0..1.
+
+    Values are checked on the CPU only.
+
+    Args:
+        labels: of a batch.
+        num_classes: of the model; None if it is not known.
+
+    Raises:
+        ValueError: they do not; names the first row that is wrong.
+    """
+    if labels.ndim != 2 or num_classes not in (None, labels.shape[1]) or labels.is_complex():
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; multi_label_classification expects "
+            f"multi-hot ones (N, {num_classes or 'classes'}), 1 for each class that an image has"
+        )
+    if labels.device.type == "cpu" and (wrong := ~((labels >= 0) & (labels <= 1))).any():  # or NaN
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"label {row} of a batch has {labels[row, column].item():.4g} for class {column}; multi-hot labels lie in "
+            "0..1"
+        )
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return logits in float32, or in float64 if that is their dtype."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

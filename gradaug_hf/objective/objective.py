@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from gradaug_hf.objective.logits import logits_of, num_classes_of
-from gradaug_hf.objective.losses import cross_entropy, soft_target_divergence
+from gradaug_hf.objective.problems import PROBLEM_TYPES, Loss, ProblemType, criterion_of, problem_of
 from gradaug_hf.objective.resolutions import default_resolutions
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler, SubnetSettings, drops_blocks, drops_channels
+from gradaug_hf.objective.teaching import check_teacher, taught
 from gradaug_hf.objective.transforms import ImageTransform, check_images, transform_for_subnet
 from gradaug_hf.slimming import make_slimmable, subnet_pass
 from gradaug_hf.slimming.depth import make_droppable
@@ -28,7 +29,6 @@ SubnetTarget = Literal["soft", "label"]
 SUBNET_TARGETS = get_args(SubnetTarget)
 # Parts of fewer images make the statistics of batch norm noisy.
 FEW_IMAGES = 16
-FullLoss = Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], tuple[Tensor, Any]]
 # Classes that carry gradients from one process to the others; those of parameters that do have a device mesh.
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
@@ -69,7 +69,17 @@ class ObjectiveSettings(SubnetSettings):
         metadata={
             "help": (
                 'What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
-                'divergence, "label": the labels, by cross-entropy.'
+                'divergence, "label": the labels, by the full network\'s criterion.'
+            )
+        },
+    )
+    problem_type: ProblemType | None = field(
+        default=None,
+        metadata={
+            "help": (
+                '"multi_label_classification": labels are multi-hot, the full network has the binary cross-entropy '
+                "and sub-networks the sum of the classes' KL divergences; None: what config.problem_type of a "
+                "transformers model says, else one class for an image."
             )
         },
     )
@@ -83,6 +93,9 @@ class ObjectiveSettings(SubnetSettings):
         if self.subnet_target not in SUBNET_TARGETS:
             choices = ", ".join(map(repr, SUBNET_TARGETS))
             raise ValueError(f"subnet_target is {self.subnet_target!r}; it must be one of {choices}")
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            choices = ", ".join(map(repr, PROBLEM_TYPES))
+            raise ValueError(f"problem_type is {self.problem_type!r}; it must be None or one of {choices}")
 
 
 @documented_by(ObjectiveSettings)
@@ -104,16 +117,20 @@ class GradAug:
         model: a model in training mode, wrapped or not; made slimmable and droppable, as `subnet_mode` needs it, if
             it is not yet.
         label_smoothing: of the full network's cross-entropy, in [0, 1].
+        criterion: returns the full network's loss, a scalar, from its logits (N, classes), float32 at least, and the
+            labels, for example `nn.CrossEntropyLoss(weight=weights)`; None: the cross-entropy. Sub-networks go on
+            learning the full network's prediction.
+        teacher: another model, whose prediction the sub-networks learn in place of the full network's. It sees the
+            whole images of the batch, alone and in evaluation mode, on their device, and gets no gradients.
         seed: of the sub-networks that are sampled.
         sampler: samples the sub-networks; the settings below that are about them then have no effect.
         transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized.
         total_steps: number of optimiser steps of the training, at least 1; needed by `kl_warmup` alone.
-        full_loss: returns the loss of the full network, a scalar, and its output with logits (N, classes), from the
-            model, images, labels and further inputs; None: the cross-entropy.
         {fields}
 
     Raises:
-        ValueError: a setting is out of its range, or blocks are to be dropped of a model that has none.
+        ValueError: a setting is out of its range or does not go with another, or blocks are to be dropped of a model
+            that has none.
     """
 
     @spelled_by(ObjectiveSettings)
@@ -122,15 +139,14 @@ class GradAug:
         model: nn.Module,
         *,
         label_smoothing: float = 0.0,
+        criterion: Loss | None = None,
+        teacher: nn.Module | None = None,
         seed: int = 0,
         sampler: SubnetSampler | None = None,
         transform: ImageTransform | None = None,
         total_steps: int | None = None,
-        full_loss: FullLoss | None = None,
         **settings: Any,
     ) -> None:
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing is {label_smoothing!r}; it must lie in [0, 1]")
         own = ObjectiveSettings(**settings)
         if own.kl_warmup > 0 and not (total_steps and total_steps >= 1):
             raise ValueError(f"total_steps is {total_steps!r}; with kl_warmup it must be at least 1")
@@ -140,14 +156,17 @@ class GradAug:
         self._rising_steps = own.kl_warmup * (total_steps or 0)
         self._warned_of_small_parts = False
         self.subnet_target = own.subnet_target
-        self.label_smoothing = label_smoothing
         self.transform = transform
-        self.full_loss = full_loss
         self.step = 0
         self.model = model
         warn_of_lone_gradients(model)
         network = model.module if isinstance(model, DistributedDataParallel) else model
         self.num_classes = num_classes_of(network)
+        self.problem = problem_of(network, own.problem_type)
+        self.criterion = criterion_of(self.problem, criterion, label_smoothing)
+        if teacher is not None:
+            check_teacher(teacher, network, own.subnet_target)
+        self.teacher = teacher
         mode = getattr(self.sampler, "subnet_mode", "width")
         if mode == "tokens":
             find_tokens(network)
@@ -161,7 +180,7 @@ class GradAug:
 
         Args:
             images: (N, C, H, W).
-            labels: class indices (N,), or probabilities (N, classes).
+            labels: class indices (N,), or probabilities (N, classes), or multi-hot ones (N, classes).
             step: number of the optimiser step, from which the sub-networks follow; None counts the calls.
 
         Returns:
@@ -184,7 +203,7 @@ class GradAug:
 
         Args:
             images: (N, C, H, W).
-            labels: class indices (N,), or probabilities (N, classes).
+            labels: class indices (N,), or probabilities (N, classes), or multi-hot ones (N, classes).
             step: number of the optimiser step, from which the sub-networks follow; None counts the calls.
             backward: runs the backward of one pass's loss, for example `accelerator.backward`.
 
@@ -219,7 +238,7 @@ class GradAug:
 
         Args:
             images: (N, C, H, W).
-            labels: class indices (N,), or probabilities (N, classes).
+            labels: class indices (N,), or probabilities (N, classes), or multi-hot ones (N, classes).
             subnets: the sub-networks.
             step: number of the optimiser step, needed by `kl_warmup` alone.
             inputs: further keyword arguments of the model. A sub-network of a part of the images gets that part of
@@ -234,6 +253,8 @@ class GradAug:
         target = full.logits
         yield full
         del full
+        if self.teacher is not None and subnets:
+            target = taught(self.teacher, images, self.num_classes)
         for subnet in subnets:
             dropped = self._dropped_blocks(subnet)
             seen = self._seen(subnet, images, labels, target, inputs)
@@ -282,11 +303,8 @@ class GradAug:
     def _full_pass(self, images: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Pass:
         """Run the full network's pass; its logits are the target of the sub-networks."""
         check_images(images)
-        if self.full_loss is not None:
-            loss, output = self.full_loss(self.model, images, labels, inputs)
-            return Pass(loss, logits_of(output, len(labels), self.num_classes).detach())
         logits = logits_of(self.model(images, **inputs), len(labels), self.num_classes)
-        return Pass(cross_entropy(logits, labels, self.label_smoothing), logits.detach())
+        return Pass(self.criterion(logits, labels), logits.detach())
 
     def _subnet_pass(
         self, images: Tensor, labels: Tensor, target: Tensor, subnet: Subnet, inputs: dict[str, Any]
@@ -294,12 +312,9 @@ class GradAug:
         """Run a sub-network's pass, with the model at its width."""
         transformed = transform_for_subnet(images, subnet, self.transform)
         logits = logits_of(self.model(transformed, **inputs), len(labels), self.num_classes)
-        return Pass(self._subnet_loss(logits, target, labels), logits.detach())
-
-    def _subnet_loss(self, logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
         if self.subnet_target == "label":
-            return cross_entropy(logits, labels, self.label_smoothing)
-        return soft_target_divergence(logits, target)
+            return Pass(self.criterion(logits, labels), logits.detach())
+        return Pass(self.problem.subnet_loss(logits, target), logits.detach())
 
     def _dropped_blocks(self, subnet: Subnet) -> frozenset[int]:
         num_blocks = num_droppable_blocks(self.model)

@@ -8,7 +8,7 @@ from typing import Any
 # Names that a Trainer logs beside what `compute_metrics` returned.
 SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 LOSS = "loss"
-TITLES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
+TITLES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "map": "mean average precision"}
 
 Entry = Mapping[str, Any]
 

@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 GENERATED = "This model card has been generated automatically"
 TASK, TASK_NAME = "image-classification", "Image Classification"
 # Type of a metric on the Hub, where it has another name there.
-METRIC_TYPES = {"top1": "accuracy", "top5": "top_5_accuracy"}
+METRIC_TYPES = {"top1": "accuracy", "top5": "top_5_accuracy", "map": "mean_average_precision"}
 # Type of a dataset that is not on the Hub.
 NOT_ON_HUB = "local"
 CAPTIONS = {

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerState
 
@@ -29,7 +30,7 @@ def model_facts(trainer: Trainer) -> ModelFacts:
     trained, several_sets = state.global_step > 0, isinstance(trainer.eval_dataset, dict)
     subnets = ()
     if args.num_subnets > 0:
-        subnets = subnet_facts(args, trainer.subnet_sampler, trainer.subnet_transform)
+        subnets = subnet_facts(args, trainer.subnet_sampler, trainer.subnet_transform, trainer.teacher)
     return ModelFacts(
         name=Path(args.output_dir).absolute().name,
         architecture=type(model).__name__ if timm_model is None else timm_model.pretrained_cfg["architecture"],
@@ -48,7 +49,7 @@ def model_facts(trainer: Trainer) -> ModelFacts:
 
 
 def subnet_facts(
-    args: GradAugConfig, sampler: SubnetSampler, transform: ImageTransform | None
+    args: GradAugConfig, sampler: SubnetSampler, transform: ImageTransform | None, teacher: nn.Module | None = None
 ) -> Iterable[tuple[str, str]]:
     """Yield names and values of the settings of the sub-networks.
 
@@ -56,6 +57,7 @@ def subnet_facts(
         args: the settings of the training.
         sampler: samples the sub-networks; one that is no SubnetSampler is named by its class alone.
         transform: changes the images of a sub-network before they are resized.
+        teacher: another model that the sub-networks learned from.
     """
     if type(sampler) is SubnetSampler:
         yield "sub-networks of a step", f"{sampler.num_subnets}"
@@ -76,7 +78,8 @@ def subnet_facts(
         yield "sub-networks", f"sampled by a {type(sampler).__name__}"
     if transform is not None:
         yield "further transform of their images", type(transform).__name__
-    yield "they learned", TARGETS[args.subnet_target]
+    taught = None if teacher is None else f"the predictions of another model, a {type(teacher).__name__}"
+    yield "they learned", taught or TARGETS[args.subnet_target]
     rising = f", rising from 0 over {args.kl_warmup:.3g} of the steps" if args.kl_warmup else ""
     yield "weight of their losses", f"{args.kl_weight:g}{rising}"
     yield "backward", args.subnet_backward

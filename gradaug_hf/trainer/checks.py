@@ -15,7 +15,9 @@ from transformers import DataCollator, PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from gradaug_hf.data.collator import as_int64
-from gradaug_hf.objective.losses import SUM_TOLERANCE, check_labels
+from gradaug_hf.objective.losses import SUM_TOLERANCE
+from gradaug_hf.objective.problems import MULTI_LABEL, SINGLE_LABEL, Problem
+from gradaug_hf.objective.teaching import check_teacher as check_taught
 from gradaug_hf.trainer.batches import IMAGES
 from gradaug_hf.trainer.config import GradAugConfig
 
@@ -178,20 +180,33 @@ def learns_one_class(model: nn.Module, labels: Tensor) -> bool:
     return stated == "single_label_classification"
 
 
+def check_teacher(teacher: nn.Module, model: nn.Module, args: GradAugConfig) -> None:
+    """Make sure that there are sub-networks, and that they can learn another model's prediction.
+
+    Raises:
+        ValueError: there are none, or they cannot.
+    """
+    if args.num_subnets == 0:
+        raise ValueError("teacher is given, but with num_subnets=0 there are no sub-networks to learn its prediction")
+    check_taught(teacher, model, args.subnet_target)
+
+
 @dataclass
 class LabelCheckingCollator:
     """Collate a batch and check its labels while they lie on the CPU, where that costs nothing.
 
-    Class indices become int64, whatever integers they were. Other attributes are those of the collator that makes the
-    batch.
+    Class indices become int64, whatever integers they were, and multi-hot labels float. Other attributes are those of
+    the collator that makes the batch.
 
     Args:
         collate: makes the batch.
         num_classes: of the model; None if it states none.
+        problem: the kind of classification.
     """
 
     collate: DataCollator
     num_classes: int | None
+    problem: Problem = SINGLE_LABEL
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "collate":  # asked for while a copy is made
@@ -199,7 +214,7 @@ class LabelCheckingCollator:
         return getattr(self.collate, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("collate", "num_classes"):
+        if name in ("collate", "num_classes", "problem"):
             object.__setattr__(self, name, value)
         else:
             setattr(self.collate, name, value)
@@ -208,6 +223,8 @@ class LabelCheckingCollator:
         batch = self.collate(features)
         labels = batch.get("labels") if isinstance(batch, MutableMapping) else None
         if isinstance(labels, Tensor):
-            check_labels(labels, self.num_classes)
-            batch["labels"] = as_int64(labels)  # a transformers model would train with others and fail in evaluate
+            self.problem.check_labels(labels, self.num_classes)
+            is_hot = self.problem == MULTI_LABEL and not labels.is_floating_point()
+            # A transformers model would train with others and fail in evaluate.
+            batch["labels"] = labels.float() if is_hot else as_int64(labels)
         return batch

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ from gradaug_hf.hub.configs import (
 from gradaug_hf.hub.networks import image_processor, network_to_train
 from gradaug_hf.hub.pushing import make_branch, push_errors
 from gradaug_hf.objective.logits import logits_of, num_classes_of
-from gradaug_hf.objective.losses import cross_entropy
 from gradaug_hf.objective.mixing import BatchMixer
 from gradaug_hf.objective.objective import GradAug, ObjectiveSettings, Pass
+from gradaug_hf.objective.problems import criterion_of, problem_of
 from gradaug_hf.objective.resolutions import ResolutionTrial
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 from gradaug_hf.objective.transforms import ImageTransform
@@ -72,6 +73,7 @@ from gradaug_hf.trainer.checks import (
     check_launch,
     check_output_dir,
     check_sharding,
+    check_teacher,
     check_train_dataset,
     learns_one_class,
 )
@@ -80,6 +82,7 @@ from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.trainer.interruption import Interruption
 from gradaug_hf.trainer.lock import locked
 from gradaug_hf.trainer.loss_watch import LossWatch, NonFiniteLossError
+from gradaug_hf.trainer.own_loss import OwnLossGradAug
 from gradaug_hf.trainer.preparation import lay_out, leave_out_anything, make_subnets_possible
 from gradaug_hf.trainer.resuming import (
     ProgressCallback,
@@ -91,13 +94,18 @@ from gradaug_hf.trainer.width_evaluation import evaluate_at_width
 from gradaug_hf.utils.randomness import random_states_kept
 from gradaug_hf.utils.settings import taken_from
 
+# The label that a Trainer counts as no item of a batch.
+IGNORED = -100
+
 logger = logging.get_logger(__name__)
 
 
 class GradAugTrainer(Trainer):
     """`transformers.Trainer` that trains image classifiers with GradAug (arXiv 2006.07989).
 
-    Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes).
+    Batches are `pixel_values` (N, C, H, W) and `labels`, class indices (N,) or probabilities (N, classes); with
+    several classes in an image, `problem_type="multi_label_classification"` in the model's config or in `args`,
+    multi-hot ones (N, classes).
     Sub-networks run only while training: `evaluate` and `predict` are those of the plain full network, and with
     `num_subnets=0` so is training. Beside `loss`, training logs `loss_full`, `loss_subnets`, `subnet_width`,
     `subnet_resolution` and, where blocks are dropped, `subnet_depth`, the share that is not: means since the last log,
@@ -118,8 +126,8 @@ class GradAugTrainer(Trainer):
         eval_dataset: of `Trainer`.
         processing_class: the image processor, which is saved with the model.
         model_init: of `Trainer`.
-        compute_loss_func: of `Trainer`; for `num_subnets=0` alone, else override `full_loss`.
-        compute_metrics: of `Trainer`, `topk_accuracy` for example.
+        compute_loss_func: of `Trainer`; the loss of the full network. Sub-networks learn its prediction.
+        compute_metrics: of `Trainer`, `topk_accuracy` or `mean_average_precision` for example.
         callbacks: of `Trainer`.
         optimizers: of `Trainer`.
         optimizer_cls_and_kwargs: of `Trainer`.
@@ -128,6 +136,8 @@ class GradAugTrainer(Trainer):
         subnet_transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized, for
             example `RandomQuarterTurn` or a `torchvision.transforms.v2` module; the random numbers that it takes from
             Python, NumPy and torch are seeded by the sampler.
+        teacher: another model, whose prediction the sub-networks learn in place of the full network's. It sees the
+            whole images, in evaluation mode and on their device; it is neither trained nor saved nor wrapped.
         card_metadata: what a trainer cannot know of the model card: arguments of `create_model_card` by name, such as
             `dataset`, `license` and `finetuned_from`.
 
@@ -161,6 +171,7 @@ class GradAugTrainer(Trainer):
         *,
         subnet_sampler: SubnetSampler | None = None,
         subnet_transform: ImageTransform | None = None,
+        teacher: nn.Module | None = None,
         card_metadata: Mapping[str, Any] | None = None,
     ) -> None:
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
@@ -174,6 +185,7 @@ class GradAugTrainer(Trainer):
             model = network_to_train(checkpoint, train_dataset, eval_dataset)
         self._subnet_sampler = subnet_sampler
         self.subnet_transform = subnet_transform
+        self.teacher = teacher
         self._resolution_trial: ResolutionTrial | None = None
         self._resolutions: list[int] | None = None
         self._objective: GradAug | None = None
@@ -226,6 +238,10 @@ class GradAugTrainer(Trainer):
             self._signature_columns = [IMAGES, "label", "label_ids", *self.label_names]
         if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
             self._mixer = self._make_mixer()
+        if args.problem_type is not None:
+            problem_of(self.model, args.problem_type)
+        if teacher is not None:
+            check_teacher(teacher, self.model, args)
         if not self._is_plain:
             self._use_own_loss()
             evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
@@ -265,17 +281,11 @@ class GradAugTrainer(Trainer):
         return self._network_has_loss or is_users or is_another
 
     def _use_own_loss(self) -> None:
-        if self.compute_loss_func is not None:
-            raise ValueError(
-                "compute_loss_func is given, but GradAugTrainer has its own loss for this model; override full_loss"
-            )
-        config = getattr(self.model, "config", None)
-        problem = getattr(config, "problem_type", None)
-        if problem not in (None, "single_label_classification"):
-            raise ValueError(f"problem_type is {problem!r}; GradAug needs 'single_label_classification'")
+        problem = problem_of(self.model, self.args.problem_type)
+        criterion_of(problem, self.compute_loss_func, self.args.label_smoothing_factor)
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
-        self.data_collator = LabelCheckingCollator(self.data_collator, num_classes_of(self.model))
+        self.data_collator = LabelCheckingCollator(self.data_collator, num_classes_of(self.model), problem)
 
     def _make_mixer(self) -> BatchMixer:
         num_classes = num_classes_of(self.model)
@@ -346,6 +356,8 @@ class GradAugTrainer(Trainer):
         name_images(network)
         if not getattr(self, "is_in_train", False):
             return network
+        if self.args.problem_type is not None:
+            problem_of(network, self.args.problem_type)
         lay_out(network, self.args)
         if self.args.num_subnets > 0:
             self._prepare_network(network)
@@ -397,15 +409,18 @@ class GradAugTrainer(Trainer):
     def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
         if self._resolutions is None:  # the training set is a stream, of which this is the first batch
             self._settle_resolutions(self.model, images)
-        return self._objective_class(
+        objective = self._objective_class
+        if self._has_own_full_loss or self.compute_loss_func is not None:
+            objective = partial(OwnLossGradAug, full_loss=self._loss_of_full_pass)
+        return objective(
             model,
             sampler=self._subnet_sampler,
             transform=self.subnet_transform,
+            teacher=self.teacher,
             label_smoothing=self.args.label_smoothing_factor,
             seed=self.args.seed,
             total_steps=self.state.max_steps,
             **taken_from(ObjectiveSettings, self.args) | {"resolutions": self._resolutions or None},
-            **({"full_loss": self._loss_of_full_pass} if self._has_own_full_loss else {}),
         )
 
     # ---- the data ----
@@ -483,9 +498,10 @@ class GradAugTrainer(Trainer):
         return (loss, {"loss": loss, "logits": done[0].logits}) if return_outputs else loss
 
     def full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Return the loss of the full network and its output; override it for another loss than the cross-entropy.
+        """Return the loss of the full network and its output; override it for another loss.
 
-        Sub-networks go on learning the prediction of the full network.
+        It is that of `compute_loss_func` if there is one, else the cross-entropy or, with several classes in an image,
+        the binary one. Sub-networks go on learning the prediction of the full network.
 
             class Weighted(GradAugTrainer):
                 def full_loss(self, model, inputs):
@@ -500,8 +516,13 @@ class GradAugTrainer(Trainer):
             A scalar, averaged over the batch, and the model's output: logits (N, classes), or an object with `logits`.
         """
         images, labels, others = split_batch(inputs)
-        logits = logits_of(model(images, **others), len(labels), num_classes_of(self.model))
-        return cross_entropy(logits, labels, self.args.label_smoothing_factor), logits
+        output = model(images, **others)
+        if self.compute_loss_func is not None:
+            num_items = (labels != IGNORED).sum()  # of this batch, so that a sum over them gives a mean
+            return self.compute_loss_func(output, labels, num_items_in_batch=num_items), output
+        logits = logits_of(output, len(labels), num_classes_of(self.model))
+        problem = problem_of(self.model, self.args.problem_type)
+        return criterion_of(problem, label_smoothing=self.args.label_smoothing_factor)(logits, labels), logits
 
     def _loss_of_full_pass(
         self, model: nn.Module, images: Tensor, labels: Tensor, others: dict[str, Any]
@@ -546,7 +567,8 @@ class GradAugTrainer(Trainer):
         is_trainers = self._is_trainers_own(inputs)
         if is_trainers and soft_labels and IMAGES in inputs and self.compute_loss_func is None:
             is_trainers = not learns_one_class(self.model, inputs[LABELS])
-        is_models_own = self._network_has_loss and not soft_labels and not self._has_own_full_loss
+        is_users = self._has_own_full_loss or self.compute_loss_func is not None
+        is_models_own = self._network_has_loss and not soft_labels and not is_users
         if is_trainers or is_models_own:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         images, labels, others = split_batch(inputs)
@@ -683,7 +705,11 @@ class GradAugTrainer(Trainer):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that have to be the same when a training is resumed, by name."""
-        own = {"subnet_sampler": self._subnet_sampler, "subnet_transform": self.subnet_transform}
+        own = {
+            "subnet_sampler": self._subnet_sampler,
+            "subnet_transform": self.subnet_transform,
+            "teacher": self.teacher,
+        }
         kinds = {name: None if value is None else type(value).__name__ for name, value in own.items()}
         return settings_of_training(self.args) | kinds | {"train_dataset": self._fingerprint}
 
@@ -765,7 +791,7 @@ class GradAugTrainer(Trainer):
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
             names = label_names(model, self.train_dataset, self.eval_dataset)
-            save_configs(model, folder, names, self.processing_class)
+            save_configs(model, folder, names, self.processing_class, self.args.problem_type)
 
     @contextmanager
     def _saving(self, network: nn.Module) -> Iterator[None]:

@@ -1,0 +1,44 @@
+"""Another model as the teacher of the sub-networks."""
+
+import torch
+from torch import Tensor, nn
+
+from gradaug_hf.objective.logits import logits_of
+
+
+def check_teacher(teacher: nn.Module, model: nn.Module, subnet_target: str) -> None:
+    """Make sure that sub-networks can learn the prediction of another model.
+
+    Args:
+        teacher: the other model.
+        model: the model that is trained.
+        subnet_target: what sub-networks learn.
+
+    Raises:
+        ValueError: it is no model, shares layers with the one that is trained, or is never asked.
+    """
+    if not isinstance(teacher, nn.Module):
+        raise ValueError(f"teacher is a {type(teacher).__name__}; it must be a model (nn.Module)")
+    if set(teacher.modules()) & set(model.modules()):
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__} that shares layers with the model that is trained, which would be "
+            "in evaluation mode; give a copy: copy.deepcopy(model)"
+        )
+    if subnet_target == "label":
+        raise ValueError("teacher is given, but with subnet_target='label' no sub-network learns its prediction")
+
+
+@torch.no_grad()
+def taught(teacher: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
+    """Return the logits of a teacher, brought to the images' device and to evaluation mode.
+
+    Args:
+        teacher: takes the images by position.
+        images: (N, C, H, W), whole ones.
+        num_classes: that the trained model states; None if it states none.
+
+    Raises:
+        ValueError: it has another number of classes.
+    """
+    teacher.to(images.device).eval()
+    return logits_of(teacher(images), len(images), num_classes)
