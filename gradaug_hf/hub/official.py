@@ -108,8 +108,8 @@ def convert(weights: dict[str, Tensor], arch: str) -> tuple[nn.Module, dict[str,
     official_name = OFFICIAL_NAMES[arch]
     classifier = weights.get(official_name("fc.weight"))
     num_classes = len(classifier) if classifier is not None and classifier.ndim == 2 else 0
-    network = _empty_network(arch, num_classes or None)
-    expected = network.state_dict()
+    model = _empty_model(arch, num_classes or None)
+    expected = model.state_dict()
     official = {official_name(name): name for name in expected}
     problems = [f"missing: {name}" for name in official if name not in weights]
     problems += [f"extra: {name}" for name in weights if name not in official]
@@ -123,10 +123,10 @@ def convert(weights: dict[str, Tensor], arch: str) -> tuple[nn.Module, dict[str,
         own_name: weights[name].to(expected[own_name].dtype).clone(memory_format=torch.contiguous_format)
         for name, own_name in official.items()
     }
-    return network, state
+    return model, state
 
 
-def _empty_network(arch: str, num_classes: int | None) -> nn.Module:
+def _empty_model(arch: str, num_classes: int | None) -> nn.Module:
     cfg = {"pretrained_cfg": IMAGENET_CFG} if arch == "resnet50" else {}
     with torch.device("meta"):
         return timm.create_model(arch, num_classes=num_classes, **cfg)
@@ -147,8 +147,8 @@ def convert_file(file: Path, arch: str, output: Path) -> nn.Module:
         ValueError: the file cannot be read or does not fit, or the folder is taken or cannot be written.
     """
     check_new(output)
-    network, state = convert(read_weights(file), arch)
+    model, state = convert(read_weights(file), arch)
     with new_folder(output) as folder:
-        save_configs(network, folder)
+        save_configs(model, folder)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return network
+    return model
