@@ -16,6 +16,7 @@ OF_ALL_TRAINING = {
     "mix_prob",
     "eval_widths",
     "seed_train_data",
+    "problem_type",
     "ignore_config_change",
 }
 
