@@ -85,7 +85,7 @@ def test_private_hooks_are_few_and_say_which_promise_needs_them():
 
 def test_the_constructor_spells_the_arguments_of_the_trainer_and_its_own():
     ours, theirs = (inspect.signature(cls).parameters for cls in (GradAugTrainer, Trainer))
-    assert [*ours] == [*theirs, "subnet_sampler", "subnet_transform", "card_metadata"]
+    assert [*ours] == [*theirs, "subnet_sampler", "subnet_transform", "teacher", "card_metadata"]
     for name, parameter in theirs.items():
         assert (ours[name].default, ours[name].kind) == (parameter.default, parameter.kind), name
     assert all(ours[name].kind == inspect.Parameter.KEYWORD_ONLY for name in [*ours][len(theirs) :])
