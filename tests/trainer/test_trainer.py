@@ -781,12 +781,10 @@ def test_logits_of_a_wrong_shape_are_refused(tmp_path):
         GradAugTrainer(network, config(tmp_path, max_steps=1), train_dataset=rows(4)).train()
 
 
-def test_a_loss_or_a_problem_that_is_not_gradaugs_is_refused(tmp_path):
-    with refused("compute_loss_func is given"):
-        GradAugTrainer(resnet(), config(tmp_path), train_dataset=rows(4), compute_loss_func=lambda *a, **k: 0)
+def test_a_problem_that_is_not_gradaugs_is_refused(tmp_path):
     network = resnet()
-    network.config.problem_type = "multi_label_classification"
-    with refused("problem_type is 'multi_label_classification'"):
+    network.config.problem_type = "regression"
+    with refused("problem_type is 'regression'"):
         GradAugTrainer(network, config(tmp_path), train_dataset=rows(4))
 
 
