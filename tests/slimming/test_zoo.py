@@ -97,7 +97,10 @@ def check_outputs(
     tolerance: float,
     outside: Outside,
 ) -> None:
-    expected = zeroed(untouched, kept_entries(model, width))(images)
+    reference = zeroed(untouched, kept_entries(model, width))
+    expected = reference(images)
+    # Some networks amplify what rounding does to their input by 1e8: halonet_h1, whose attention saturates.
+    tolerance = max(tolerance, relative_error(reference(images * (1 + 4 * torch.finfo(images.dtype).eps)), expected))
     with gradaug_hf.at_width(model, width):
         output = model(images)
     assert relative_error(output, expected) < tolerance, width
