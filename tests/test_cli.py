@@ -21,7 +21,10 @@ def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     printed = capsys.readouterr().out
-    assert all(f"\n    {command} " in printed for command in ("train", "report", "convert", "results", "sweep"))
+    assert all(
+        f"\n    {command} " in printed
+        for command in ("train", "fine-tune", "predict", "report", "convert", "results", "sweep")
+    )
 
 
 def test_version_is_that_of_the_package(capsys):

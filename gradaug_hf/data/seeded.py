@@ -30,7 +30,7 @@ class _Seeds:
 
 
 class DatasetWrapper:
-    """Pass on the classes of a dataset, `dataset`, that another one wraps."""
+    """Pass on the classes and the split of a dataset, `dataset`, that another one wraps."""
 
     dataset: Any
 
@@ -43,6 +43,11 @@ class DatasetWrapper:
     def classes(self) -> Any:
         """Return the names of the classes, of a dataset of torchvision for example, else None."""
         return getattr(self.dataset, "classes", None)
+
+    @property
+    def split(self) -> Any:
+        """Return the name of the split, of a dataset of the `datasets` library, else None."""
+        return getattr(self.dataset, "split", None)
 
 
 class _SeededWrapper(DatasetWrapper):

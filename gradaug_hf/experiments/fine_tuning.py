@@ -62,6 +62,8 @@ from gradaug_hf.utils.threads import use_all_cores
 
 CLASSES = "classes.csv"
 EXAMPLES_SHOWN = 16
+# Largest size in pixels at which a photo is plotted.
+THUMBNAIL = (512, 512)
 # Of FineTuningArguments, what a training that is resumed may change.
 CHANGEABLE_HERE = (*CHANGEABLE, "validation_dir", "preview")
 
@@ -200,6 +202,8 @@ def plot_mistakes(trainer: FineTuningTrainer, predictions: Predictions, file: Pa
     indices = worst_mistakes(predictions)
     rows = [split[index] for index in indices]
     photos = [decode(row["image"], row["row"], str(split.split)) for row in rows]
+    for photo in photos:
+        photo.thumbnail(THUMBNAIL)
     captions = [
         mistake_caption(predictions, index, row["image"]["path"]) for index, row in zip(indices, rows, strict=True)
     ]

@@ -21,12 +21,14 @@ DESCRIPTION = (
     "accuracy after the final epoch and of each class, and writes the model, results.json, classes.csv and plots to "
     "--output_dir."
 )
-# Learning rate of a batch of so many images, to which it is in proportion.
-LEARNING_RATE, BASE_BATCH = 1e-4, 32
+BATCH_SIZE = 32
+# Learning rate of a batch of so many images, to which it is in proportion. With a few hundred photos there are few
+# steps, in which a new classifier learns too little at a lower one; layer_decay spares the pretrained layers.
+LEARNING_RATE, BASE_BATCH = 1e-4, 8
 FINE_TUNING = SETTINGS | {
     "num_train_epochs": 10,
     "optim": "adamw_torch",
-    "learning_rate": LEARNING_RATE,
+    "learning_rate": LEARNING_RATE * BATCH_SIZE / BASE_BATCH,
     "weight_decay": 0.05,
     "warmup_steps": 0.1,
     "max_grad_norm": 1.0,
@@ -89,7 +91,7 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
         default=None, metadata={"help": "Side in pixels of the images; default: that of the pretrained model."}
     )
     batch_size: int = field(
-        default=BASE_BATCH,
+        default=BATCH_SIZE,
         metadata={
             "help": (
                 "Images in an optimiser step, over all processes and accumulated batches. The learning rate is "
@@ -179,7 +181,7 @@ def parse(argv: Sequence[str]) -> tuple[FineTuningArguments, GradAugConfig]:
     parser = RecipeParser((FineTuningArguments, GradAugConfig), description=DESCRIPTION, usage=USAGE)
     given = given_settings(parser, FINE_TUNING, argv)
     chosen: dict[str, Any] = {**FINE_TUNING, **given}
-    batch_size = chosen.get("batch_size", BASE_BATCH)
+    batch_size = chosen.get("batch_size", BATCH_SIZE)
     if "learning_rate" not in given:
         chosen["learning_rate"] = LEARNING_RATE * batch_size / BASE_BATCH
     if chosen.get("freeze") == "backbone":

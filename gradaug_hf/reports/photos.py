@@ -76,8 +76,8 @@ def plot_confusion(predictions: Predictions) -> Figure:
 def mistake_caption(predictions: Predictions, index: int, file: str | None) -> str:
     """Return what was predicted of an image, with which probability, its true class and its file."""
     label, predicted = predictions.labels[index], predictions.predicted[index]
-    said = f"{predictions.names[predicted]} {predictions.probabilities[index, predicted]:.0%}"
-    return f"{said}, is {predictions.names[label]}" + (f"\n{Path(file).name}" if file else "")
+    said = f"predicted {predictions.names[predicted]}, {predictions.probabilities[index, predicted]:.0%}"
+    return f"{said}\nis {predictions.names[label]}" + (f": {Path(file).name}" if file else "")
 
 
 def as_photo(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -61,6 +61,7 @@ def test_one_command_ends_with_a_model_and_what_to_look_at(monkeypatch, capsys, 
     assert result["top1"] >= 4 / 6 and result["method"] == "gradaug"
     card = (out / "README.md").read_text()
     assert "| class | most often taken for | images | accuracy % |\n" in card
+    assert "Measured on 6 images of photos, after 24 steps" in card  # of no split: they were held out of the only one
     for name in ("examples.png", "confusion.png", "mistakes.png", "curves.png"):
         assert (out / "plots" / name).is_file() and f"(plots/{name})" in card
     assert timm.create_model(f"local-dir:{out}", pretrained=True).num_classes == 3

@@ -37,8 +37,8 @@ def test_confusion_matrix_of_many_classes_stays_readable(classes: int):
 
 
 def test_a_mistake_says_what_was_predicted_and_what_it_is():
-    assert mistake_caption(FOUR, 3, "folder/bee/7.jpg") == "ant 60%, is bee\n7.jpg"
-    assert mistake_caption(FOUR, 3, None) == "ant 60%, is bee"
+    assert mistake_caption(FOUR, 3, "folder/bee/7.jpg") == "predicted ant, 60%\nis bee: 7.jpg"
+    assert mistake_caption(FOUR, 3, None) == "predicted ant, 60%\nis bee"
 
 
 def test_a_photo_has_the_colours_of_before_it_was_normalised():
