@@ -152,10 +152,9 @@ def _classes_of_images(split: Dataset) -> tuple[pa.Array, pa.Array]:
 
 def _check_labels(split: Dataset) -> None:
     """Raise a ValueError where a label is missing, is the number of no class, or is twice in a list."""
-    feature, labels = split.features["label"], _label_column(split)
-    missing = pc.index(pc.is_null(labels), True).as_py()
-    if missing >= 0:
-        raise ValueError(f"row {missing} of split {split.split} has label None; expected a label in each row")
+    feature = split.features["label"]
+    if is_multi_label(feature):
+        _check_lists(split)
     rows, column = _classes_of_images(split)
     wrong, accepted = pc.is_null(column), "a label in each row"
     if is_class_label(feature):
@@ -168,12 +167,14 @@ def _check_labels(split: Dataset) -> None:
     place = pc.index(pc.fill_null(wrong, True), True).as_py()
     if place >= 0:
         raise ValueError(f"row {rows[place]} of split {split.split} has label {column[place]}; expected {accepted}")
-    if is_multi_label(feature):
-        _check_distinct(split, rows, column)
 
 
-def _check_distinct(split: Dataset, rows: pa.Array, column: pa.Array) -> None:
-    """Raise a ValueError where a list names a class twice, as multi-hot lists of zeros and ones would."""
+def _check_lists(split: Dataset) -> None:
+    """Raise a ValueError where a list is missing, or names a class twice, as one of zeros and ones would."""
+    missing = pc.index(pc.is_null(_label_column(split)), True).as_py()
+    if missing >= 0:
+        raise ValueError(f"row {missing} of split {split.split} has label None; expected a list, empty for no class")
+    rows, column = _classes_of_images(split)
     pairs = pa.table({"row": rows, "label": _plain(column)}).group_by(["row", "label"], use_threads=False)
     counted = pairs.aggregate([([], "count_all")])
     twice = pc.index(pc.greater(counted["count_all"], 1), True).as_py()

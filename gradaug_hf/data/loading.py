@@ -178,6 +178,15 @@ def class_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
     return classes_of(data["train"].features["label"]).names
 
 
+def check_one_class(data: DatasetDict | IterableDatasetDict) -> None:
+    """Raise a ValueError where images have lists of classes, which the recipes do not train and evaluate."""
+    if is_multi_label(data["train"].features["label"]):
+        raise ValueError(
+            "images have lists of classes, and this command needs one class for each image; give the dataset to "
+            'GradAugTrainer with problem_type="multi_label_classification"'
+        )
+
+
 def number_of_images(split: Dataset | IterableDataset) -> int | None:
     """Return the number of images of a split; None where a stream does not say."""
     if isinstance(split, Dataset):

@@ -14,7 +14,7 @@ from gradaug_hf.data.backbone_transforms import ProcessorTransform, augmenting_t
 from gradaug_hf.data.bad_images import SkippingDataset, readable_images
 from gradaug_hf.data.columns import label_values
 from gradaug_hf.data.decoding import decode, with_pixels
-from gradaug_hf.data.loading import class_names, load_image_data, load_two_folders, take_images
+from gradaug_hf.data.loading import check_one_class, class_names, load_image_data, load_two_folders, take_images
 from gradaug_hf.data.seeded import SeededDataset
 from gradaug_hf.experiments.backbone import check_side, freeze_backbone, load_backbone
 from gradaug_hf.experiments.fine_tuning_arguments import FineTuningArguments, parse
@@ -144,6 +144,7 @@ def load_data(args: FineTuningArguments, seed: int) -> DatasetDict:
         data = load_two_folders(args.train_dir, args.validation_dir, label_column=args.label_column)
     else:
         data = load_image_data(args.dataset_name or args.train_dir, seed=seed, **args.loading_options())
+    check_one_class(data)
     held_out = args.validation_dir is None and data["eval"].split == data["train"].split
     for split, number in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
         if number is not None:

@@ -16,11 +16,11 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from gradaug_hf.data.bad_images import SkippingDataset, readable_images
-from gradaug_hf.data.columns import is_multi_label
 from gradaug_hf.data.decoding import UnreadableImageError, with_pixels
 from gradaug_hf.data.loading import (
     SHUFFLE_BUFFER,
     balanced_subset,
+    check_one_class,
     class_names,
     load_image_data,
     number_of_images,
@@ -203,11 +203,6 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
         check_method(args.method, recipe.methods, arguments, args.model, accepted)
         arguments = {name: value for name, value in arguments.items() if value is not None and name in accepted}
     data = first_on_main_process(lambda: load_data(args, config.seed))  # and then on the others from its cache
-    if is_multi_label(data["train"].features["label"]):
-        raise ValueError(
-            f"images of {args.dataset_name} have lists of classes, and the recipes train one class for an image; "
-            'give load_image_data\'s images to GradAugTrainer with problem_type="multi_label_classification"'
-        )
     images = images_to_train_on(args, data["train"])
     if config.do_train:
         check_batch(args.batch_size, images)
@@ -270,6 +265,7 @@ def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDat
         data = stream_image_data(args.dataset_name, **options)
     else:
         data = load_image_data(args.dataset_name, seed=seed, **options)
+    check_one_class(data)
     if args.labels_per_class is not None:
         if args.streaming:
             raise ValueError("labels_per_class needs to see all labels first; leave out streaming")

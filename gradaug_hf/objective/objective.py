@@ -69,7 +69,7 @@ class ObjectiveSettings(SubnetSettings):
         metadata={
             "help": (
                 'What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
-                'divergence, "label": the labels, by the full network\'s criterion.'
+                'divergence, "label": the labels, by the criterion, else cross-entropy.'
             )
         },
     )

@@ -5,9 +5,20 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Value
+import torch
+from datasets import ClassLabel, LargeList, List, Value
 
-from gradaug_hf.data.loading import class_names, load_image_data
+from gradaug_hf.data.collator import collate_images
+from gradaug_hf.data.decoding import with_pixels
+from gradaug_hf.data.loading import (
+    balanced_subset,
+    check_one_class,
+    class_names,
+    load_image_data,
+    stream_image_data,
+)
+from gradaug_hf.data.transforms import cifar_transform
+from gradaug_hf.hub.configs import label_names
 from tests.helpers.pictures import dataset, picture, png
 
 
@@ -121,4 +132,64 @@ def test_class_that_is_only_evaluated_is_warned_of(tmp_path, labels, feature):
     dataset([labels[0], labels[1]], feature).to_parquet(tmp_path / "train.parquet")
     dataset([labels[2], labels[1]], feature).to_parquet(tmp_path / "test.parquet")
     with pytest.warns(UserWarning, match="1 classes of split test have no image in split train.*: c$"):
+        load_image_data(str(tmp_path))
+
+
+# ---- lists of classes ----
+
+NAMED = ClassLabel(names=["ant", "bee", "cat"])
+LISTS = [
+    (List(Value("string")), [["cat", "ant"], [], ["bee"], ["ant"]]),
+    (LargeList(Value("int64")), [[70, 5], [], [8], [5]]),
+    (List(NAMED), [[2, 0], [], [1], [0]]),
+]
+
+
+@pytest.mark.parametrize(("feature", "labels"), LISTS, ids=lambda value: str(value)[:20])
+def test_lists_of_classes_become_multi_hot(tmp_path, feature, labels):
+    dataset(labels, feature).to_parquet(tmp_path / "train.parquet")
+    dataset(labels[:3], feature).to_parquet(tmp_path / "test.parquet")
+    data = load_image_data(str(tmp_path))
+    assert class_names(data) == (["5", "8", "70"] if labels[0] == [70, 5] else ["ant", "bee", "cat"])
+    pixels = with_pixels(data["train"], cifar_transform(False))
+    batch = collate_images([pixels[i] for i in range(4)])
+    expected = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 0, 0]], dtype=torch.float32)
+    assert torch.equal(batch["labels"], expected)
+    assert label_names(torch.nn.Identity(), pixels) == class_names(data)
+    with pytest.raises(ValueError, match="images have lists of classes"):
+        balanced_subset(data["train"], 1)
+    with pytest.raises(ValueError, match='needs one class for each image.*problem_type="multi_label_classification"'):
+        check_one_class(data)
+
+
+def test_lists_of_named_classes_are_streamed_as_multi_hot_labels(tmp_path):
+    for split in ("train", "test"):
+        dataset(LISTS[2][1], List(NAMED)).to_parquet(tmp_path / f"{split}.parquet")
+    stream = with_pixels(stream_image_data(str(tmp_path))["train"], cifar_transform(False))
+    assert [torch.as_tensor(row["labels"]).tolist() for row in stream] == [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.filterwarnings("ignore:.*classes of split")
+def test_a_fifth_of_images_with_several_classes_is_held_out(tmp_path):
+    labels = [["a", "b"] if row % 2 else ["c"] for row in range(10)]
+    dataset(labels, List(Value("string"))).to_parquet(tmp_path / "train.parquet")
+    one, other = (load_image_data(str(tmp_path), seed=1) for _ in range(2))
+    assert (len(one["train"]), len(one["eval"])) == (8, 2)
+    assert list(one["eval"]["row"]) == list(other["eval"]["row"])
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels", "message"),
+    [
+        (List(Value("int64")), [[0, 1, 0], [1, 0, 1]], "row 0 of split train has label 0 twice; .*not zeros and ones"),
+        (List(Value("string")), [["a"], ["b", "c", "b"]], "row 1 of split train has label b twice"),
+        (List(NAMED), [[0], None], "row 1 of split train has label None; expected a list, empty for no class"),
+        (List(Value("int64")), [[0], [1, -3]], "row 1 of split train has label -3; expected 0 or above"),
+        (List(Value("string")), [["a"], [None]], "row 1 of split train has label None; expected a label in each row"),
+        (List(Value("float32")), [[0.0], [1.0]], "no label column"),
+    ],
+)
+def test_lists_that_do_not_name_classes_are_refused(tmp_path, feature, labels, message):
+    dataset(labels, feature).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=message):
         load_image_data(str(tmp_path))

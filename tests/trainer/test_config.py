@@ -25,6 +25,7 @@ OWN_FIELDS = {
     "width_levels": None,
     "kl_weight": 1.0,
     "subnet_target": "soft",
+    "problem_type": None,
     "subnet_backward": "sequential",
     "sync_batchnorm": False,
     "mixup_alpha": 0.0,
@@ -69,7 +70,8 @@ def test_every_own_field_is_a_flag(tmp_path):
         "--width_divisor 8 --width_levels 4 --kl_weight 0.5 --subnet_backward joint --mixup_alpha 0.2 "
         "--cutmix_alpha 1 --mix_prob 0.5 --eval_widths 0.9 0.8 --subnet_mode width+depth --min_survival 0.7 "
         "--subnet_interval 2 --ignore_config_change --sync_batchnorm --channels_last "
-        "--subnet_target label --seed_train_data false --subnet_images split --kl_warmup 0.25 --min_tokens 0.4"
+        "--subnet_target label --seed_train_data false --subnet_images split --kl_warmup 0.25 --min_tokens 0.4 "
+        "--problem_type multi_label_classification"
     )
     (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(line.split())
     parsed = {name: getattr(args, name) for name in OWN_FIELDS}
@@ -85,6 +87,7 @@ def test_every_own_field_is_a_flag(tmp_path):
         "width_levels": 4,
         "kl_weight": 0.5,
         "subnet_target": "label",
+        "problem_type": "multi_label_classification",
         "subnet_backward": "joint",
         "sync_batchnorm": True,
         "mixup_alpha": 0.2,
@@ -131,6 +134,7 @@ def test_settings_survive_json_and_pickle(tmp_path):
         ({"resolutions": [32, -4]}, r"resolutions is \[32, -4\]"),
         ({"subnet_mode": "height"}, "subnet_mode is 'height'; it must be one of 'width', 'depth', 'width\\+depth'"),
         ({"subnet_backward": "both"}, "subnet_backward is 'both'; it must be one of 'sequential', 'joint'"),
+        ({"problem_type": "regression"}, "problem_type is 'regression'; it must be None or one of 'single_label_cl"),
         ({"subnet_target": "hard"}, "subnet_target is 'hard'; it must be one of 'soft', 'label'"),
         ({"min_survival": 0}, r"min_survival is 0; it must lie in \(0, 1\]"),
         ({"min_tokens": 1.2}, r"min_tokens is 1.2; it must lie in \(0, 1\]"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
-from gradaug_hf.trainer.metrics import RunningMeans, topk_accuracy
+from gradaug_hf.trainer.metrics import RunningMeans, mean_average_precision, topk_accuracy
 
 
 def test_top1_and_top5_count_the_labels_among_the_largest_logits():
@@ -68,3 +68,37 @@ def test_running_means_go_on_from_their_state_exactly():
     found, expected = rest.take(), whole.take()
     assert found == expected
     assert [found[name].dtype for name in ("loss", "precise")] == [torch.float32, torch.float64]
+
+
+def test_mean_average_precision_is_that_of_scikit_learn_with_ties():
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    for images in (5, 40):
+        logits = random.integers(0, 4, (images, 6)).astype(np.float32)
+        labels = (random.random((images, 6)) < 0.4).astype(np.float32)
+        labels[:, 2] = 0  # a class that no image has
+        labels[0, [0, 1, 3, 4, 5]] = 1
+        found = mean_average_precision(EvalPrediction(predictions=(logits, None), label_ids=labels))
+        others = [0, 1, 3, 4, 5]
+        expected = metrics.average_precision_score(labels[:, others], logits[:, others], average="macro")
+        assert found == {"map": pytest.approx(expected, abs=1e-12)}
+
+
+def test_mean_average_precision_by_hand():
+    logits, labels = np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]]), np.array([[1, 0], [0, 1], [1, 1]])
+    found = mean_average_precision(EvalPrediction(predictions=logits, label_ids=labels))
+    assert found["map"] == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "message"),
+    [
+        (np.zeros((2, 3)), np.zeros(2), r"logits \(2, 3\) and labels \(2,\)"),
+        (np.zeros((2, 3)), np.full((2, 3), 0.5), "not all 0 or 1"),
+        (np.zeros((2, 3)), np.zeros((2, 3)), "no image of the evaluation has a class"),
+        (np.full((2, 3), np.nan), np.ones((2, 3)), "the logits of 2 of 2 images are NaN"),
+    ],
+)
+def test_labels_and_logits_without_an_average_precision_are_refused(logits, labels, message):
+    with pytest.raises(ValueError, match=message):
+        mean_average_precision(EvalPrediction(predictions=logits, label_ids=labels))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from gradaug_hf.data.decoding import with_pixels
-from gradaug_hf.data.loading import class_names, load_image_data, take_images
+from gradaug_hf.data.loading import check_one_class, class_names, load_image_data, take_images
 from gradaug_hf.experiments.arguments import DataArguments, RecipeParser
 from gradaug_hf.experiments.evaluation.measurements import Measurements
 from gradaug_hf.experiments.evaluation.pixels import (
@@ -207,6 +207,7 @@ def check_plots() -> None:
 
 def _load_data(args: EvaluationArguments) -> DatasetDict:
     data = load_image_data(args.dataset_name, **args.loading_options(), seed=args.seed)
+    check_one_class(data)
     if args.max_eval_samples is not None:
         data["eval"] = take_images(data["eval"], args.max_eval_samples, args.seed)
     return data
