@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -14,7 +15,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from transformers import TrainingArguments
-from transformers.utils.hub import hf_api
 
 # hf_xet, which uploads large files, raises ConnectionError and errors of its own.
 HUB_ERRORS = (HTTPError, HFValidationError, ConnectionError)
@@ -74,7 +74,7 @@ def make_branch(args: TrainingArguments, hub_model_id: str, revision: str | None
     if revision is None or revision.startswith("refs/"):
         return
     with push_errors(args, hub_model_id, "cannot be pushed to", revision):
-        hf_api().create_branch(hub_model_id, branch=revision, token=token or args.hub_token, exist_ok=True)
+        HfApi().create_branch(hub_model_id, branch=revision, token=token or args.hub_token, exist_ok=True)
 
 
 def warn_of_failed_push(args: TrainingArguments, hub_model_id: str | None, error: BaseException) -> None:

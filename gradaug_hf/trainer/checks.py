@@ -20,6 +20,7 @@ from gradaug_hf.objective.problems import MULTI_LABEL, SINGLE_LABEL, Problem
 from gradaug_hf.objective.teaching import check_teacher as check_taught
 from gradaug_hf.trainer.batches import IMAGES
 from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.utils.compat import ACTIVATION_CHECKPOINTING, has_static_graph
 
 
 def check_output_dir(args: GradAugConfig) -> None:
@@ -79,7 +80,7 @@ def check_launch(args: GradAugConfig, deepspeed: bool) -> None:
             f"one process sees {args.n_gpu} GPUs and would use DataParallel, under which sub-networks do not work; "
             f"start one process for each: accelerate launch --num_processes {args.n_gpu} SCRIPT"
         )
-    if args.ddp_static_graph:
+    if has_static_graph(args):
         raise ValueError("ddp_static_graph is True, but the graph differs from sub-network to sub-network; set False")
     if args.subnet_backward == "joint":
         return
@@ -144,12 +145,13 @@ def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
     Raises:
         ValueError: activation checkpointing is on with a joint backward, or the network has no such switch.
     """
-    if args.activation_checkpointing and not isinstance(network, PreTrainedModel):
+    asked = getattr(args, ACTIVATION_CHECKPOINTING)
+    if asked and not isinstance(network, PreTrainedModel):
         raise ValueError(
-            f"activation_checkpointing is True, which {type(network).__name__} does not know; leave it out, and call "
-            "model.set_grad_checkpointing() of a timm network"
+            f"{ACTIVATION_CHECKPOINTING} is True, which {type(network).__name__} does not know; leave it out, and "
+            "call model.set_grad_checkpointing() of a timm network"
         )
-    on = args.activation_checkpointing or any(getattr(m, "grad_checkpointing", False) for m in network.modules())
+    on = asked or any(getattr(m, "grad_checkpointing", False) for m in network.modules())
     if on and args.subnet_backward == "joint":
         raise ValueError(
             'activation checkpointing computes layers anew in the backward; set subnet_backward="sequential", with '

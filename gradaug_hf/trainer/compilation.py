@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from gradaug_hf.objective.resolutions import default_resolutions
 from gradaug_hf.objective.sampling import SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.utils.compat import recompile_limits
 
 
 def compile_statically(accelerator: Accelerator) -> None:
@@ -87,9 +88,10 @@ def compiling(sampler: SubnetSampler, args: GradAugConfig) -> Iterator[None]:
         yield
         return
     config = torch._dynamo.config
+    *limits, fails = recompile_limits()
     if isinstance(sampler, SubnetSampler):
         graphs = number_of_graphs(sampler, args)
-        config.recompile_limit = max(config.recompile_limit, graphs)
-        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, graphs)
-    with config.patch(fail_on_recompile_limit_hit=True):
+        for name in limits:
+            setattr(config, name, max(getattr(config, name), graphs))
+    with config.patch(**{fails: True}):
         yield

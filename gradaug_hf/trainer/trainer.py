@@ -811,8 +811,10 @@ class GradAugTrainer(Trainer):
         Raises:
             PushError: the Hub refuses, or cannot be reached.
         """
+        if private is not None:
+            self.args.hub_private_repo = private
         with push_errors(self.args, self.hub_model_id, "cannot be pushed to"):
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(token)
         if self.is_world_process_zero():
             make_branch(self.args, self.hub_model_id, self.args.hub_revision, token)
 
@@ -835,7 +837,7 @@ class GradAugTrainer(Trainer):
         if self.is_world_process_zero():
             make_branch(self.args, self.hub_model_id, revision, token)
         with push_errors(self.args, self.hub_model_id, "was not pushed to", revision):
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
 
 
 @contextmanager

@@ -140,7 +140,8 @@ def test_a_pulled_network_trains_on_and_keeps_its_image_processor(hub, tmp_path)
 
 def test_a_private_repository_is_seen_by_its_owner_alone(hub, tmp_path, monkeypatch):
     trainer_of(wrapped(), tmp_path, hub_model_id="me/secret", hub_private_repo=True).push_to_hub()
-    assert hub.repositories["me/secret"].private
+    trainer_of(wrapped(), tmp_path / "also", hub_model_id="me/also").push_to_hub(private=True)
+    assert hub.repositories["me/secret"].private and hub.repositories["me/also"].private
     assert trainer_of("me/secret", tmp_path / "other").model.num_classes == 7
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     for token, message in (("hf_other", "on the Hub"), ("hf_wrong", "the Hub answers 401"), ("", "on the Hub")):

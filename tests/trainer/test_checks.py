@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from accelerate.parallelism_config import ParallelismConfig
 from transformers import TrainingArguments, default_data_collator
 
 from gradaug_hf.trainer.checks import (
@@ -18,6 +17,7 @@ from gradaug_hf.trainer.checks import (
 )
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.trainer import GradAugTrainer
+from gradaug_hf.utils.compat import ACTIVATION_CHECKPOINTING
 
 
 @pytest.fixture
@@ -87,7 +87,8 @@ def test_split_parameters_are_refused(args):
     check_sharding(args, SimpleNamespace(zero_stage=2))
     with pytest.raises(ValueError, match="ZeRO-3 .* use DDP"):
         check_sharding(args, SimpleNamespace(zero_stage=3))
-    args.parallelism_config = ParallelismConfig(tp_size=2)
+    module = pytest.importorskip("accelerate.parallelism_config", reason="new in accelerate 1.10")
+    args.parallelism_config = module.ParallelismConfig(tp_size=2)
     with pytest.raises(ValueError, match="tensor parallelism .* use DDP"):
         check_sharding(args)
 
@@ -175,8 +176,8 @@ def test_the_attributes_of_a_collator_are_not_hidden():
 
 
 def test_checkpointing_that_the_network_cannot_switch_on_is_refused(args):
-    args.activation_checkpointing = True
+    setattr(args, ACTIVATION_CHECKPOINTING, True)
     with pytest.raises(
-        ValueError, match=r"activation_checkpointing is True, which ResNet .*set_grad_checkpointing\(\)"
+        ValueError, match=rf"{ACTIVATION_CHECKPOINTING} is True, which ResNet .*set_grad_checkpointing\(\)"
     ):
         check_checkpointing(timm.create_model("test_resnet"), args)

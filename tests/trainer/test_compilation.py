@@ -10,6 +10,7 @@ from gradaug_hf.slimming import at_width, make_slimmable
 from gradaug_hf.trainer.compilation import number_of_graphs
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.trainer import GradAugTrainer
+from gradaug_hf.utils.compat import recompile_limits
 from tests.helpers.residual_network import make_network
 
 CPU = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
@@ -20,7 +21,8 @@ COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 def own_graphs():
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+    limit, accumulated_limit, _ = recompile_limits()
+    with torch._dynamo.config.patch({limit: 8, accumulated_limit: 256}):
         yield
     torch._dynamo.reset()
 
@@ -125,7 +127,7 @@ def test_training_and_evaluation_at_each_width_are_graphs_of_their_own_and_right
     model = make_slimmable(network(), input_size=16)
     compiled = torch.compile(model, backend="eager", dynamic=False)
     images = torch.randn(2, 3, 16, 16)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), torch.no_grad():
+    with torch._dynamo.config.patch({recompile_limits()[-1]: True}), torch.no_grad():
         for _ in range(2):
             for training in (True, False):
                 model.train(training)

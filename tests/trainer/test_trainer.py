@@ -898,8 +898,10 @@ def test_mixing_needs_the_number_of_classes(tmp_path):
 
 
 def test_a_static_graph_and_dataparallel_are_refused(tmp_path):
+    args = config(tmp_path)
+    args.ddp_static_graph = True
     with refused("ddp_static_graph is True"):
-        GradAugTrainer(resnet(), config(tmp_path, ddp_static_graph=True), train_dataset=rows(4))
+        GradAugTrainer(resnet(), args, train_dataset=rows(4))
     args = config(tmp_path)
     assert args.n_gpu == 0
     args._n_gpu = 2

@@ -17,6 +17,7 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 from gradaug_hf.objective.sampling import SubnetSampler
 from gradaug_hf.slimming import slicing_report
 from gradaug_hf.trainer.trainer import GradAugTrainer
+from gradaug_hf.utils.compat import ACTIVATION_CHECKPOINTING
 from tests.helpers.residual_network import gradients_by_hand, make_network
 from tests.trainer.test_trainer import NETWORKS, assert_equal, config, rows, weights
 
@@ -88,7 +89,7 @@ def test_checkpointed_layers_of_transformers_are_computed_anew_at_their_width(tm
         for module in network.modules():
             if isinstance(module, nn.LayerNorm):
                 module.register_forward_hook(lambda *_: calls.append(1))
-        args = config(tmp_path, max_steps=2, activation_checkpointing=checkpointing, resolutions=[32], **SGD)
+        args = config(tmp_path, max_steps=2, resolutions=[32], **{ACTIVATION_CHECKPOINTING: checkpointing}, **SGD)
         GradAugTrainer(network, args, train_dataset=rows(8)).train()
         assert slicing_report(network).sliced_macs > 0.5
         return network, len(calls)

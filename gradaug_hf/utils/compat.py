@@ -1,0 +1,24 @@
+"""Differences between the versions of other packages that this one works with."""
+
+import torch
+from transformers import TrainingArguments
+
+# transformers 5.23 renamed `gradient_checkpointing`, and warns of the old name.
+ACTIVATION_CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
+
+
+def has_static_graph(args: TrainingArguments) -> bool:
+    """Return `args.ddp_static_graph`, which transformers has since 5.6."""
+    return bool(getattr(args, "ddp_static_graph", False))
+
+
+def recompile_limits() -> tuple[str, str, str]:
+    """Return the names of the settings of torch._dynamo.config that limit graphs, which torch 2.7 renamed.
+
+    They are the limit of a function, the one of all functions, and whether it is an error to reach one.
+    """
+    if hasattr(torch._dynamo.config, "recompile_limit"):
+        return "recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit"
+    return "cache_size_limit", "accumulated_cache_size_limit", "fail_on_cache_limit_hit"
