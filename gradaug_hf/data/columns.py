@@ -9,12 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, LargeList, List, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, LargeList, Sequence, Value
 from torch import Tensor
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
 STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+# Kinds of list columns; the first is called List from datasets 4 on, and Sequence before.
+LISTS = (type(Sequence(Value("int64"))), LargeList)
 BINARY = (pa.types.is_binary, pa.types.is_large_binary)
 
 
@@ -28,11 +30,13 @@ def _is_encoded_image(feature: object) -> bool:
 
 def is_multi_label(feature: object) -> bool:
     """Return whether a column holds lists."""
-    return isinstance(feature, (List, LargeList))
+    return isinstance(feature, (*LISTS, list))
 
 
 def _of_one_class(feature: object) -> object:
-    return feature.feature if is_multi_label(feature) else feature
+    if isinstance(feature, list):
+        return feature[0]
+    return feature.feature if isinstance(feature, LISTS) else feature
 
 
 def is_class_label(feature: object) -> bool:
@@ -62,7 +66,7 @@ def multi_hot(labels: Iterable[Iterable[int]], num_classes: int) -> list[Tensor]
 def _is_class(feature: object) -> bool:
     single = (*STRINGS, pa.types.is_integer)
     if is_multi_label(feature):
-        return _has_type(feature.feature, single)
+        return _has_type(_of_one_class(feature), single)
     return _has_type(feature, (*single, pa.types.is_boolean))
 
 
@@ -195,7 +199,7 @@ def _with_class_labels(splits: DatasetDict) -> DatasetDict:
     for name, split in splits.items():
         codes = pc.index_in(columns[name], values.cast(columns[name].type)).to_numpy()
         labels = _as_lists(codes, _label_column(split)) if several else codes
-        kind = List(feature) if several else feature
+        kind = Sequence(feature) if several else feature
         coded[name] = split.remove_columns("label").add_column("label", labels, feature=kind)
     return DatasetDict(coded)
 

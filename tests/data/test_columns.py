@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import ClassLabel, LargeList, List, Value
+from datasets import ClassLabel, LargeList, Sequence, Value
 
 from gradaug_hf.data.collator import collate_images
 from gradaug_hf.data.decoding import with_pixels
@@ -137,11 +137,12 @@ def test_class_that_is_only_evaluated_is_warned_of(tmp_path, labels, feature):
 
 # ---- lists of classes ----
 
+STRINGS, INTEGERS = Sequence(Value("string")), Sequence(Value("int64"))
 NAMED = ClassLabel(names=["ant", "bee", "cat"])
 LISTS = [
-    (List(Value("string")), [["cat", "ant"], [], ["bee"], ["ant"]]),
+    (STRINGS, [["cat", "ant"], [], ["bee"], ["ant"]]),
     (LargeList(Value("int64")), [[70, 5], [], [8], [5]]),
-    (List(NAMED), [[2, 0], [], [1], [0]]),
+    (Sequence(NAMED), [[2, 0], [], [1], [0]]),
 ]
 
 
@@ -164,7 +165,7 @@ def test_lists_of_classes_become_multi_hot(tmp_path, feature, labels):
 
 def test_lists_of_named_classes_are_streamed_as_multi_hot_labels(tmp_path):
     for split in ("train", "test"):
-        dataset(LISTS[2][1], List(NAMED)).to_parquet(tmp_path / f"{split}.parquet")
+        dataset(LISTS[2][1], Sequence(NAMED)).to_parquet(tmp_path / f"{split}.parquet")
     stream = with_pixels(stream_image_data(str(tmp_path))["train"], cifar_transform(False))
     assert [torch.as_tensor(row["labels"]).tolist() for row in stream] == [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 0, 0]]
 
@@ -172,7 +173,7 @@ def test_lists_of_named_classes_are_streamed_as_multi_hot_labels(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*classes of split")
 def test_a_fifth_of_images_with_several_classes_is_held_out(tmp_path):
     labels = [["a", "b"] if row % 2 else ["c"] for row in range(10)]
-    dataset(labels, List(Value("string"))).to_parquet(tmp_path / "train.parquet")
+    dataset(labels, STRINGS).to_parquet(tmp_path / "train.parquet")
     one, other = (load_image_data(str(tmp_path), seed=1) for _ in range(2))
     assert (len(one["train"]), len(one["eval"])) == (8, 2)
     assert list(one["eval"]["row"]) == list(other["eval"]["row"])
@@ -181,12 +182,20 @@ def test_a_fifth_of_images_with_several_classes_is_held_out(tmp_path):
 @pytest.mark.parametrize(
     ("feature", "labels", "message"),
     [
-        (List(Value("int64")), [[0, 1, 0], [1, 0, 1]], "row 0 of split train has label 0 twice; .*not zeros and ones"),
-        (List(Value("string")), [["a"], ["b", "c", "b"]], "row 1 of split train has label b twice"),
-        (List(NAMED), [[0], None], "row 1 of split train has label None; expected a list, empty for no class"),
-        (List(Value("int64")), [[0], [1, -3]], "row 1 of split train has label -3; expected 0 or above"),
-        (List(Value("string")), [["a"], [None]], "row 1 of split train has label None; expected a label in each row"),
-        (List(Value("float32")), [[0.0], [1.0]], "no label column"),
+        (
+            INTEGERS,
+            [[0, 1, 0], [1, 0, 1]],
+            "row 0 of split train has label 0 twice; .*not zeros and ones",
+        ),
+        (STRINGS, [["a"], ["b", "c", "b"]], "row 1 of split train has label b twice"),
+        (Sequence(NAMED), [[0], None], "row 1 of split train has label None; expected a list, empty for no class"),
+        (INTEGERS, [[0], [1, -3]], "row 1 of split train has label -3; expected 0 or above"),
+        (
+            STRINGS,
+            [["a"], [None]],
+            "row 1 of split train has label None; expected a label in each row",
+        ),
+        (Sequence(Value("float32")), [[0.0], [1.0]], "no label column"),
     ],
 )
 def test_lists_that_do_not_name_classes_are_refused(tmp_path, feature, labels, message):
