@@ -216,6 +216,12 @@ def test_a_sampler_that_drops_blocks_is_refused(data, tmp_path):
         DetectionTrainer(make_detector(), settings(tmp_path), train_dataset=data, subnet_sampler=sampler)
 
 
+@pytest.mark.parametrize("given", [{"teacher": torch.nn.Linear(1, 1)}, {"compute_loss_func": lambda *args, **kw: 0}])
+def test_a_loss_or_a_teacher_of_classifiers_is_refused(data, tmp_path, given):
+    with pytest.raises(ValueError, match="a detector has its own losses alone"):
+        DetectionTrainer(make_detector(), settings(tmp_path), train_dataset=data, **given)
+
+
 def test_a_loop_of_ones_own_has_the_default_resolutions(data):
     detector = make_detector().train()
     gradaug = DetectionGradAug(detector, num_subnets=1)
