@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from gradaug_hf.utils.compat import cpu_capabilities
+
 PRESETS = ("exact", "fast")
 WIDTH_DIVISOR = 8
 WIDTH_LEVELS = 5
@@ -42,6 +44,6 @@ def computes_bfloat16(use_cpu: bool) -> bool:
         use_cpu: the CPU; else the accelerator.
     """
     if use_cpu:
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = cpu_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

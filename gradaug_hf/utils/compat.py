@@ -1,5 +1,8 @@
 """Differences between the versions of other packages that this one works with."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from transformers import TrainingArguments
 
@@ -22,3 +25,14 @@ def recompile_limits() -> tuple[str, str, str]:
     if hasattr(torch._dynamo.config, "recompile_limit"):
         return "recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit"
     return "cache_size_limit", "accumulated_cache_size_limit", "fail_on_cache_limit_hit"
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """Return which instruction sets the processor has; torch.cpu.get_capabilities is missing up to torch 2.10."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    return {
+        "avx512_f": torch.cpu._is_avx512_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),  # no processor has AMX without it
+    }

@@ -19,7 +19,7 @@ def parsed(flags: str, **settings) -> dict:
 @pytest.fixture
 def cpu_with_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
 
 
 FAST = {"bf16": True, "use_cpu": True, "channels_last": True, "width_divisor": 8, "width_levels": 5}
@@ -37,7 +37,7 @@ def test_the_exact_preset_sets_nothing():
 
 def test_a_cpu_without_bfloat16_keeps_float32(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False}, raising=False)
     assert not computes_bfloat16(use_cpu=True)
     assert preset_settings("fast") == {"channels_last": True, "width_divisor": 8, "width_levels": 5}
 

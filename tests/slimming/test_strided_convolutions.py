@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from gradaug_hf.utils.compat import cpu_capabilities
 
 ROOT = Path(__file__).parents[2]
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
@@ -19,7 +20,7 @@ ROUNDING = TERMS * 2.0**-24
 @pytest.fixture(scope="module", params=["avx2", "native"])
 def errors(request) -> dict[str, dict[str, float] | str]:
     """What `strided_gradients.py` found."""
-    if request.param == "native" and not torch.cpu.get_capabilities().get("avx512_f"):
+    if request.param == "native" and not cpu_capabilities().get("avx512_f"):
         pytest.skip("this processor has no AVX-512: its own instruction set is the other case")
     environment = {name: value for name, value in os.environ.items() if name not in AVX2}
     environment |= {"PYTHONPATH": str(ROOT)} | (AVX2 if request.param == "avx2" else {})
