@@ -182,7 +182,7 @@ def refuse(run_recipe, recipe: str, model: str, method: str, missing: str, not_f
         ),
         ("--resume_from_checkpoint last", "resume_from_checkpoint is 'last', but .* holds no checkpoint"),
         ("--warmup_epochs 300", "warmup_epochs is 300.0; it must be below num_train_epochs"),
-        ("--model resnet51", "model is 'resnet51', which is unknown; a timm network.*timm has .*resnet50"),
+        ("--model resnet51", "model is 'resnet51', which is unknown; a timm model.*timm has .*resnet50"),
         ("--model nobody/nothing", "model 'nobody/nothing' is no folder, and the Hub cannot be reached"),
         ("--dataset_name nobody/nothing", "dataset 'nobody/nothing' is neither a file nor a folder here"),
         ("--eval_split dev", "no split 'dev'; splits found: train, test"),
