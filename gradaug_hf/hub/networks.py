@@ -269,6 +269,8 @@ def _loading_errors(source: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # whatever a wrong value in a configuration leads to
         reason = " ".join(str(error).split())[:MESSAGE_LENGTH]
+        if isinstance(error, RuntimeError) and "loading state_dict" in reason:  # torch's own words
+            raise WeightsError(f"the weights of {source} are of another network: {reason}") from error
         raise WeightsError(
             f"{source} cannot be loaded: {type(error).__name__}: {reason}; its {CONFIG} and its weights must be as "
             "timm or transformers wrote them"

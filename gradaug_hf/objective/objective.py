@@ -161,7 +161,7 @@ class GradAug:
         self.model = model
         warn_of_lone_gradients(model)
         network = model.module if isinstance(model, DistributedDataParallel) else model
-        self.num_classes = num_classes_of(network)
+        num_classes_of(network)  # raises before the first step if there are none
         self.problem = problem_of(network, own.problem_type)
         self.criterion = criterion_of(self.problem, criterion, label_smoothing)
         if teacher is not None:
@@ -174,6 +174,11 @@ class GradAug:
             make_slimmable(network)
         if drops_blocks(mode) and not num_droppable_blocks(network):
             make_droppable(network)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes that the model states, also after it got another classifier."""
+        return num_classes_of(self.model.module if isinstance(self.model, DistributedDataParallel) else self.model)
 
     def loss(self, images: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
         """Return the objective with the graphs of all passes, for one joint backward.
