@@ -123,11 +123,6 @@ def train(network_name: str, flags: str) -> dict:
     (args,) = HfArgumentParser(GradAugConfig).parse_args_into_dataclasses(flags.split())
     network = NETWORKS[network_name]()
     computed, batches, labels, mixed = [], [], [], []
-    if not args.torch_compile:  # which would compile the hooks too, anew whenever a list has grown
-        for name, module in network.named_children():
-            recorded = module.conv1 if isinstance(module, Block) else module
-            recorded.register_forward_hook(lambda *_, name=name: computed.append(name))
-        network.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0]))
 
     def collate(rows: list[dict]) -> dict:
         batch = default_data_collator(rows)
@@ -148,6 +143,12 @@ def train(network_name: str, flags: str) -> dict:
         subnet_sampler=sampler,
         subnet_transform=turn if network_name == "plain" else None,
     )
+    # After slimming, which keeps layers with hooks whole; compiled hooks are compiled anew whenever a list has grown.
+    if not args.torch_compile:
+        for name, module in network.named_children():
+            recorded = module.conv1 if isinstance(module, Block) else module
+            recorded.register_forward_hook(lambda *_, name=name: computed.append(name))
+        network.register_forward_pre_hook(lambda _, inputs: mixed.append(inputs[0]))
     batches.clear()  # the first image was looked at
     labels.clear()
     counter.trainer = trainer
