@@ -8,7 +8,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 ROOT = Path(__file__).parents[2]
 LINES = [
     line.removeprefix("accelerate launch ").replace("HOST", "10.0.0.1")
-    for line in (ROOT / "README.md").read_text().splitlines()
+    for line in (ROOT / "docs/distributed.md").read_text().splitlines()
     if line.startswith("accelerate launch --config_file recipes/accelerate/")
 ]
 # Machines, processes on each, and whether they start through the launcher of several GPUs.
@@ -26,7 +26,7 @@ def parsed(line: str, monkeypatch):
     return args
 
 
-def test_the_readme_launches_with_each_file():
+def test_the_page_launches_with_each_file():
     files = {path.name for path in (ROOT / "recipes/accelerate").iterdir()}
     assert files == set(EXPECTED) == {Path(shlex.split(line)[1]).name for line in LINES}
     assert len(LINES) == len(files) + 1  # one on each of two machines
