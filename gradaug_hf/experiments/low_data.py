@@ -1,14 +1,4 @@
-"""Does GradAug help with few labels? Every method of the recipes, with several numbers of labels and seeds.
-
-    python recipes/low_data.py
-    python recipes/low_data.py --labels 1000 --methods baseline gradaug --seeds 0 1 2 3 4
-    python recipes/low_data.py --dataset_name DIR --recipe recipes/imagenet_resnet50.py --model resnet18 --labels 0
-
-The labels are balanced and sampled with the seed; accuracy is that on all test images after the final epoch. A
-baseline with as many multiply-adds as GradAug is always among the rows. Each run is a process of its own; started
-again, finished runs are skipped. Further flags are those of the recipe that trains. Tested on 2 CPU cores, at reduced
-size.
-"""
+"""Does GradAug help with few labels? Every method of the recipes, with several numbers of labels and seeds."""
 
 import runpy
 from dataclasses import dataclass, field
@@ -24,8 +14,6 @@ from gradaug_hf.experiments.sweep import LAUNCH, Plan, flag_settings, train_and_
 from gradaug_hf.hub.networks import accepted_arguments
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.utils.command_line import errors_as_messages
-
-RECIPES = Path(__file__).parent
 
 
 @dataclass
@@ -43,7 +31,7 @@ class LowDataArguments(CheckedArguments):
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each run."})
     recipe: str = field(
-        default=str(RECIPES / "cifar_wideresnet.py"),
+        default="recipes/cifar_wideresnet.py",
         metadata={"help": "Recipe whose transforms and settings are used."},
     )
     model: str = field(default="wrn28_2", metadata={"help": "Name of a timm model, trained from scratch."})
@@ -55,9 +43,14 @@ class LowDataArguments(CheckedArguments):
         self._check("seeds", all(seed >= 0 for seed in self.seeds), "a list of numbers of at least 0")
 
 
-def main() -> None:
+def main(description: str | None = None) -> None:
+    """Train every method with several numbers of labels and seeds, and compare them.
+
+    Args:
+        description: shown by `--help`, above the flags.
+    """
     with errors_as_messages(OSError, ValueError):
-        parser = RecipeParser(LowDataArguments, description=__doc__)
+        parser = RecipeParser(LowDataArguments, description=description)
         args, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         train_and_report(make_plan(args, flag_settings(flags)), Path(args.output_dir), args.launch)
 
@@ -112,7 +105,3 @@ def label_columns(args: LowDataArguments, recipe: Recipe, settings: dict[str, An
         check_batch(experiment.batch_size, len(data["train"]))
         columns[f"{labels} labels" if labels else "all labels"] = own
     return columns
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,4 @@
-"""Plain training and GradAug from the same start, on a few labelled images.
-
-    accelerate launch recipes/quickstart.py
-    accelerate launch recipes/quickstart.py --dataset_name uoft-cs/cifar10 --labels_per_class 100 --epochs 60
-
-Without --dataset_name it trains on scikit-learn's handwritten digits. It prints a table, writes the checkpoints
-`plain` and `gradaug`, `results.json` and `curves.png` to --output_dir, and loads the GradAug checkpoint with timm in a
-new process to measure its accuracy again. Tested on 2 CPU cores.
-"""
+"""Plain training and GradAug from the same start, on a few labelled images."""
 
 import copy
 import math
@@ -80,9 +72,14 @@ class QuickstartArguments(CheckedArguments):
         self._check("seed", self.seed >= 0, "at least 0")
 
 
-def main() -> None:
+def main(description: str | None = None) -> None:
+    """Train a model plainly and with GradAug from the same start, and compare them.
+
+    Args:
+        description: shown by `--help`, above the flags.
+    """
     with errors_as_messages(OSError, ValueError):
-        (args,) = RecipeParser(QuickstartArguments).parse_args_into_dataclasses()
+        (args,) = RecipeParser(QuickstartArguments, description=description).parse_args_into_dataclasses()
         use_all_cores()
         check_free(args.output_dir, None, args.overwrite_output_dir)
         accepted_arguments(args.model)  # which knows what it is
@@ -209,7 +206,3 @@ def evaluate_checkpoint(args: QuickstartArguments, device: torch.device) -> floa
     batches = DataLoader(images, batch_size=EVAL_BATCH_SIZE)
     correct = sum((model(b["pixel_values"].to(device)).argmax(1).cpu() == b["labels"]).sum().item() for b in batches)
     return correct / len(images)
-
-
-if __name__ == "__main__":
-    main()

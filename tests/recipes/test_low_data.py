@@ -6,7 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Pillow
 
-from recipes.low_data import LowDataArguments, main, make_plan
+from gradaug_hf.experiments.low_data import LowDataArguments, main, make_plan
 
 CLASSES, IMAGES = 4, 8
 

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import set_seed
 
-from recipes.quickstart import QuickstartArguments, check_checkpoint, load_data, main, train
+from gradaug_hf.experiments.quickstart import QuickstartArguments, check_checkpoint, load_data, main, train
 
 ROOT = Path(__file__).parents[2]
 

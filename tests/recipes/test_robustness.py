@@ -12,8 +12,8 @@ import torch
 
 from gradaug_hf.experiments.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from gradaug_hf.experiments.evaluation.measurements import Measurements
+from gradaug_hf.experiments.evaluation.robustness_run import RobustnessArguments, main
 from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
-from recipes.robustness import RobustnessArguments, main
 from tests.helpers.checkpoints import save_images, save_network
 
 ROOT = Path(__file__).parents[2]

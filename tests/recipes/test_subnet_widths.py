@@ -13,7 +13,7 @@ from gradaug_hf import at_width, make_slimmable
 from gradaug_hf.experiments.evaluation import width_curves
 from gradaug_hf.experiments.evaluation.measurements import Measurements
 from gradaug_hf.experiments.evaluation.pixels import to_unit
-from recipes.subnet_widths import Evaluation, WidthArguments, main, subnet_at
+from gradaug_hf.experiments.evaluation.width_run import Evaluation, WidthArguments, main, subnet_at
 from tests.helpers.checkpoints import save_images, save_network
 
 

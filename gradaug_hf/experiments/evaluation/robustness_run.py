@@ -1,13 +1,4 @@
-"""Errors of trained models under the fast gradient sign method (FGSM) and ImageNet-C's 15 common corruptions.
-
-    accelerate launch recipes/robustness.py --dataset_name uoft-cs/cifar100 \\
-        --model outputs/wrn28_10-baseline-seed42 --model outputs/wrn28_10-gradaug-seed42 \\
-        --baseline outputs/wrn28_10-baseline-seed42
-    accelerate launch recipes/robustness.py --dataset_name ILSVRC/imagenet-1k --model timm/resnet50.a1_in1k
-
-All models see the same pixels. Prints a table of top-1 errors, and writes `robustness.json` and `robustness.png` to
---output_dir. Started again, it goes on where it was interrupted. Tested on 2 CPU cores, with a few hundred images.
-"""
+"""Errors of trained models under the fast gradient sign method (FGSM) and ImageNet-C's 15 common corruptions."""
 
 import sys
 from collections.abc import Mapping
@@ -64,10 +55,15 @@ class RobustnessArguments(EvaluationArguments):
         self._check("baseline", self.baseline is None or self.corruptions, "left out with --no_corruptions")
 
 
-def main() -> None:
+def main(description: str | None = None) -> None:
+    """Measure the errors of trained models under attacks and corruptions.
+
+    Args:
+        description: shown by `--help`, above the flags.
+    """
     with errors_as_messages(OSError, ValueError):
         join_processes()
-        args = parse_evaluation(RobustnessArguments, __doc__, sys.argv[1:])
+        args = parse_evaluation(RobustnessArguments, description, sys.argv[1:])
         others = [args.baseline] if args.baseline is not None and args.baseline not in args.model else []
         evaluation = Evaluation(args, [*others, *args.model])
         if args.corruptions:
@@ -136,7 +132,3 @@ def report(args: RobustnessArguments, measurements: Measurements) -> None:
     plot_robustness(errors, args.epsilon, args.corruptions, folder / PLOT, data_name)
     print(f"\n{data_name}\n\n{robustness_table(errors, args.epsilon, args.corruptions, baseline)}\n")
     print(f"wrote {JSON} and {PLOT} to {folder}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,4 @@
-"""Accuracy and cost of the sub-networks of trained models, against their width.
-
-    accelerate launch recipes/subnet_widths.py --dataset_name uoft-cs/cifar100 \\
-        --model outputs/wrn28_10-baseline-seed42 --model outputs/wrn28_10-gradaug-seed42
-    accelerate launch recipes/subnet_widths.py --dataset_name uoft-cs/cifar100 \\
-        --model outputs/wrn28_10-gradaug-seed42 --export 0.75
-
-Each width is evaluated as a dense model with batch norm recalibrated on training images; the full width is the
-model as it was trained. Prints a table of accuracy, multiply-adds, parameters and latency on one CPU thread, and
-writes `subnet_widths.json` and `subnet_widths.png` to --output_dir. Started again, it goes on where it was stopped.
-Tested on 2 CPU cores, with a few hundred images.
-"""
+"""Accuracy and cost of the sub-networks of trained models, against their width."""
 
 import copy
 import sys
@@ -68,10 +57,15 @@ class WidthArguments(EvaluationArguments):
         self._check("width_divisor", self.width_divisor >= 1, "at least 1")
 
 
-def main() -> None:
+def main(description: str | None = None) -> None:
+    """Measure the sub-networks of trained models at several widths.
+
+    Args:
+        description: shown by `--help`, above the flags.
+    """
     with errors_as_messages(OSError, ValueError):
         join_processes()
-        args = parse_evaluation(WidthArguments, __doc__, sys.argv[1:])
+        args = parse_evaluation(WidthArguments, description, sys.argv[1:])
         check_exports(args)
         evaluation = Evaluation(args, args.model)
         measurements = evaluation.measurements(JSON, width_divisor=args.width_divisor)
@@ -192,7 +186,3 @@ def export(evaluation: Evaluation, args: WidthArguments) -> None:
         with recalibrated(evaluation, model, args.export):
             save_subnet(model.network, args.export, folder, processor=processor, input_size=evaluation.side)
         print(f"wrote the sub-network of width {args.export:g} to {folder}, which torch.export loads")
-
-
-if __name__ == "__main__":
-    main()
