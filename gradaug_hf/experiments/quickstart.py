@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import set_seed
 
-from gradaug_hf import GradAugConfig, GradAugTrainer
 from gradaug_hf.data.decoding import with_pixels
 from gradaug_hf.data.digits import load_digits_data
 from gradaug_hf.data.loading import balanced_subset, class_names, load_image_data
@@ -28,7 +27,9 @@ from gradaug_hf.hub.networks import accepted_arguments
 from gradaug_hf.hub.preprocessing import image_processor_of
 from gradaug_hf.reports.plots import plot_curves
 from gradaug_hf.reports.runs import Result
+from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.metrics import topk_accuracy
+from gradaug_hf.trainer.trainer import GradAugTrainer
 from gradaug_hf.utils.command_line import errors_as_messages
 from gradaug_hf.utils.threads import use_all_cores
 

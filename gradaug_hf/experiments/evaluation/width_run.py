@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from gradaug_hf import extract_subnet, make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.data.decoding import UnreadableImageError, with_pixels
 from gradaug_hf.data.loading import take_images
 from gradaug_hf.experiments.evaluation.comparison import (
@@ -26,6 +25,7 @@ from gradaug_hf.experiments.evaluation.width_curves import WidthResult, cpu_late
 from gradaug_hf.hub.folders import check_new
 from gradaug_hf.hub.networks import image_processor
 from gradaug_hf.hub.subnet_folder import save_subnet
+from gradaug_hf.slimming import extract_subnet, make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.trainer.width_evaluation import CALIBRATION_IMAGES
 from gradaug_hf.utils.command_line import errors_as_messages
 
