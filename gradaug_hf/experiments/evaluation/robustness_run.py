@@ -38,7 +38,7 @@ JSON, PLOT = "robustness.json", "robustness.png"
 @dataclass(kw_only=True)
 class RobustnessArguments(EvaluationArguments):
     baseline: str | None = field(
-        default=None, metadata={"help": "Network that the mean corruption error is relative to; default: none is."}
+        default=None, metadata={"help": "Model that the mean corruption error is relative to; default: none is."}
     )
     epsilon: list[float] = field(
         default_factory=lambda: [0.002, 0.004, 0.008, 0.016, 0.032],
