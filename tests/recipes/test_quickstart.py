@@ -142,6 +142,7 @@ def test_folder_of_images_can_be_trained_on(tmp_path, monkeypatch, capsys):
     assert "in a new process: top-1" in printed
 
 
+@pytest.mark.slow
 def test_few_labels_of_cifar10_are_learnt_well_over_chance(real_data: Path, tmp_path):
     args = QuickstartArguments(
         dataset_name=str(real_data / "cifar10"),

@@ -237,6 +237,7 @@ def test_last_checkpoint_of_the_folder_is_found(run_recipe):
     assert (started.folder / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_changed_settings_of_an_interrupted_run_are_refused(run_recipe):
     flags = "--model resnet20_cifar --save_strategy steps --save_steps 1"
     folder = run_recipe(cifar_wideresnet.RECIPE, flags).folder
@@ -249,6 +250,7 @@ def test_changed_settings_of_an_interrupted_run_are_refused(run_recipe):
     run_recipe(cifar_wideresnet.RECIPE, f"{flags} --ignore_config_change")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_in_one_message(run_recipe):
     flags = "--model resnet20_cifar --learning_rate 1e38 --max_steps 4 --min_width 0.8"
     with pytest.raises(SystemExit, match=r"^error: the loss of step \d is not finite: .* of width 0.8 at \d\d pixels"):
@@ -269,6 +271,7 @@ def images_with_bad_ones(few_images: str, tmp_path: Path) -> str:
     return str(tmp_path / "data")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_bad_images_end_a_run_or_are_skipped_and_counted(images_with_bad_ones: str, run_recipe):
     flags = f"--model resnet20_cifar --method baseline --max_steps 13 --dataset_name {images_with_bad_ones}"
@@ -344,6 +347,7 @@ def row_of(width: str, printed: str) -> list[float]:
     return [float(cell) for cell in row.strip("| ").split("|")]
 
 
+@pytest.mark.slow
 def test_only_a_checkpoint_of_ours_is_evaluated_at_all_widths(run_recipe, few_images):
     trained = run_recipe(cifar_wideresnet.RECIPE, "--model resnet20_cifar --eval_widths 0.9 0.8")
     tested = run_recipe(
@@ -482,6 +486,7 @@ def test_card_and_pictures_of_a_run_lie_next_to_its_results(run_recipe, few_imag
     assert sorted(file.name for file in (finished.folder / "plots").iterdir()) == ["curves.png", "subnets.png"]
 
 
+@pytest.mark.slow
 def test_sub_networks_may_see_turned_images(run_recipe):
     flags = "--model resnet20_cifar --resolutions 32 --max_steps 1"
     plain, turned = (run_recipe(cifar_wideresnet.RECIPE, f"{flags} {extra}") for extra in ("", "--subnet_rotation"))
@@ -489,6 +494,7 @@ def test_sub_networks_may_see_turned_images(run_recipe):
     assert not torch.equal(networks[0].fc.weight, networks[1].fc.weight)
 
 
+@pytest.mark.slow
 def test_resnet50_trains_on_photos_at_224(run_recipe, real_data):
     flags = f"--dataset_name {real_data}/imagenet-samples --eval_split train --batch_size 2 --max_eval_samples 2 "
     flags += (
