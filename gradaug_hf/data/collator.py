@@ -24,7 +24,7 @@ def collate_images(examples: Sequence[Any]) -> dict[str, Any]:
     Raises:
         ValueError: an example is a tuple that is no such pair.
 
-    Example:
+    Examples:
         >>> batch = collate_images([(torch.zeros(3, 8, 8), 1), (torch.ones(3, 8, 8), 0)])
         >>> batch["pixel_values"].shape, batch["labels"]
         (torch.Size([2, 3, 8, 8]), tensor([1, 0]))

@@ -56,7 +56,7 @@ def multi_hot(labels: Iterable[Iterable[int]], num_classes: int) -> list[Tensor]
         labels: numbers of the classes of each image.
         num_classes: of the dataset.
 
-    Example:
+    Examples:
         >>> multi_hot([[0, 2]], 3)
         [tensor([1., 0., 1.])]
     """

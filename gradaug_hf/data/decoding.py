@@ -33,7 +33,7 @@ def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Datas
         float tensor (classes,). Reading an example raises `UnreadableImageError` with its row where the image cannot
         be decoded.
 
-    Example:
+    Examples:
         >>> split = with_pixels(load_image_data("photos")["train"], cifar_transform(train=True))
         >>> split[0]["pixel_values"].shape, split[0]["labels"]
         (torch.Size([3, 32, 32]), 0)

@@ -18,7 +18,7 @@ def load_digits_data(size: int = 32) -> DatasetDict:
     Returns:
         Splits `train` and `eval` with the columns `image`, `label` and `row`.
 
-    Example:
+    Examples:
         >>> data = load_digits_data(size=8)
         >>> len(data["train"]), len(data["eval"])
         (898, 899)

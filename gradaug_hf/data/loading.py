@@ -75,7 +75,7 @@ def load_image_data(
         ValueError: A split or column is missing or ambiguous, a split is empty, a label is missing or out of range,
             there is one class alone, or folders of images do not say what are splits and what classes.
 
-    Example:
+    Examples:
         >>> data = load_image_data("photos")  # photos/train/cat/1.png, photos/test/dog/2.png and so on
         >>> len(data["train"]), class_names(data)
         (4, ['cat', 'dog'])
@@ -142,7 +142,7 @@ def stream_image_data(
         ValueError: A split or column is missing or ambiguous, the labels have no names, or folders of images do not
             say what are splits and what classes.
 
-    Example:
+    Examples:
         >>> data = stream_image_data("photos")
         >>> next(iter(data["train"]))["label"]
         0
@@ -214,7 +214,7 @@ def balanced_subset(split: Dataset, labels_per_class: int, seed: int = 0) -> Dat
         ValueError: `labels_per_class` is not positive, or larger than the number of images of a class, or images have
             several classes.
 
-    Example:
+    Examples:
         >>> data = load_image_data("photos")
         >>> len(balanced_subset(data["train"], labels_per_class=1))
         2

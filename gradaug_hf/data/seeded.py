@@ -73,7 +73,7 @@ class SeededDataset(_SeededWrapper, Dataset):
         dataset: has `__getitem__` and `__len__`, and samples random numbers when an example is read.
         seed: any integer.
 
-    Example:
+    Examples:
         >>> photos = with_pixels(load_image_data("photos")["train"], cifar_transform(train=True))
         >>> dataset = SeededDataset(photos, seed=0)
         >>> torch.equal(dataset[0]["pixel_values"], dataset[0]["pixel_values"])

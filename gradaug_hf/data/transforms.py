@@ -57,7 +57,7 @@ def cifar_transform(
         mean: Mean of each channel, in 0..1.
         std: Standard deviation of each channel, in 0..1.
 
-    Example:
+    Examples:
         >>> cifar_transform(train=True)(PIL.Image.new("RGB", (40, 60))).shape
         torch.Size([3, 32, 32])
     """
@@ -85,7 +85,7 @@ def imagenet_transform(
         mean: Mean of each channel, in 0..1.
         std: Standard deviation of each channel, in 0..1.
 
-    Example:
+    Examples:
         >>> imagenet_transform(train=False)(PIL.Image.new("RGB", (640, 480))).shape
         torch.Size([3, 224, 224])
     """

@@ -44,7 +44,7 @@ def mean_average_precision(prediction: EvalPrediction) -> dict[str, float]:
     Raises:
         ValueError: the shapes are others, logits are NaN, labels are not 0 or 1, or no image has a class.
 
-    Example:
+    Examples:
         >>> logits, labels = np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 2.0]]), np.array([[1, 0], [0, 1], [1, 1]])
         >>> round(mean_average_precision(EvalPrediction(logits, labels))["map"], 4)
         0.9167
