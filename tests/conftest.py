@@ -1,3 +1,4 @@
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(1200))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_collection_is_quick() -> None:
+    """The Trainer collects garbage at each start, which takes half a second if all modules are looked through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
