@@ -171,7 +171,11 @@ def trainer_arguments(args: FineTuningArguments, config: GradAugConfig) -> dict[
             inputs, hflip=args.hflip, auto_augment=args.auto_augment, random_erasing=args.random_erasing
         ),
     )
-    weights = balanced_weights(label_values(data["train"]), len(names)) if args.class_weights == "balanced" else None
+    weights = (
+        balanced_weights(label_values(data["train"]).tolist(), len(names))
+        if args.class_weights == "balanced"
+        else None
+    )
     return {
         "model": model,
         "train_dataset": SeededDataset(SkippingDataset(augmented) if args.skip_bad_images else augmented, config.seed),
