@@ -21,6 +21,7 @@ from gradaug_hf.experiments.backbone import check_side, freeze_backbone, load_ba
 from gradaug_hf.experiments.comparison import Comparison, make_comparison
 from gradaug_hf.experiments.fine_tuning_arguments import ComparisonArguments, FineTuningArguments, parse
 from gradaug_hf.experiments.fine_tuning_trainer import FineTuningTrainer
+from gradaug_hf.experiments.lora import add_adapters
 from gradaug_hf.experiments.memory import check_memory
 from gradaug_hf.experiments.methods import PLAIN
 from gradaug_hf.experiments.run import (
@@ -163,6 +164,8 @@ def trainer_arguments(args: FineTuningArguments, config: GradAugConfig) -> dict[
         freeze_backbone(model)
     inputs = input_config(model, image_processor(source), args.image_size)
     check_side(model, args.model, inputs["input_size"])
+    if args.lora_rank is not None:
+        add_adapters(model, args.lora_rank, inputs["input_size"])
     check_memory(model, config.per_device_train_batch_size, inputs["input_size"][-1], config)
     processor = image_processor_doing(inputs, model)
     augmented = with_pixels(

@@ -114,6 +114,15 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
         default="none",
         metadata={"help": 'Part that is not trained; "backbone" trains the classifier alone, without sub-networks.'},
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Rank of adapters of peft, which are trained with norms and classifier instead of the whole backbone, "
+                "and merged into what is saved. Default: no adapters."
+            )
+        },
+    )
     class_weights: Literal["none", "balanced"] = field(
         default="none",
         metadata={
@@ -150,13 +159,14 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
         ScheduleArguments.__post_init__(self)
         self._check_texts()
         self._check_source()
-        for name in ("max_train_samples", "image_size"):
+        for name in ("max_train_samples", "image_size", "lora_rank"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
         self._check("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
         self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)")
         for name in ("hflip", "random_erasing"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._check("lora_rank", self.lora_rank is None or self.freeze == "none", "left out with freeze 'backbone'")
         for name, choices in (("freeze", ("none", "backbone")), ("class_weights", ("none", "balanced"))):
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
 

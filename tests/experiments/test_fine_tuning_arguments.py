@@ -71,6 +71,8 @@ def test_a_frozen_backbone_has_no_sub_networks():
         (f"{LINE} --random_erasing -1", "random_erasing is -1.0; it must be in [0, 1]"),
         (f"{LINE} --image_size 0", "image_size is 0; it must be at least 1"),
         (f"{LINE} --max_train_samples 0", "max_train_samples is 0; it must be at least 1"),
+        (f"{LINE} --lora_rank 0", "lora_rank is 0; it must be at least 1"),
+        (f"{LINE} --lora_rank 4 --freeze backbone", "lora_rank is 4; it must be left out with freeze 'backbone'"),
         (f"{LINE} --seeds 5", "seeds is 5 without compare, which it is for; add --compare"),
         (f"{LINE} --labels 5", "labels is [5] without compare"),
         (f"{LINE} --compare --seeds 0", "seeds is 0; it must be at least 1"),
