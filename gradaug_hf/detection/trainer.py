@@ -22,7 +22,7 @@ from gradaug_hf.objective.resolutions import ResolutionTrial, default_resolution
 from gradaug_hf.objective.sampling import Subnet
 from gradaug_hf.reports.history import at_step
 from gradaug_hf.slimming import slicing_report
-from gradaug_hf.slimming.patching import is_slimmable
+from gradaug_hf.slimming.widths import is_slimmable
 from gradaug_hf.trainer.checks import check_checkpointing
 from gradaug_hf.trainer.trainer import IMAGES, LABELS, GradAugTrainer
 

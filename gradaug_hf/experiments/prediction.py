@@ -19,7 +19,7 @@ from gradaug_hf.hub.networks import checkpoint_folder, image_processor, load_che
 from gradaug_hf.hub.preprocessing import image_processor_doing, input_config
 from gradaug_hf.objective.logits import logits_of
 from gradaug_hf.slimming import at_width, make_slimmable, recalibrate_batchnorm
-from gradaug_hf.slimming.patching import check_width
+from gradaug_hf.slimming.widths import check_width
 
 TOP = 3
 # Photos, at most, of which batch norm is recalibrated.

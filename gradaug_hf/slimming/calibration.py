@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradaug_hf.slimming.patching import SlimModule, at_width
+from gradaug_hf.slimming.patching import SlimModule
+from gradaug_hf.slimming.widths import at_width
 
 
 @contextmanager

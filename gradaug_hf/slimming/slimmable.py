@@ -10,17 +10,10 @@ from gradaug_hf.slimming.analysis.planning import Plan
 from gradaug_hf.slimming.analysis.proof import prove
 from gradaug_hf.slimming.analysis.tracing import Trace
 from gradaug_hf.slimming.meta import example_images, example_sizes, foreign_hooks, meta_copy
-from gradaug_hf.slimming.patching import (
-    Slices,
-    WidthState,
-    num_droppable_blocks,
-    patch,
-    shortcuts_of,
-    unpatch,
-    width_state,
-)
+from gradaug_hf.slimming.patching import Slices, WidthState, patch, shortcuts_of, unpatch
 from gradaug_hf.slimming.patterns import Width
 from gradaug_hf.slimming.report import SlicingReport, make_report
+from gradaug_hf.slimming.widths import num_droppable_blocks, width_state
 
 # Two images, so that a batch norm over one position still has something to normalise.
 TRACED_BATCH = 2

@@ -54,7 +54,7 @@ from gradaug_hf.objective.transforms import ImageTransform
 from gradaug_hf.reports.history import Evaluation
 from gradaug_hf.reports.model_card import ModelFacts, as_metadata, write_model_card
 from gradaug_hf.reports.plots import IMAGES_SHOWN, NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
-from gradaug_hf.slimming.patching import num_droppable_blocks
+from gradaug_hf.slimming.widths import num_droppable_blocks
 from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, name_images, split_batch
 from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback
 from gradaug_hf.trainer.card_facts import model_facts

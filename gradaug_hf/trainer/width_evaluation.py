@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer
 
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm
-from gradaug_hf.slimming.patching import is_slimmable
+from gradaug_hf.slimming.widths import is_slimmable
 from gradaug_hf.trainer.batches import as_evaluated, images_of
 from gradaug_hf.utils.randomness import random_states_kept, seed_everything
 
