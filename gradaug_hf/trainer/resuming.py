@@ -24,7 +24,7 @@ from gradaug_hf.trainer.checkpoints import (
     read_state,
     write_state,
 )
-from gradaug_hf.trainer.metrics import RunningMeans
+from gradaug_hf.trainer.running_means import RunningMeans
 from gradaug_hf.utils.randomness import random_states_kept
 
 
