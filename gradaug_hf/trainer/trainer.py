@@ -69,7 +69,6 @@ from gradaug_hf.trainer.checks import (
     check_output_dir,
     check_sharding,
     check_teacher,
-    learns_one_class,
 )
 from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
@@ -77,6 +76,8 @@ from gradaug_hf.trainer.interruption import Interruption
 from gradaug_hf.trainer.lock import locked
 from gradaug_hf.trainer.loss_watch import LossWatch, NonFiniteLossError
 from gradaug_hf.trainer.mixing import TrainingMixer
+from gradaug_hf.trainer.own_loss import loss_and_output
+from gradaug_hf.trainer.plain_loss import PlainLoss
 from gradaug_hf.trainer.preparation import lay_out
 from gradaug_hf.trainer.resuming import (
     ProgressCallback,
@@ -114,18 +115,12 @@ class GradAugTrainer(Trainer):
             `user/name@revision`, or the folder of one, which is loaded with its image processor. Or the name of a
             timm model, which is made anew for the classes that the dataset names.
         args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
-        data_collator: as in `Trainer`, like all arguments up to `preprocess_logits_for_metrics`.
+        data_collator: as in `Trainer`, like all others that are not named here.
         train_dataset: with `args.seed_train_data`, the random numbers that a map-style dataset takes from Python,
             NumPy and torch to read an image are a function of seed, epoch and index.
-        eval_dataset: of `Trainer`.
         processing_class: the image processor, which is saved with the model.
-        model_init: of `Trainer`.
         compute_loss_func: of `Trainer`; the loss of the full network. Sub-networks learn its prediction.
         compute_metrics: of `Trainer`, `topk_accuracy` or `mean_average_precision` for example.
-        callbacks: of `Trainer`.
-        optimizers: of `Trainer`.
-        optimizer_cls_and_kwargs: of `Trainer`.
-        preprocess_logits_for_metrics: of `Trainer`.
         subnet_sampler: samples the sub-networks; what `args` says about them then has no effect.
         subnet_transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized, for
             example `RandomQuarterTurn` or a `torchvision.transforms.v2` module; the random numbers that it takes from
@@ -215,15 +210,18 @@ class GradAugTrainer(Trainer):
             self.add_callback(callback)
         if checkpoint and self.processing_class is None:
             self.processing_class = image_processor(checkpoint)
-        self._network_has_loss = bool(find_labels(type(self.model)))
-        self._is_plain = self._is_trainers_own()
-        if (
-            args.label_smoothing_factor > 0
-            and was_set_aside
-            and (self._is_plain or isinstance(self.model, PreTrainedModel))
-        ):
+        self._plain = PlainLoss(
+            args,
+            model_has_loss=bool(find_labels(type(self.model))),
+            compute_loss_func=compute_loss_func,
+            has_own_full_loss=self._has_own_full_loss,
+            has_own_compute_loss=type(self).compute_loss is not GradAugTrainer.compute_loss,
+        )
+        self._is_plain = self._plain.is_trainers(self.model)
+        smooths = args.label_smoothing_factor > 0 and (self._is_plain or isinstance(self.model, PreTrainedModel))
+        if was_set_aside and smooths:
             self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
-        if not (self._network_has_loss or self._is_plain):
+        if not (self._plain.model_has_loss or self._is_plain):
             self.label_names = args.label_names or [LABELS]
             self._signature_columns = [IMAGES, "label", "label_ids", *self.label_names]
         if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
@@ -234,8 +232,7 @@ class GradAugTrainer(Trainer):
             check_teacher(teacher, self.model, args)
         if not self._is_plain:
             self._use_own_loss()
-            evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-            check_columns(args, {"train_dataset": train_dataset, **evaluated})
+            check_columns(args, train_dataset, eval_dataset)
         network = timm_network(self.model)
         if network is not None and (reason := why_not_rebuilt(network)):
             name = type(network).__name__
@@ -251,24 +248,6 @@ class GradAugTrainer(Trainer):
                 compile_statically(self.accelerator)
             if self.model_init is None and self.train_dataset is not None:
                 self._subnets.prepare(self.model, self.train_dataset, self.data_collator)
-
-    def _is_trainers_own(self, inputs: Mapping[str, Any] | None = None) -> bool:
-        """Return True if the loss is `Trainer`'s, or a user's, as it is without sub-networks and mixing.
-
-        A classifier of images without a loss of its own, such as a timm model, gets cross-entropy even then.
-
-        Args:
-            inputs: a batch, which can show that it is no classifier of images; None before there is one.
-        """
-        args = self.args
-        if args.num_subnets > 0 or args.mixup_alpha > 0 or args.cutmix_alpha > 0 or self._has_own_full_loss:
-            return False
-        if inputs is None:
-            is_another = type(self).compute_loss is not GradAugTrainer.compute_loss
-        else:
-            is_another = IMAGES not in inputs
-        is_users = self.compute_loss_func is not None and timm_network(self.model) is None
-        return self._network_has_loss or is_users or is_another
 
     def _use_own_loss(self) -> None:
         problem = problem_of(self.model, self.args.problem_type)
@@ -325,11 +304,7 @@ class GradAugTrainer(Trainer):
             if isinstance(error, NonFiniteLossError):
                 raise NonFiniteLossError(f"{error}; {describe_last(run_dir)}") from error
             raise
-        self._interruption.end_process(
-            f"training stopped after step {self.state.global_step} of {self.state.max_steps}, and "
-            f"{describe_last(run_dir)}. To go on: trainer.train(resume_from_checkpoint=True), or a "
-            "recipe's command line with --resume_from_checkpoint last"
-        )
+        self._interruption.end_process(self.state, describe_last(run_dir))
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -407,8 +382,7 @@ class GradAugTrainer(Trainer):
         images, labels, others = split_batch(inputs)
         objective = self._subnets.objective
         if objective is None:
-            is_own = self._has_own_full_loss or self.compute_loss_func is not None
-            full_loss = self._loss_of_full_pass if is_own else None
+            full_loss = self.full_loss if self._plain.is_given else None
             objective = self._subnets.begin(model, self.model, images, self.state.max_steps, full_loss)
         subnets = objective.sampler.sample(self.state.global_step)
         passes = objective.passes(images, labels, subnets, step=self.state.global_step, **others)
@@ -447,17 +421,6 @@ class GradAugTrainer(Trainer):
         problem = problem_of(self.model, self.args.problem_type)
         return criterion_of(problem, label_smoothing=self.args.label_smoothing_factor)(logits, labels), logits
 
-    def _loss_of_full_pass(
-        self, model: nn.Module, images: Tensor, labels: Tensor, others: dict[str, Any]
-    ) -> tuple[Tensor, Any]:
-        found = self.full_loss(model, {IMAGES: images, LABELS: labels, **others})
-        if not (isinstance(found, tuple) and len(found) == 2):
-            raise ValueError(
-                f"{type(self).__name__}.full_loss returned a {type(found).__name__}; expected a tuple of the loss and "
-                "the output, whose logits the sub-networks learn"
-            )
-        return found
-
     @property
     def _has_own_full_loss(self) -> bool:
         return type(self).full_loss is not GradAugTrainer.full_loss
@@ -476,16 +439,10 @@ class GradAugTrainer(Trainer):
     def _plain_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
     ) -> Tensor | tuple[Tensor, Any]:
-        soft_labels = isinstance(inputs.get(LABELS), Tensor) and inputs[LABELS].is_floating_point()
-        is_trainers = self._is_trainers_own(inputs)
-        if is_trainers and soft_labels and IMAGES in inputs and self.compute_loss_func is None:
-            is_trainers = not learns_one_class(self.model, inputs[LABELS])
-        is_users = self._has_own_full_loss or self.compute_loss_func is not None
-        is_models_own = self._network_has_loss and not soft_labels and not is_users
-        if is_trainers or is_models_own:
+        if self._plain.is_left_to_trainer(self.model, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        images, labels, others = split_batch(inputs)
-        loss, output = self._loss_of_full_pass(model, images, labels, others)
+        labels = split_batch(inputs)[1]
+        loss, output = loss_and_output(self.full_loss, model, inputs)
         logits = logits_of(output, len(labels), num_classes_of(self.model))
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
@@ -500,7 +457,8 @@ class GradAugTrainer(Trainer):
         inputs = as_evaluated(inputs, model, self.args)
         if isinstance(images := inputs.get(IMAGES), Tensor) and images.ndim == 4:
             self._evaluated_size = tuple(images.shape[2:])
-        if self._is_trainers_own(inputs) or self._network_has_loss or inputs.get(LABELS) is not None:
+        has_loss = self._plain.is_trainers(self.model, inputs) or self._plain.model_has_loss
+        if has_loss or inputs.get(LABELS) is not None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
