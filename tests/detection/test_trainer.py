@@ -237,7 +237,7 @@ def test_a_transform_of_images_alone_is_refused(data, tmp_path):
 
 def test_the_default_resolutions_are_shares_of_the_detectors_side(data, tmp_path):
     trainer = DetectionTrainer(make_detector(), settings(tmp_path), train_dataset=data)
-    assert trainer.subnet_sampler.resolutions == (64, 55, 46, 37)
+    assert trainer.subnet_sampler.resolutions == [64, 55, 46, 37]
 
 
 def test_evaluation_is_that_of_pycocotools_on_its_detections(write_coco, tmp_path):
