@@ -1,7 +1,7 @@
 """Arguments, data, models and accuracy of the recipes that evaluate trained models."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.data.decoding import with_pixels
 from gradaug_hf.data.loading import check_one_class, class_names, load_image_data, take_images
@@ -43,25 +44,19 @@ class EvaluationArguments(DataArguments):
         ValueError: a field is out of its range.
     """
 
-    model: list[str] = field(
-        metadata={
-            "help": (
-                "Trained models: Hub ids or folders of timm or transformers, or names of timm's pretrained ones. "
-                "May be given several times."
-            ),
-            "action": "extend",
-        }
+    model: list[str] = HfArg(
+        help="Trained models: Hub ids or folders of timm or transformers, or names of timm's pretrained ones. May "
+        "be given several times.",
+        metadata={"action": "extend"},
     )
-    dataset_name: str = field(
-        metadata={"help": "Hub id, parquet file, folder of parquet files, or folder of images sorted by class."}
+    dataset_name: str = HfArg(
+        help="Hub id, parquet file, folder of parquet files, or folder of images sorted by class."
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the images in pixels; by default that of the models."}
-    )
-    batch_size: int = field(default=50, metadata={"help": "Images in a batch, on each process."})
-    num_workers: int = field(default=2, metadata={"help": "Processes that read images, for each process."})
-    seed: int = field(default=0, metadata={"help": "Seed of images and corruptions."})
-    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder for everything that is written."})
+    image_size: int | None = HfArg(default=None, help="Side of the images in pixels; by default that of the models.")
+    batch_size: int = HfArg(default=50, help="Images in a batch, on each process.")
+    num_workers: int = HfArg(default=2, help="Processes that read images, for each process.")
+    seed: int = HfArg(default=0, help="Seed of images and corruptions.")
+    output_dir: str = HfArg(default="outputs/evaluation", help="Folder for everything that is written.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
