@@ -62,7 +62,7 @@ def fix_others(trace: Trace, call: Call, kept: Sequence[int], axes: Axes, why: s
             fix(axis, f"{why} ({call.reason})")
 
 
-def fresh_like(size: int) -> Axis:
+def free_axis(size: int) -> Axis:
     """Return an axis that is tied to nothing yet."""
     return axis_of(Unit(size))
 
@@ -293,7 +293,7 @@ def pad(trace: Trace, call: Call) -> None:
             fix(axis, f"padded with a number by {call.reason}")
         elif sum(map(len, axis)) > 1:
             fix(axis, f"padded behind several pieces by {call.reason}")
-        axes[dim] = fresh_like(call.out.shape[dim]) if free_units([axis]) else fixed(call.out.shape[dim])
+        axes[dim] = free_axis(call.out.shape[dim]) if free_units([axis]) else fixed(call.out.shape[dim])
     set_out(trace, call, *axes)
 
 

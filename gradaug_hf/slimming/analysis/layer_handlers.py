@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gradaug_hf.slimming.analysis.axes import Axis, axis_size, fix, fixed, product, tie, unflatten
-from gradaug_hf.slimming.analysis.handlers import fix_others, fresh_like, handles, join, operations, set_out
+from gradaug_hf.slimming.analysis.handlers import fix_others, free_axis, handles, join, operations, set_out
 from gradaug_hf.slimming.analysis.tracing import Axes, Call, Product, Trace, refuse, register_layer, tensors_in
 
 
@@ -45,7 +45,7 @@ def _tie_groups(trace: Trace, call: Call, channels: Axis, weight_axes: Axes, gro
         return
     whole = fixed(groups, "groups of a convolution")
     tie(channels, product([whole, weight_axes[1]]), call.reason)
-    tie(weight_axes[0], product([whole, fresh_like(out_size // groups)]), call.reason)
+    tie(weight_axes[0], product([whole, free_axis(out_size // groups)]), call.reason)
 
 
 @handles(*operations("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"))
@@ -112,7 +112,7 @@ def group_norm(trace: Trace, call: Call) -> None:
     axes = trace.axes(source)
     size = source.shape[1] // groups
     if size > 1:
-        tie(axes[1], product([fixed(groups, "groups of a norm"), fresh_like(size)]), call.reason)
+        tie(axes[1], product([fixed(groups, "groups of a norm"), free_axis(size)]), call.reason)
     else:
         trace.bind(call.module, "num_groups", axes[1])
     for tensor in (weight, bias):
