@@ -68,11 +68,6 @@ def parse(
 ) -> tuple[DetectionArguments, DetectorSettings, GradAugConfig]:
     """Return the arguments of a run: flags, then the file, then the recipe, then the classes' defaults.
 
-    Args:
-        settings: what the recipe sets, by name of the field.
-        description: shown by --help.
-        argv: flags, after the name of a YAML or JSON file if there is one.
-
     Raises:
         ValueError: a setting is out of its range or has no effect, or the file is not one of settings.
         SystemExit: a flag is not known, or its value has a wrong type.

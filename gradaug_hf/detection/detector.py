@@ -162,9 +162,6 @@ class Detector(nn.Module):
     def load(cls, model: str) -> "Detector":
         """Load a detector that was saved.
 
-        Args:
-            model: folder, or Hub id.
-
         Raises:
             ValueError: there is none, or its files do not fit each other.
         """
@@ -232,11 +229,6 @@ def check_sizes(detector: Detector) -> None:
 
 def load_backbone(detector: Detector, weights: Mapping[str, Tensor], source: str) -> str:
     """Load a classifier's weights into the backbone of a detector.
-
-    Args:
-        detector: its backbone is changed in place.
-        weights: state dict of the classifier.
-        source: where they are from.
 
     Returns:
         The number of tensors that were loaded, and those that are missing or left over, in words.

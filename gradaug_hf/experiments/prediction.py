@@ -98,12 +98,7 @@ def find_photos(paths: Sequence[str | Path]) -> list[str]:
 
 
 def class_labels(source: str, model: nn.Module) -> list[str]:
-    """Return the names of a model's classes, as the pipeline of transformers has them.
-
-    Args:
-        source: folder or Hub id of its checkpoint.
-        model: as it was loaded from there.
-    """
+    """Return the names of a model's classes, as the pipeline of transformers has them."""
     own = isinstance(model, PreTrainedModel)
     config = model.config if own else AutoConfig.from_pretrained(checkpoint_folder(source))
     return [config.id2label[label] for label in range(config.num_labels)]

@@ -73,11 +73,7 @@ class QuickstartArguments(CheckedArguments):
 
 
 def main(description: str | None = None) -> None:
-    """Train a model plainly and with GradAug from the same start, and compare them.
-
-    Args:
-        description: shown by `--help`, above the flags.
-    """
+    """Train a model plainly and with GradAug from the same start, and compare them."""
     with errors_as_messages(OSError, ValueError):
         (args,) = RecipeParser(QuickstartArguments, description=description).parse_args_into_dataclasses()
         use_all_cores()

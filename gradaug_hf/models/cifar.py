@@ -112,12 +112,7 @@ class CifarNetwork(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one.
-
-        Args:
-            num_classes: Number of outputs; 0 leaves the classifier out.
-            global_pool: Pooling before the classifier; None keeps it.
-        """
+        """Replace the classifier by a new one."""
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.fc = create_classifier(

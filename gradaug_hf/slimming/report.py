@@ -75,13 +75,7 @@ class SlicingReport:
 
 
 def make_report(network: nn.Module, plan: Plan, batch: int) -> SlicingReport:
-    """Describe a plan.
-
-    Args:
-        network: the traced model.
-        plan: its proven plan.
-        batch: images in the traced batch.
-    """
+    """Describe a plan."""
     trace = plan.trace
     axes = {name: _stored_axes(trace, name) for name, _ in network.named_parameters()}
     parameters = {name: plan.patterns(own) for name, own in axes.items()}

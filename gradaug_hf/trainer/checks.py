@@ -66,10 +66,6 @@ def check_sharding(args: GradAugConfig, deepspeed: DeepSpeedPlugin | None = None
 def check_launch(args: GradAugConfig, deepspeed: bool) -> None:
     """Make sure that the processes and the optimiser bear several backward passes in a step.
 
-    Args:
-        args: the settings.
-        deepspeed: whether DeepSpeed is in use.
-
     Raises:
         ValueError: they do not; says what to do.
     """
@@ -94,10 +90,6 @@ def check_launch(args: GradAugConfig, deepspeed: bool) -> None:
 def check_even_batches(args: GradAugConfig, dataset: Any) -> None:
     """Make sure that all processes have the same number of batches.
 
-    Args:
-        args: the settings.
-        dataset: to train on; the batches of a stream are always even.
-
     Raises:
         ValueError: one has fewer, for which the others would wait for ever.
     """
@@ -114,11 +106,6 @@ def check_even_batches(args: GradAugConfig, dataset: Any) -> None:
 
 def check_columns(args: GradAugConfig, train_dataset: Any, eval_dataset: Any) -> None:
     """Make sure that no column is removed that a dataset makes its images of.
-
-    Args:
-        args: the settings.
-        train_dataset: of the Trainer.
-        eval_dataset: of the Trainer; one, or several by their names.
 
     Raises:
         ValueError: `remove_unused_columns` is True, and the images of a dataset come from its transform.

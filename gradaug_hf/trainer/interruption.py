@@ -167,10 +167,6 @@ class Interruption(TrainerCallback):
     def end_process(self, state: TrainerState, last_checkpoint: str) -> None:
         """Do what the signal would have done, if one has ended the training.
 
-        Args:
-            state: of the Trainer.
-            last_checkpoint: a sentence on it.
-
         Raises:
             KeyboardInterrupt: after Ctrl-C.
             SystemExit: after SIGTERM, with the status that shells give.

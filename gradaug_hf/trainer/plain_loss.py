@@ -68,10 +68,6 @@ def learns_one_class(model: nn.Module, labels: Tensor) -> bool:
 
     Its own loss takes them for several classes, and that of `problem_type="single_label_classification"` takes none. A
     first batch of probabilities is warned of where nothing is stated.
-
-    Args:
-        model: to train without sub-networks.
-        labels: float.
     """
     if not isinstance(model, PreTrainedModel) or labels.ndim != 2 or labels.shape[1] < 2:
         return False

@@ -179,12 +179,7 @@ class ProgressCallback(TrainerCallback):
         self._epoch_is_over = True
 
     def complete_checkpoint(self, checkpoint: Path, settings: Mapping[str, Any]) -> None:
-        """Write settings and progress into a checkpoint of the Trainer; on all processes.
-
-        Args:
-            checkpoint: its folder.
-            settings: those that have to be the same when the training is resumed, by name.
-        """
+        """Write settings and progress into a checkpoint of the Trainer; on all processes."""
         trainer = self._trainer
         processes = gather_object([self._sums()])
         if trainer.args.should_save:

@@ -23,13 +23,7 @@ class RunningMeans:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def add_passes(self, passes: Sequence[Pass], side: int, num_blocks: int) -> None:
-        """Count the losses and the sub-networks of a batch.
-
-        Args:
-            passes: of the full network and of each sub-network.
-            side: of the images in pixels.
-            num_blocks: number of residual blocks of the model that can be dropped.
-        """
+        """Count the losses and the sub-networks of a batch."""
         full, *others = passes
         self.add(loss_full=full.loss.detach())
         if others:
@@ -57,12 +51,7 @@ class RunningMeans:
         }
 
     def load(self, state: dict[str, list[Any]], device: torch.device) -> None:
-        """Go on counting from a `state`.
-
-        Args:
-            state: what another object's `state` returned.
-            device: where tensors lie.
-        """
+        """Go on counting from a `state`."""
         for name, (total, dtype, count) in state.items():
             tensor = None if dtype is None else torch.tensor(total, dtype=getattr(torch, dtype), device=device)
             self._sums[name] = total if tensor is None else tensor

@@ -60,11 +60,6 @@ class TrainingSubnets:
     def prepare(self, model: nn.Module, dataset: Any, collate: DataCollator) -> None:
         """Make a model slimmable and droppable, as its sub-networks need it, and settle their resolutions.
 
-        Args:
-            model: changed in place.
-            dataset: to train on; the resolutions of a stream are settled by its first batch.
-            collate: makes a batch of examples.
-
         Raises:
             ValueError: the settings, the model and the images do not fit each other.
         """
@@ -103,15 +98,7 @@ class TrainingSubnets:
     def begin(
         self, model: nn.Module, network: nn.Module, images: Any, total_steps: int, full_loss: FullLoss | None
     ) -> GradAug:
-        """Return the objective of a training.
-
-        Args:
-            model: wrapped or not.
-            network: the same one, not wrapped.
-            images: of the first batch.
-            total_steps: of the training.
-            full_loss: of the full network, where it is not the cross-entropy.
-        """
+        """Return the objective of a training; `network` is the model without its wrappers, `images` a first batch."""
         if self.resolutions is None:
             self._settle_resolutions(network, images)
         kind = self.objective_class if full_loss is None else partial(OwnLossGradAug, full_loss=full_loss)

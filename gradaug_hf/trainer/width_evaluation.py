@@ -24,13 +24,6 @@ def evaluate_at_width(
 ) -> dict[str, float]:
     """Return the metrics of a trainer's model at a width.
 
-    Args:
-        trainer: a GradAugTrainer; its model is made slimmable if it is not yet.
-        width: width multiplier, in (0, 1].
-        eval_dataset: the images to evaluate on.
-        ignore_keys: as in `Trainer.evaluate`.
-        prefix: of the metrics' names.
-
     Raises:
         ValueError: the trainer has no `train_dataset`.
     """

@@ -55,11 +55,7 @@ class RobustnessArguments(EvaluationArguments):
 
 
 def main(description: str | None = None) -> None:
-    """Measure the errors of trained models under attacks and corruptions.
-
-    Args:
-        description: shown by `--help`, above the flags.
-    """
+    """Measure the errors of trained models under attacks and corruptions."""
     with errors_as_messages(OSError, ValueError):
         join_processes()
         args = parse_evaluation(RobustnessArguments, description, sys.argv[1:])

@@ -55,11 +55,7 @@ class WidthArguments(EvaluationArguments):
 
 
 def main(description: str | None = None) -> None:
-    """Measure the sub-networks of trained models at several widths.
-
-    Args:
-        description: shown by `--help`, above the flags.
-    """
+    """Measure the sub-networks of trained models at several widths."""
     with errors_as_messages(OSError, ValueError):
         join_processes()
         args = parse_evaluation(WidthArguments, description, sys.argv[1:])
