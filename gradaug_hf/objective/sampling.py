@@ -56,6 +56,10 @@ class Subnet:
             first (stochastic depth, arXiv 1603.09382).
         part: the images of the batch that it sees; None: all.
         tokens: share of the patches of an image that a vision transformer sees, in (0, 1].
+
+    Examples:
+        >>> Subnet(width=0.9, resolution=192).tokens
+        1.0
     """
 
     width: float = 1.0
@@ -166,14 +170,17 @@ class SubnetSampler(SubnetSettings):
     and not touching the global random numbers, with nothing to store for resuming. Without `resolutions` images are
     left as they are.
 
-        subnets = SubnetSampler(min_width=0.8, resolutions=[32, 28, 24]).sample(step=0)
-
     Args:
         {fields}
         seed: any integer.
 
     Raises:
         ValueError: a setting is out of its range.
+
+    Examples:
+        >>> subnets = SubnetSampler(min_width=0.8, resolutions=[32, 28, 24]).sample(step=0)
+        >>> len(subnets), min(subnet.width for subnet in subnets)
+        (3, 0.8)
     """
 
     seed: int = 0

@@ -65,6 +65,10 @@ def make_droppable(model: nn.Module, *, input_size: int | Sequence[int] | None =
 
     Raises:
         ValueError: no block can be dropped, or `input_size` is not positive.
+
+    Examples:
+        >>> model = make_droppable(timm.create_model("test_vit"))
+        >>> subnets = SubnetSampler(subnet_mode="depth").sample(step=0)
     """
     check_unchanged(model)
     shortcuts, refused = find_shortcuts(model, input_size)

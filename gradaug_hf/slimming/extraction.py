@@ -24,6 +24,11 @@ def extract_subnet(model: nn.Module, width: float) -> nn.Module:
 
     Raises:
         ValueError: the width is out of range, or the model is not slimmable.
+
+    Examples:
+        >>> narrow = extract_subnet(make_slimmable(model), 0.5)
+        >>> sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in model.parameters())
+        True
     """
     width = check_width(width)
     state = width_state(model)

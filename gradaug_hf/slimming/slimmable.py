@@ -40,6 +40,11 @@ def make_slimmable(
 
     Raises:
         ValueError: `input_size` or `width_divisor` is not positive.
+
+    Examples:
+        >>> model = make_slimmable(timm.create_model("test_resnet"))
+        >>> with at_width(model, 0.5):
+        ...     logits = model(images)
     """
     if not isinstance(width_divisor, int) or width_divisor < 1:
         raise ValueError(f"width_divisor is {width_divisor!r}; it must be a positive integer")
@@ -83,6 +88,10 @@ def slicing_report(model: nn.Module) -> SlicingReport:
 
     Raises:
         ValueError: the model is not slimmable, or was changed since.
+
+    Examples:
+        >>> slicing_report(make_slimmable(model)).sliced_macs > 0.9
+        True
     """
     width_state(model)
     return next(vars(module)["_slicing_report"] for module in model.modules() if "_slicing_report" in vars(module))

@@ -69,6 +69,10 @@ def set_width(model: nn.Module, width: float) -> None:
 
     Raises:
         ValueError: the width is out of range, or the model is not slimmable or was changed since.
+
+    Examples:
+        >>> set_width(make_slimmable(model), 0.5)
+        >>> logits = model(images)
     """
     state = width_state(model)
     state.set(Width(check_width(width), state.width.divisor), state.subnet_pass, state.dropped)
@@ -84,6 +88,10 @@ def at_width(model: nn.Module, width: float) -> Iterator[nn.Module]:
 
     Raises:
         ValueError: the width is out of range, or the model is not slimmable or was changed since.
+
+    Examples:
+        >>> with at_width(make_slimmable(model), 0.5):
+        ...     logits = model(images)
     """
     state = width_state(model)
     with state.kept():

@@ -26,13 +26,14 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
     `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`. A fourth is `logging_nan_inf_filter=False`: a
     loss that is not finite ends the training, and to look at it in each step would make an accelerator wait.
 
-        args = GradAugConfig("out", num_subnets=3, min_width=0.9, resolutions=[224, 192, 160, 128])
-
     Args:
         {fields}
 
     Raises:
         ValueError: a field is out of its range, or `accelerate launch --cpu` started one process of several.
+
+    Examples:
+        >>> args = GradAugConfig("out", num_subnets=3, min_width=0.9, resolutions=[224, 192, 160, 128])
     """
 
     width_divisor: int = HfArg(

@@ -15,6 +15,10 @@ def topk_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
     Raises:
         ValueError: the shapes are others, or logits are NaN.
+
+    Examples:
+        >>> topk_accuracy(EvalPrediction(np.array([[2.0, 0.0], [1.0, 3.0]]), np.array([0, 0])))
+        {'top1': 0.5}
     """
     logits, labels = _logits_and_labels(prediction)
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:

@@ -134,6 +134,11 @@ class GradAugTrainer(Trainer):
         ValueError: the settings do not fit each other, the model, or how the processes were launched,
             `args.output_dir` cannot be written, or `model` cannot be loaded.
         PushError: `args.push_to_hub` is True, and the Hub refuses or cannot be reached.
+
+    Examples:
+        >>> args = GradAugConfig("out", min_width=0.9, resolutions=[64, 56, 48], max_steps=1)
+        >>> trainer = GradAugTrainer(model, args, train_dataset=photos, compute_metrics=topk_accuracy)
+        >>> trainer.train()  # doctest: +SKIP
     """
 
     _subnets_class = TrainingSubnets
