@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,9 @@ class GradAugTrainer(Trainer):
             self._use_own_loss()
             check_columns(args, train_dataset, eval_dataset)
         network = timm_network(self.model)
-        if network is not None and (reason := why_not_rebuilt(network)):
+        with self._as_saved():
+            reason = None if network is None else why_not_rebuilt(network)
+        if reason is not None:
             name = type(network).__name__
             warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
         if self.model_init is None:
@@ -291,9 +293,10 @@ class GradAugTrainer(Trainer):
         check_even_batches(self.args, self.train_dataset)
         self._fingerprint = dataset_fingerprint(self.train_dataset)
         own_files = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        folder = checkpoint_to_resume(
-            resume_from_checkpoint, self.args, self.settings(), self.model, own_files, has_fixed_schedule(self)
-        )
+        with self._as_saved():
+            folder = checkpoint_to_resume(
+                resume_from_checkpoint, self.args, self.settings(), self.model, own_files, has_fixed_schedule(self)
+            )
         self._progress.begin(folder)
         run_dir = Path(self._get_output_dir(trial))
         try:
@@ -647,6 +650,11 @@ class GradAugTrainer(Trainer):
             folder = self.args.output_dir if output_dir is None else output_dir
             names = label_names(model, self.train_dataset, self.eval_dataset)
             save_configs(model, folder, names, self.processing_class, self.args.problem_type)
+
+    @contextmanager
+    def _as_saved(self) -> Iterator[None]:
+        """Give the model for a while the form in which it is saved, which a subclass may change."""
+        yield
 
     # ---- the Hub ----
 
