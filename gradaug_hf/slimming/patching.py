@@ -448,6 +448,13 @@ def check_unchanged(model: nn.Module) -> None:
         )
 
 
+def accept_wrappers(model: nn.Module) -> None:
+    """Take a model, some of whose modules were wrapped since in others that do not change them, for unchanged."""
+    patched = _patched_model(model)
+    if patched is not None:
+        patched._width_state.num_modules = mark(patched, patched._width_state)
+
+
 def is_slimmable(model: nn.Module) -> bool:
     """Return True if `make_slimmable` was called on a model, or on what it wraps, as the model is now."""
     patched = _patched_model(model)

@@ -72,7 +72,6 @@ from gradaug_hf.trainer.checks import (
     check_even_batches,
     check_launch,
     check_output_dir,
-    check_sharding,
     check_teacher,
     check_train_dataset,
     learns_one_class,
@@ -89,6 +88,16 @@ from gradaug_hf.trainer.resuming import (
     checkpoint_to_resume,
     dataset_fingerprint,
     has_fixed_schedule,
+)
+from gradaug_hf.trainer.sharding import (
+    ShardingCallback,
+    check_parts,
+    check_sharding,
+    check_version,
+    gradients_held_back,
+    is_sharded,
+    plan_sharding,
+    stores_parts,
 )
 from gradaug_hf.trainer.width_evaluation import evaluate_at_width
 from gradaug_hf.utils.randomness import random_states_kept
@@ -179,7 +188,7 @@ class GradAugTrainer(Trainer):
         as_metadata(self.card_metadata)
         check_output_dir(args)
         if args.num_subnets > 0:
-            check_sharding(args)  # which the Trainer's constructor may not stand
+            check_version(args)  # another one the Trainer's constructor may not stand
         checkpoint = model if isinstance(model, str) else None
         if checkpoint:
             model = network_to_train(checkpoint, train_dataset, eval_dataset)
@@ -255,12 +264,15 @@ class GradAugTrainer(Trainer):
             lay_out(self.model, self.args)
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled)
-            check_sharding(args, getattr(self.accelerator.state, "deepspeed_plugin", None))
+            check_sharding(args, self.accelerator, self.model)
             if args.torch_compile:
                 check_compilable(self.subnet_sampler)
                 compile_statically(self.accelerator)
             if self.model_init is None and self.train_dataset is not None:
                 self._prepare_network(self.model)
+        if is_sharded(self.accelerator):
+            plan_sharding(self.accelerator, self.model, args.num_subnets)
+            self.add_callback(ShardingCallback())
 
     def _is_trainers_own(self, inputs: Mapping[str, Any] | None = None) -> bool:
         """Return True if the loss is `Trainer`'s, or a user's, as it is without sub-networks and mixing.
@@ -328,6 +340,8 @@ class GradAugTrainer(Trainer):
         folder = checkpoint_to_resume(
             resume_from_checkpoint, self.args, self.settings(), self.model, own_files, has_fixed_schedule(self)
         )
+        if folder is not None and is_sharded(self.accelerator):
+            check_parts(Path(folder), self.accelerator)
         self._progress.begin(folder)
         run_dir = Path(self._get_output_dir(trial))
         try:
@@ -544,7 +558,7 @@ class GradAugTrainer(Trainer):
         self._step_stack.enter_context(closing(passes))
         done = []
         for _ in range(num_early):
-            with self.accelerator.no_sync(model):  # gradients cross ranks once, in the last backward
+            with gradients_held_back(self.accelerator, model):  # they cross ranks once, in the last backward
                 early = next(passes)
                 self.accelerator.backward(early.loss / self.current_gradient_accumulation_steps)
             done.append(replace(early, loss=early.loss.detach()))
@@ -759,6 +773,8 @@ class GradAugTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer.save_model`, with the model card and, unless it is for a checkpoint, `plots`."""
+        if is_sharded(self.accelerator) and stores_parts(self.accelerator):  # of which the Trainer makes no whole
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
