@@ -1,6 +1,7 @@
 """FSDP2: the parameters of a model are divided among the processes, and gathered for a pass block by block."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gradaug_hf.hub.configs import timm_network
 from gradaug_hf.slimming.depth import residual_blocks
 from gradaug_hf.slimming.patching import accept_wrappers
 from gradaug_hf.trainer.checkpoints import ResumeError
@@ -78,14 +80,12 @@ def check_sharding(args: GradAugConfig, accelerator: Accelerator, model: nn.Modu
         return
     if plugin.fsdp_version != 2:
         raise _fsdp1()
-    if args.channels_last:
-        raise ValueError("channels_last is True, but FSDP2 takes contiguous parameters alone; leave it out")
     if args.torch_compile:
         raise ValueError("torch_compile is True, which was not tried with sub-networks under FSDP2; leave it out")
-    if plugin.cpu_ram_efficient_loading and len(model.state_dict()) > sum(1 for _ in model.parameters()):
+    if plugin.cpu_ram_efficient_loading:
         raise ValueError(
-            "fsdp_cpu_ram_efficient_loading is true, with which accelerate cannot divide a model that has buffers; "
-            "set it false"
+            "fsdp_cpu_ram_efficient_loading is true, with which accelerate divides no model that has buffers or "
+            "parameters of its own beside its layers'; set it false"
         )
     if plugin.activation_checkpointing and (name := _not_repeatable(model)):
         raise ValueError(
@@ -115,16 +115,24 @@ def _not_repeatable(model: nn.Module) -> str | None:
     return None
 
 
+def keep_contiguous(args: GradAugConfig, accelerator: Accelerator) -> None:
+    """Turn `channels_last` off under FSDP2, which takes contiguous parameters alone, and warn of it."""
+    if args.channels_last and is_sharded(accelerator):
+        args.channels_last = False
+        warnings.warn("FSDP2 takes contiguous parameters alone, so that channels_last is turned off", stacklevel=3)
+
+
 def plan_sharding(accelerator: Accelerator, model: nn.Module, num_subnets: int) -> None:
     """Have a model divided block by block, and the gradients of several passes summed in float32.
 
     Args:
         accelerator: of the Trainer; its settings of FSDP2 are completed.
-        model: before it is divided. One of transformers names its blocks itself.
+        model: before it is divided. One of transformers names its blocks itself, unless it wraps one of timm.
         num_subnets: of a step; without any the precision stays that of the Trainer.
     """
     plugin = accelerator.state.fsdp_plugin
-    if not plugin.transformer_cls_names_to_wrap and not getattr(model, "_no_split_modules", None):
+    names_blocks = timm_network(model) is None and getattr(model, "_no_split_modules", None)
+    if not (plugin.transformer_cls_names_to_wrap or names_blocks):
         classes = {type(model.get_submodule(name)).__name__ for name in residual_blocks(model)}
         plugin.transformer_cls_names_to_wrap = sorted(classes)
     if num_subnets > 0 and plugin.mixed_precision_policy is not None:

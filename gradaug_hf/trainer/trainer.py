@@ -96,6 +96,7 @@ from gradaug_hf.trainer.sharding import (
     check_version,
     gradients_held_back,
     is_sharded,
+    keep_contiguous,
     plan_sharding,
     stores_parts,
 )
@@ -259,6 +260,7 @@ class GradAugTrainer(Trainer):
         if network is not None and (reason := why_not_rebuilt(network)):
             name = type(network).__name__
             warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
+        keep_contiguous(args, self.accelerator)
         if self.model_init is None:
             name_images(self.model)
             lay_out(self.model, self.args)

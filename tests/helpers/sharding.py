@@ -1,6 +1,7 @@
 """Two processes on the CPU that train with FSDP2, over which accelerate divides no parameters by itself."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ import timm
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from huggingface_hub import HfApi
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from transformers import TrainerCallback
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from tests.helpers.small_training import free_port, start_ranks, status_of
+from tests.helpers.small_training import KillAtStep, checkpoints, free_port, start_ranks, status_of
 
 # What `accelerate launch` sets from recipes/accelerate/fsdp2.yaml.
 FSDP2 = {
@@ -34,6 +38,8 @@ def shard_on_cpu() -> None:
         if fsdp_plugin is not None:
             if self._mixed_precision != "no":
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            if isinstance(fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+                fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # which takes an accelerator
             self.fsdp_plugin = fsdp_plugin
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
@@ -107,15 +113,27 @@ class KeepGradients(TrainerCallback):
         self.steps.append({name: whole(parameter.grad) for name, parameter in named})
 
 
+def count_reductions() -> list[int]:
+    """A list that grows with each group of parameters whose gradients cross the processes under FSDP2."""
+    reductions, plain_reduce = [], _fsdp_param_group.foreach_reduce
+
+    def reduce(params: list, *args: Any, **kwargs: Any) -> Any:
+        reductions.append(len(params))
+        return plain_reduce(params, *args, **kwargs)
+
+    _fsdp_param_group.foreach_reduce = reduce
+    return reductions
+
+
 def train(folder: Path, model: nn.Module | str, **settings: Any) -> None:
     """Train, and have the first process write gradients and weights to FOLDER.pt."""
-    keeper = KeepGradients()
+    keeper, reductions = KeepGradients(), count_reductions()
     trainer = make_trainer(folder, model, [keeper], **settings)
     trainer.train()
     weights = {name: whole(p) for name, p in zip(keeper.steps[0], trainer.model.parameters(), strict=True)}
     if trainer.is_world_process_zero():
         blocks = [name for name, m in trainer.model.named_modules() if type(m).__name__.startswith("FSDP")]
-        kept = {"gradients": keeper.steps, "weights": weights, "sharded": blocks}
+        kept = {"gradients": keeper.steps, "weights": weights, "sharded": blocks, "reductions": len(reductions)}
         torch.save(kept, folder.with_suffix(".pt"))
 
 
@@ -129,3 +147,36 @@ def in_two_processes(function: Callable[[], None], fsdp: bool = True, count: int
         function()
 
     return [status_of(pid) for pid in start_ranks(run, free_port(), count)]
+
+
+def train_from_last(folder: Path, stop_after: int | None = None, **settings: Any) -> None:
+    """Train with checkpoints, from the last one if there is one, and write down how it ended.
+
+    Args:
+        folder: of the training.
+        stop_after: step after which the processes kill themselves; None: none.
+        settings: of the training.
+    """
+    callbacks = [] if stop_after is None else [KillAtStep(stop_after)]
+    trainer = make_trainer(folder, "vit", callbacks, **{"save_strategy": "steps", "save_steps": 2, **settings})
+    trainer.train(resume_from_checkpoint=bool(checkpoints(folder)))
+    state = [whole(tensor) for tensor in trainer.model.state_dict().values()]
+    for values in trainer.optimizer.state.values():
+        state += [whole(value) for value in values.values() if isinstance(value, Tensor)]
+    if trainer.is_world_process_zero():
+        torch.save(state, folder / "end.pt")
+
+
+def save_and_push(folder: Path, model: nn.Module) -> None:
+    """Train and push, and keep the files that would be uploaded in FOLDER/pushed."""
+    HfApi.upload_folder = lambda self, folder_path, **_: shutil.copytree(folder_path, folder / "pushed")
+    GradAugTrainer.init_hf_repo = lambda self, *_, **__: setattr(self, "hub_model_id", "me/model")
+    settings = {"save_strategy": "steps", "save_steps": STEPS, "subnet_mode": "width+depth"}
+    trainer = make_trainer(folder / "out", model, **settings)
+    trainer.train()
+    trainer.push_to_hub()
+    images = torch.stack([row["pixel_values"] for row in rows(model)])
+    with torch.no_grad():
+        output = trainer.model.eval()(images)
+    if trainer.is_world_process_zero():
+        torch.save(getattr(output, "logits", output), folder / "logits.pt")
