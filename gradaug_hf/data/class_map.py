@@ -48,7 +48,9 @@ def read_class_map(file: str) -> list[str]:
             raise ValueError(f"class_map {file!r} must number its {len(names)} classes 0..{len(names) - 1}, each once")
         names = sorted(names, key=names.get)
     if not (isinstance(names, list) and names and all(isinstance(name, str) and name for name in names)):
-        raise ValueError(f"class_map {file!r} must hold names of classes: one on each line, or JSON, a list or an object")
+        raise ValueError(
+            f"class_map {file!r} must hold names of classes: one on each line, or JSON, a list or an object"
+        )
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise ValueError(f"class_map {file!r} names {name!r} {times} times; each class needs a name of its own")

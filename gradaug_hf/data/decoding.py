@@ -45,7 +45,9 @@ def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Datas
     return split.with_transform(read)
 
 
-def batch_reader(split: Dataset | IterableDataset, transform: Transform) -> Callable[[dict[str, list]], dict[str, list]]:
+def batch_reader(
+    split: Dataset | IterableDataset, transform: Transform
+) -> Callable[[dict[str, list]], dict[str, list]]:
     """Return the function with which `with_pixels` decodes and transforms a batch of rows.
 
     Args:

@@ -20,6 +20,7 @@ from datasets import (
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
+from gradaug_hf.data.class_map import with_class_map
 from gradaug_hf.data.columns import (
     classes_found,
     classes_of,
@@ -29,7 +30,6 @@ from gradaug_hf.data.columns import (
     label_values,
     standard_columns,
 )
-from gradaug_hf.data.class_map import with_class_map
 from gradaug_hf.data.folders import FolderContent, load_image_folder, read_folder
 from gradaug_hf.data.shards import count_images, know_lengths
 

@@ -3,7 +3,8 @@
 import json
 import posixpath
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from datasets.packaged_modules.webdataset.webdataset import base_plus_ext
 
 # File beside tar archives, as those of timm on the Hub have it, that says how many images each of them holds.
 INFO = "_info.json"
+COUNTED_AT_ONCE = 16
 
 
 def shard_lengths(split: IterableDataset) -> list[int] | None:
@@ -43,7 +45,7 @@ def count_images(builder: DatasetBuilder, splits: Sequence[str]) -> dict[str, li
     """Return the numbers of images in the files of a dataset, by the names of the splits.
 
     Those of parquet files are in their footers. Those of tar archives are in a file `_info.json` beside them; without
-    one, archives on this machine are counted once and remembered, and splits of others are left out.
+    one, archives on this machine are counted, and splits of others are left out. What was counted is remembered.
 
     Args:
         builder: of the dataset.
@@ -53,11 +55,11 @@ def count_images(builder: DatasetBuilder, splits: Sequence[str]) -> dict[str, li
     for split in splits:
         files = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
         if files and all(file.endswith(".parquet") for file in files):
-            found[split] = [_rows_of(file) for file in files]
+            found[split] = _remembered(files, _rows_of)
         elif files and all(file.endswith(".tar") for file in files):
             lengths = _stated_lengths(files)
             if lengths is None and all(Path(file).is_file() for file in files):
-                lengths = [_remembered_length(Path(file)) for file in files]
+                lengths = _remembered(files, count_samples)
             if lengths is not None:
                 found[split] = lengths
     return found
@@ -83,19 +85,27 @@ def _stated_lengths(files: Sequence[str]) -> list[int] | None:
         return None
 
 
-def _remembered_length(file: Path) -> int:
-    status = file.stat()
-    key = sha256(f"{file.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
-    memory = Path(datasets.config.HF_DATASETS_CACHE) / "gradaug_hf_shards" / key
-    if memory.is_file():
-        return int(memory.read_text())
-    length = count_samples(file)
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    memory.write_text(str(length))
-    return length
+def _remembered(files: Sequence[str], count: Callable[[str], int]) -> list[int]:
+    """Return the number of images in each file, counted unless the same files were before."""
+    known = sha256("\n".join(map(_identity, files)).encode()).hexdigest()
+    memory = Path(datasets.config.HF_DATASETS_CACHE) / "shard_lengths" / f"{known}.json"
+    if not memory.is_file():
+        with ThreadPoolExecutor(COUNTED_AT_ONCE) as pool:
+            lengths = list(pool.map(count, files))
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        memory.write_text(json.dumps(lengths))
+    return json.loads(memory.read_text())
 
 
-def count_samples(file: Path) -> int:
+def _identity(file: str) -> str:
+    """Return what a file is known by: its path, which for the Hub names a commit, size and time."""
+    if not Path(file).is_file():
+        return file
+    status = Path(file).stat()
+    return f"{Path(file).resolve()} {status.st_size} {status.st_mtime_ns}"
+
+
+def count_samples(file: str) -> int:
     """Return the number of samples in a tar archive: runs of files whose names differ by their endings alone."""
     count, last = 0, None
     with tarfile.open(file) as archive:

@@ -1,9 +1,9 @@
 """Streams of shards that several processes and workers divide, so that an epoch has every image once.
 
-An epoch is one order of all images: shard after shard, in an order sampled anew for each epoch, and in it row after
-row. Each process has an equal piece of it, and each worker whole batches of that. So shards may differ in size, a shard
-at the end of a piece is read by two, and processes never wait for one with more batches. Within the piece of a worker
-images are shuffled by a buffer. The order of a buffer follows from its numbers alone, so that a resumed training starts
+An epoch is one order of all images: shard after shard, in an order sampled anew for each epoch, and in each shard row
+after row. Each process has an equal piece of it, and each worker whole batches of that. So shards may differ in size,
+a shard at the end of a piece is read by two workers, and no process waits for one with more batches. Within the piece
+of a worker images are shuffled by a buffer. Its order follows from numbers alone, so that a resumed training starts
 amid an epoch without decoding what it has seen.
 """
 

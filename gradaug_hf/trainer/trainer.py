@@ -34,6 +34,7 @@ from transformers.utils.generic import find_labels
 
 from gradaug_hf.data.collator import collate_images
 from gradaug_hf.data.seeded import EpochCallback, SeededDataset
+from gradaug_hf.data.streaming import ShardedStream
 from gradaug_hf.hub.configs import (
     label_names,
     plain_state,
@@ -56,7 +57,7 @@ from gradaug_hf.reports.model_card import ModelFacts, as_metadata, write_model_c
 from gradaug_hf.reports.plots import IMAGES_SHOWN, NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
 from gradaug_hf.slimming.patching import num_droppable_blocks
 from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, name_images, split_batch
-from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback
+from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback, SpeedCallback
 from gradaug_hf.trainer.card_facts import model_facts
 from gradaug_hf.trainer.checkpoints import (
     describe_last,
@@ -100,6 +101,7 @@ from gradaug_hf.trainer.sharding import (
     plan_sharding,
     stores_parts,
 )
+from gradaug_hf.trainer.streams import stream_loader
 from gradaug_hf.trainer.width_evaluation import evaluate_at_width
 from gradaug_hf.utils.randomness import random_states_kept
 from gradaug_hf.utils.settings import taken_from
@@ -227,9 +229,10 @@ class GradAugTrainer(Trainer):
         self._loss_watch = LossWatch()
         self._interruption = Interruption()
         self._progress = ProgressCallback(self)
+        self._speed = SpeedCallback()
         self._report = ReportCallback()
         self._pushes = PushCallback(self)
-        own_callbacks = (self._loss_watch, EpochCallback(), self._interruption, LastStepCallback())
+        own_callbacks = (self._speed, self._loss_watch, EpochCallback(), self._interruption, LastStepCallback())
         for callback in (*own_callbacks, self._progress, self._report, self._pushes):
             self.add_callback(callback)
         if checkpoint and self.processing_class is None:
@@ -444,7 +447,9 @@ class GradAugTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """`Trainer.get_train_dataloader`, which seeds the random augmentation of a map-style dataset."""
         data, args = self.train_dataset, self.args
-        if args.seed_train_data and not isinstance(data, (SeededDataset, IterableDataset)) and has_length(data):
+        if isinstance(data, ShardedStream):
+            loader = stream_loader(self, data)
+        elif args.seed_train_data and not isinstance(data, (SeededDataset, IterableDataset)) and has_length(data):
             seed = args.seed if args.data_seed is None else args.data_seed
             loader = self._get_dataloader(
                 SeededDataset(data, seed),
@@ -672,6 +677,7 @@ class GradAugTrainer(Trainer):
         The `train_loss` of a resumed training is that of all its steps.
         """
         if "loss" in logs:
+            logs |= self._speed.take()
             for name, mean in self._progress.means.take().items():
                 logs[name] = self.accelerator.reduce(mean, "mean").item() if isinstance(mean, Tensor) else mean
         if "train_loss" in logs:
