@@ -48,7 +48,7 @@ def started_workers() -> Iterator[list[tuple[DataLoader, _MultiProcessingDataLoa
 
 @pytest.fixture(autouse=True)
 def workers_end_with_their_test(started_workers) -> Iterator[None]:
-    """Tell the workers that a loader keeps to end; garbage collection closes their queues first, and waits for them."""
+    """Tell the workers that a loader keeps to end; garbage collection closes queues first, and waits."""
     yield
     while started_workers:
         loader, iterator = started_workers.pop()
