@@ -98,6 +98,12 @@ def register_layer(cls: type[nn.Module]) -> Callable[[LayerHandler], LayerHandle
 
     Raises:
         TypeError: `cls` is not a module class.
+
+    Examples:
+        >>> @register_layer(Scale)  # a layer of your own, with a weight for each channel
+        ... def scale(trace, layer, images, output):
+        ...     trace.tie(trace.axes(layer.weight)[0], trace.axes(images)[1])
+        ...     trace.set_axes(output, trace.axes(images))
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_layer takes a subclass of torch.nn.Module, not {cls!r}")
