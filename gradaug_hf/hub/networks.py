@@ -187,7 +187,14 @@ def _meta_model(name: str) -> nn.Module:
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(type(model).__init__).parameters)
+    """Return the parameters of a model's constructor, with those of base classes to which it passes others on."""
+    found: set[str] = set()
+    for kind in type(model).__mro__:
+        own = inspect.signature(kind.__init__).parameters
+        found |= set(own)
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in own.values()):
+            break
+    return found
 
 
 def create_network(model: str, class_names: Sequence[str], arguments: Mapping[str, Any]) -> nn.Module:
