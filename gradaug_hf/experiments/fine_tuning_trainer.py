@@ -116,10 +116,11 @@ class FineTuningTrainer(RecipeTrainer):
     def _merge(self) -> None:
         """Merge the adapters of the model and of its average for good."""
         self._has_adapters = False
-        for model in [self.model] + ([] if self._average is None else [self._average.module]):
-            merge_adapters(model)
-            if self.args.num_subnets > 0:
-                make_slimmable(model, width_divisor=self.args.width_divisor)
+        merge_adapters(self.model)
+        if self.args.num_subnets > 0:
+            make_slimmable(self.model, width_divisor=self.args.width_divisor)
+        if self._average is not None:
+            merge_adapters(self._average.module)
 
     # A checkpoint is an ordinary one, and its weights those of the merged model.
     @contextmanager
