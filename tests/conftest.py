@@ -48,7 +48,7 @@ def started_workers() -> Iterator[list[tuple[DataLoader, _MultiProcessingDataLoa
 
 @pytest.fixture(autouse=True)
 def workers_end_with_their_test(started_workers) -> Iterator[None]:
-    """Workers that a loader keeps are told to end; garbage collection would close their queues first and wait long."""
+    """Tell the workers that a loader keeps to end; garbage collection closes queues first, and waits."""
     yield
     while started_workers:
         loader, iterator = started_workers.pop()

@@ -107,7 +107,7 @@ def find_shortcuts(
     Returns:
         Block name -> its shortcut, in order of execution, and block name -> why it is never dropped.
     """
-    names = list(_residual_blocks(model))
+    names = list(residual_blocks(model))
     calls, error = _record_calls(model, names, input_size) if names else ({}, None)
     shortcuts, refused = {}, {}
     for name in (*calls, *(name for name in names if name not in calls)):
@@ -123,8 +123,8 @@ def find_shortcuts(
     return shortcuts, refused
 
 
-def _residual_blocks(model: nn.Module) -> Iterator[str]:
-    """Yield the names of the outermost modules with a drop path."""
+def residual_blocks(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the outermost modules with a drop path, the residual blocks of a model."""
     outer = None
     for name, module in model.named_modules():
         if (outer is None or not name.startswith(f"{outer}.")) and next(_drop_paths(module), None):

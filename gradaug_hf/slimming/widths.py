@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from gradaug_hf.slimming.changes import find_change
+from gradaug_hf.slimming.changes import find_change, mark
 from gradaug_hf.slimming.patching import WidthState
 from gradaug_hf.slimming.patterns import Width
 
@@ -31,6 +31,13 @@ def check_unchanged(model: nn.Module) -> None:
         raise ValueError(
             f"{type(patched).__name__} was changed after gradaug_hf.{function}(model): {change}; call it again"
         )
+
+
+def accept_wrappers(model: nn.Module) -> None:
+    """Take a model, some of whose modules were wrapped since in others that do not change them, for unchanged."""
+    patched = _patched_model(model)
+    if patched is not None:
+        patched._width_state.num_modules = mark(patched, patched._width_state)
 
 
 def is_slimmable(model: nn.Module) -> bool:

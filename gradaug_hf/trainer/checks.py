@@ -1,13 +1,11 @@
 """Checks of the output folder, of how the processes were launched, and of labels, each before any long work."""
 
-import os
 import tempfile
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import DataCollator, PreTrainedModel
@@ -43,24 +41,6 @@ def check_writable(output_dir: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"output_dir is {output_dir!r}, which cannot be written: {error}") from error
-
-
-def check_sharding(args: GradAugConfig, deepspeed: DeepSpeedPlugin | None = None) -> None:
-    """Make sure that each process holds whole parameters.
-
-    Args:
-        args: the settings.
-        deepspeed: DeepSpeed's, if it is in use.
-
-    Raises:
-        ValueError: parameters are split, or are asked to be; on the CPU accelerate would not do so and not say it.
-    """
-    fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if fsdp or args.parallelism_config or (deepspeed is not None and deepspeed.zero_stage == 3):
-        raise ValueError(
-            "FSDP, DeepSpeed's ZeRO-3 and tensor parallelism split the parameters that sub-networks take their slices "
-            "of; use DDP, without fsdp, parallelism_config and stage 3"
-        )
 
 
 def check_launch(args: GradAugConfig, deepspeed: bool) -> None:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from transformers.utils.generic import find_labels
 
 from gradaug_hf.data.collator import collate_images
 from gradaug_hf.data.seeded import EpochCallback, SeededDataset
+from gradaug_hf.data.streaming import ShardedStream
 from gradaug_hf.hub.configs import (
     label_names,
     plain_state,
@@ -52,7 +53,7 @@ from gradaug_hf.reports.model_card import ModelFacts, as_metadata, write_model_c
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, PLOTS, can_plot, plot_training
 from gradaug_hf.slimming.widths import num_droppable_blocks
 from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, name_images, split_batch
-from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback
+from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback, SpeedCallback
 from gradaug_hf.trainer.card_facts import model_facts
 from gradaug_hf.trainer.checkpoints import (
     describe_last,
@@ -67,7 +68,6 @@ from gradaug_hf.trainer.checks import (
     check_even_batches,
     check_launch,
     check_output_dir,
-    check_sharding,
     check_teacher,
 )
 from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
@@ -85,6 +85,18 @@ from gradaug_hf.trainer.resuming import (
     dataset_fingerprint,
     has_fixed_schedule,
 )
+from gradaug_hf.trainer.sharding import (
+    ShardingCallback,
+    check_parts,
+    check_sharding,
+    check_version,
+    gradients_held_back,
+    is_sharded,
+    keep_contiguous,
+    plan_sharding,
+    stores_parts,
+)
+from gradaug_hf.trainer.streams import stream_loader
 from gradaug_hf.trainer.subnets import TrainingSubnets
 from gradaug_hf.trainer.width_evaluation import evaluate_at_width
 from gradaug_hf.utils.attributes import replaced
@@ -173,7 +185,7 @@ class GradAugTrainer(Trainer):
         as_metadata(self.card_metadata)
         check_output_dir(args)
         if args.num_subnets > 0:
-            check_sharding(args)  # which the Trainer's constructor may not stand
+            check_version(args)  # another one the Trainer's constructor may not stand
         checkpoint = model if isinstance(model, str) else None
         if checkpoint:
             model = network_to_train(checkpoint, train_dataset, eval_dataset)
@@ -208,9 +220,10 @@ class GradAugTrainer(Trainer):
         self._loss_watch = LossWatch()
         self._interruption = Interruption()
         self._progress = ProgressCallback(self)
+        self._speed = SpeedCallback()
         self._report = ReportCallback()
         self._pushes = PushCallback(self)
-        own_callbacks = (self._loss_watch, EpochCallback(), self._interruption, LastStepCallback())
+        own_callbacks = (self._speed, self._loss_watch, EpochCallback(), self._interruption, LastStepCallback())
         for callback in (*own_callbacks, self._progress, self._report, self._pushes):
             self.add_callback(callback)
         if checkpoint and self.processing_class is None:
@@ -239,20 +252,26 @@ class GradAugTrainer(Trainer):
             self._use_own_loss()
             check_columns(args, train_dataset, eval_dataset)
         network = timm_network(self.model)
-        if network is not None and (reason := why_not_rebuilt(network)):
+        with self._as_saved():
+            reason = None if network is None else why_not_rebuilt(network)
+        if reason is not None:
             name = type(network).__name__
             warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
+        keep_contiguous(args, self.accelerator)
         if self.model_init is None:
             name_images(self.model)
             lay_out(self.model, self.args)
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled)
-            check_sharding(args, getattr(self.accelerator.state, "deepspeed_plugin", None))
+            check_sharding(args, self.accelerator, self.model)
             if args.torch_compile:
                 check_compilable(self.subnet_sampler)
                 compile_statically(self.accelerator)
             if self.model_init is None and self.train_dataset is not None:
                 self._subnets.prepare(self.model, self.train_dataset, self.data_collator)
+        if is_sharded(self.accelerator):
+            plan_sharding(self.accelerator, self.model, args.num_subnets)
+            self.add_callback(ShardingCallback())
 
     def _use_own_loss(self) -> None:
         problem = problem_of(self.model, self.args.problem_type)
@@ -291,9 +310,12 @@ class GradAugTrainer(Trainer):
         check_even_batches(self.args, self.train_dataset)
         self._fingerprint = dataset_fingerprint(self.train_dataset)
         own_files = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        folder = checkpoint_to_resume(
-            resume_from_checkpoint, self.args, self.settings(), self.model, own_files, has_fixed_schedule(self)
-        )
+        with self._as_saved():
+            folder = checkpoint_to_resume(
+                resume_from_checkpoint, self.args, self.settings(), self.model, own_files, has_fixed_schedule(self)
+            )
+        if folder is not None and is_sharded(self.accelerator):
+            check_parts(Path(folder), self.accelerator)
         self._progress.begin(folder)
         run_dir = Path(self._get_output_dir(trial))
         try:
@@ -330,7 +352,9 @@ class GradAugTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """`Trainer.get_train_dataloader`, which seeds the random augmentation of a map-style dataset."""
         data, args = self.train_dataset, self.args
-        if args.seed_train_data and not isinstance(data, (SeededDataset, IterableDataset)) and has_length(data):
+        if isinstance(data, ShardedStream):
+            loader = stream_loader(self, data)
+        elif args.seed_train_data and not isinstance(data, (SeededDataset, IterableDataset)) and has_length(data):
             seed = args.seed if args.data_seed is None else args.data_seed
             loader = self._get_dataloader(
                 SeededDataset(data, seed),
@@ -435,7 +459,7 @@ class GradAugTrainer(Trainer):
         self._step_stack.enter_context(closing(passes))
         done = []
         for _ in range(num_early):
-            with self.accelerator.no_sync(model):  # gradients cross ranks once, in the last backward
+            with gradients_held_back(self.accelerator, model):  # they cross ranks once, in the last backward
                 early = next(passes)
                 self.accelerator.backward(early.loss / self.current_gradient_accumulation_steps)
             done.append(replace(early, loss=early.loss.detach()))
@@ -516,6 +540,7 @@ class GradAugTrainer(Trainer):
         The `train_loss` of a resumed training is that of all its steps.
         """
         if "loss" in logs:
+            logs |= self._speed.take()
             for name, mean in self._progress.means.take().items():
                 logs[name] = self.accelerator.reduce(mean, "mean").item() if isinstance(mean, Tensor) else mean
         if "train_loss" in logs:
@@ -614,6 +639,8 @@ class GradAugTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer.save_model`, with the model card and, unless it is for a checkpoint, `plots`."""
+        if is_sharded(self.accelerator) and stores_parts(self.accelerator):  # of which the Trainer makes no whole
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -647,6 +674,11 @@ class GradAugTrainer(Trainer):
             folder = self.args.output_dir if output_dir is None else output_dir
             names = label_names(model, self.train_dataset, self.eval_dataset)
             save_configs(model, folder, names, self.processing_class, self.args.problem_type)
+
+    @contextmanager
+    def _as_saved(self) -> Iterator[None]:
+        """Give the model for a while the form in which it is saved, which a subclass may change."""
+        yield
 
     # ---- the Hub ----
 

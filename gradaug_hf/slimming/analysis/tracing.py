@@ -183,6 +183,8 @@ class Trace(TorchDispatchMode):
                 if id(tensor) not in self._axes:
                     whole = "a table of indices or positions" if _is_table(module, name) else None
                     new = tuple(axis_of(Unit(size, whole)) for size in tensor.shape)
+                    if "lora_A" in module_name.split("."):  # so that merging changes no sub-network
+                        fix(new[0], "the rank of an adapter")
                     self.set_axes(tensor, self.stored.get(key, new))
                 self.stored[key] = self._axes[id(tensor)]
 
