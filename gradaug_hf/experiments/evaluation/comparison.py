@@ -89,7 +89,7 @@ def join_processes() -> None:
 
 
 class Evaluation:
-    """Networks and the images to evaluate them on.
+    """Models and the images to evaluate them on.
 
     Args:
         args: the arguments.
