@@ -38,11 +38,7 @@ class CheckedArguments:
 
 @dataclass
 class DataArguments(CheckedArguments):
-    """Columns, splits and number of the images that a recipe loads.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
+    """Columns, splits and number of the images that a recipe loads."""
 
     dataset_config_name: str | None = HfArg(default=None, help="Configuration of a Hub dataset that has several.")
     image_column: str | None = HfArg(default=None, help="Column of images; found if not given.")
@@ -69,11 +65,7 @@ class DataArguments(CheckedArguments):
 
 @dataclass
 class ScheduleArguments(CheckedArguments):
-    """Batch and learning rate of a training.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
+    """Batch and learning rate of a training."""
 
     batch_size: int = HfArg(
         default=128, help="Images in an optimiser step, over all processes and accumulated batches."
@@ -98,11 +90,7 @@ class ScheduleArguments(CheckedArguments):
 
 @dataclass
 class ExperimentArguments(ScheduleArguments, DataArguments):
-    """Arguments of a recipe that trains a classifier, beside those of GradAugConfig.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
+    """Arguments of a recipe that trains a classifier, beside those of GradAugConfig."""
 
     method: str = HfArg(
         default="gradaug",
