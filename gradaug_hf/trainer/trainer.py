@@ -618,9 +618,8 @@ class GradAugTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """`Trainer.save_model`, with the model card and, unless it is for a checkpoint, `plots`."""
         accelerator = self.accelerator
-        if sharding.is_sharded(accelerator) and sharding.stores_parts(
-            accelerator
-        ):  # the Trainer makes no whole of them
+        if sharding.is_sharded(accelerator) and sharding.stores_parts(accelerator):
+            # The Trainer makes no whole of the parts.
             self._save(output_dir, accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
