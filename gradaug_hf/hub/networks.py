@@ -187,12 +187,12 @@ def _meta_model(name: str) -> nn.Module:
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    """Return the parameters of a model's constructor, with those of base classes to which it passes others on."""
+    """Return the parameters of a constructor and, where it passes others on, of those that it inherits from."""
     found: set[str] = set()
-    for kind in type(model).__mro__:
-        own = inspect.signature(kind.__init__).parameters
-        found |= set(own)
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in own.values()):
+    for cls in (cls for cls in type(model).__mro__ if "__init__" in vars(cls)):
+        parameters = inspect.signature(cls.__init__).parameters
+        found |= set(parameters)
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
     return found
 

@@ -105,12 +105,6 @@ class GradAug:
     The cross-entropy of the full network, plus for each sub-network the KL divergence from the full network's detached
     prediction to its own on transformed images. Only the full network's pass updates batch-norm statistics.
 
-        gradaug = GradAug(model, resolutions=[224, 192, 160, 128])
-        for images, labels in loader:
-            optimizer.zero_grad()
-            loss = gradaug.backward(images, labels)
-            optimizer.step()
-
     In several processes the model is wrapped first: `GradAug(DistributedDataParallel(model))`.
 
     Args:
@@ -131,6 +125,13 @@ class GradAug:
     Raises:
         ValueError: a setting is out of its range or does not go with another, or blocks are to be dropped of a model
             that has none.
+
+    Examples:
+        >>> gradaug = GradAug(model, resolutions=[64, 56, 48])
+        >>> for images, labels in loader:
+        ...     optimizer.zero_grad()
+        ...     loss = gradaug.backward(images, labels)
+        ...     optimizer.step()
     """
 
     @spelled_by(ObjectiveSettings)

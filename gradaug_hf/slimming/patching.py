@@ -401,14 +401,15 @@ def unpatch(model: nn.Module) -> nn.Module:
     Parameters, buffers and outputs of the full model stay as they are. Tools that go by the class of a layer
     (`torch.jit.script`, dynamic quantisation) need the plain classes.
 
-        unpatch(model)
-        scripted = torch.jit.script(model)
-
     Args:
         model: any module; one that was not patched is left as it is.
 
     Returns:
         The same model.
+
+    Examples:
+        >>> type(unpatch(make_slimmable(model)).bn1)
+        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
     for module in model.modules():
         _unpatch_module(module)

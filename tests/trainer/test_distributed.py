@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gradaug_hf.objective.sampling import SubnetSampler
 from tests.helpers.residual_network import gradients_by_hand
-from tests.helpers.small_training import free_port
+from tests.helpers.small_training import free_port, start_ranks, status_of
+from tests.helpers.train_in_processes import main as train_runs
 from tests.helpers.train_in_processes import train, with_batchnorm
 
 ROOT = Path(__file__).parents[2]
@@ -238,31 +239,16 @@ def write_run(folder: Path) -> None:
     (folder / "runs.json").write_text(json.dumps({"run": (network, f"{flags} {batch}")}))
 
 
-def test_a_process_that_dies_ends_the_other_with_an_error_within_a_minute(tmp_path):
+def test_a_process_that_dies_ends_the_other_with_an_error_within_a_minute(tmp_path, monkeypatch, capfd):
     """Without a launcher that watches both, as on two machines."""
     write_run(tmp_path)
-    port = str(free_port())
-    ranks = []
-    for rank in ("0", "1"):
-        meeting = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        command = [sys.executable, SCRIPT, str(tmp_path)]
-        environ = environment(**meeting, DYING_RANK="1")
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True))
-    try:
-        assert ranks[1].wait(timeout=400) == -9
-        _, printed = ranks[0].communicate(timeout=60)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
-    assert ranks[0].returncode == 1
-    assert "RuntimeError" in printed
+    monkeypatch.setenv("DYING_RANK", "1")
+    left, dying = start_ranks(lambda: train_runs(tmp_path), free_port())
+    assert status_of(dying) == -9
+    died = time.monotonic()
+    assert status_of(left) == 1
+    assert time.monotonic() - died < 60
+    assert "RuntimeError" in capfd.readouterr().err
     assert not list(tmp_path.glob("*.pt"))
 
 
