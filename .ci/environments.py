@@ -22,14 +22,14 @@ BEGIN, END = "<!-- environments: begin -->\n", "<!-- environments: end -->"
 # Python, and what uv is told of the versions; `lowest` has the floors of setup.cfg.
 ENVIRONMENTS = {
     "lowest": ("3.10", "--resolution lowest-direct"),
-    "2.7": ("3.10", "torch==2.7.* transformers==5.7.* accelerate==1.8.* datasets==4.0.* numpy==2.0.* pillow==11.*"),
+    "2.7": ("3.11", "torch==2.7.* transformers==5.7.* accelerate==1.8.* datasets==4.0.* numpy==2.0.* pillow==11.*"),
     "2.8": ("3.12", "torch==2.8.* transformers==5.10.* accelerate==1.10.* datasets==4.2.* numpy==2.0.* pillow==11.*"),
-    "2.10": ("3.13", "torch==2.10.* transformers==5.20.* accelerate==1.13.* datasets==4.8.* numpy==2.3.*"),
-    "2.13": ("3.11", "torch==2.13.* transformers==5.16.* accelerate==1.12.* datasets==4.5.* numpy==2.2.*"),
+    "2.10": ("3.12", "torch==2.10.* transformers==5.20.* accelerate==1.13.* datasets==4.8.* numpy==2.3.*"),
+    "2.13": ("3.13", "torch==2.13.* transformers==5.16.* accelerate==1.12.* datasets==4.5.* numpy==2.2.*"),
     "newest": ("3.13", "--prerelease allow --upgrade"),
 }
 PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "numpy", "pillow", "huggingface_hub")
-# The objective, slicing, the trainer, a folder that timm and transformers load, resuming, and two processes.
+# The objective, slicing, the trainer, a folder that timm and transformers load, resuming, two processes, compiling.
 TESTS = (
     "tests/objective/test_objective.py",
     "tests/slimming/test_slimmable.py",
@@ -37,6 +37,8 @@ TESTS = (
     "tests/trainer/test_resuming.py::test_a_killed_training_ends_as_if_it_had_not_been",
     "tests/hub/test_configs.py::test_what_the_trainer_saves_loads_in_timm_and_transformers",
     "tests/trainer/test_distributed.py::test_two_processes_train_like_one_with_the_whole_batch",
+    "tests/trainer/test_distributed.py::test_two_processes_compile_each_subnetwork_once_and_train_as_uncompiled",
+    "tests/trainer/test_compilation.py::test_training_and_evaluation_at_each_width_are_graphs_of_their_own_and_right",
 )
 
 
