@@ -13,7 +13,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, LargeLis
 from torch import Tensor
 
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "picture", "photo")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category")
+# "cls" is what a class is called in a tar archive of webdataset.
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "category", "cls", "cls.txt")
 STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 # Kinds of list columns; the first is called List from datasets 4 on, and Sequence before.
 LISTS = (type(Sequence(Value("int64"))), LargeList)
@@ -51,10 +52,6 @@ def classes_of(feature: object) -> ClassLabel:
 
 def multi_hot(labels: Iterable[Iterable[int]], num_classes: int) -> list[Tensor]:
     """Return for each image a float tensor (num_classes,), 1 for each class that it has.
-
-    Args:
-        labels: numbers of the classes of each image.
-        num_classes: of the dataset.
 
     Examples:
         >>> multi_hot([[0, 2]], 3)

@@ -1,5 +1,6 @@
 """Images of a split: decoded to RGB and transformed when they are read."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -38,12 +39,24 @@ def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Datas
         >>> split[0]["pixel_values"].shape, split[0]["labels"]
         (torch.Size([3, 32, 32]), 0)
     """
-    feature = (split.features or {}).get("label")
-    num_classes = classes_of(feature).num_classes if is_multi_label(feature) and is_class_label(feature) else None
-    read = partial(_read_batch, transform=transform, split=str(split.split), num_classes=num_classes)
+    read = batch_reader(split, transform)
     if isinstance(split, IterableDataset):
         return split.map(read, batched=True, batch_size=STREAM_BATCH, remove_columns=["image", "label"])
     return split.with_transform(read)
+
+
+def batch_reader(
+    split: Dataset | IterableDataset, transform: Transform
+) -> Callable[[dict[str, list]], dict[str, list]]:
+    """Return the function with which `with_pixels` decodes and transforms a batch of rows.
+
+    Args:
+        split: as for `with_pixels`.
+        transform: as for `with_pixels`.
+    """
+    feature = (split.features or {}).get("label")
+    num_classes = classes_of(feature).num_classes if is_multi_label(feature) and is_class_label(feature) else None
+    return partial(_read_batch, transform=transform, split=str(split.split), num_classes=num_classes)
 
 
 def _read_batch(

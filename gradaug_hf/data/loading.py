@@ -14,14 +14,13 @@ from datasets import (
     Image,
     IterableDataset,
     IterableDatasetDict,
-    SplitDict,
-    SplitInfo,
     load_dataset,
     load_dataset_builder,
 )
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
+from gradaug_hf.data.class_map import with_class_map
 from gradaug_hf.data.columns import (
     classes_found,
     classes_of,
@@ -32,10 +31,11 @@ from gradaug_hf.data.columns import (
     standard_columns,
 )
 from gradaug_hf.data.folders import FolderContent, load_image_folder, read_folder
+from gradaug_hf.data.shards import count_images, know_lengths
 
 EVAL_SPLITS = ("validation", "test")
 EVAL_SHARE = 0.2
-ACCEPTED = "a Hub id, a parquet file, a folder of parquet files or a folder of images"
+ACCEPTED = "a Hub id, a parquet file, a folder of parquet files, of tar archives or of images"
 # Images that a stream holds in memory to shuffle them, still encoded; shards are shuffled as well.
 SHUFFLE_BUFFER = 2000
 # Parts of a folder of images that is streamed, among which the workers of a data loader divide it.
@@ -50,6 +50,7 @@ def load_image_data(
     eval_split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    class_map: str | None = None,
     seed: int = 0,
 ) -> DatasetDict:
     """Load a dataset of labelled images in one form, whatever its own columns and splits are called.
@@ -57,13 +58,15 @@ def load_image_data(
     Lists of classes (multi-label) stay lists, of which `with_pixels` makes multi-hot labels.
 
     Args:
-        name: Hub id, parquet file, folder of parquet files, or folder of images sorted by class (`load_image_folder`).
+        name: Hub id, parquet file, folder of parquet files or of tar archives in the form of webdataset, or folder of
+            images sorted by class (`load_image_folder`).
         config_name: Configuration of a Hub dataset that has several.
         train_split: Split to train on.
         eval_split: Split to evaluate on; by default `validation`, else `test`. Where the training split is the only
             one, a fifth of each class is held out; a fifth of the images where these have several classes.
         image_column: Column of images; found by its type and name if not given.
         label_column: Column of classes; found by its type and name if not given.
+        class_map: File with the names of the classes (`read_class_map`); by default the dataset's own.
         seed: Seed of the split, where one has to be made.
 
     Returns:
@@ -82,7 +85,7 @@ def load_image_data(
     """
     chosen = _choose_splits(_load(name, config_name, label_column), train_split, eval_split)
     images, labels = find_columns(chosen["train"].features, image_column, label_column)
-    data = standard_columns(chosen, images, labels)
+    data = standard_columns(with_class_map(chosen, labels, class_map), images, labels)
     if "eval" not in data:
         return _hold_out(data["train"], seed)
     _warn_of_unseen_classes(data)
@@ -123,6 +126,7 @@ def stream_image_data(
     eval_split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    class_map: str | None = None,
 ) -> IterableDatasetDict:
     """Load a dataset as `load_image_data` does, but read its images only when they are needed.
 
@@ -133,9 +137,11 @@ def stream_image_data(
         eval_split: as for `load_image_data`, but nothing can be held out.
         image_column: as for `load_image_data`.
         label_column: as for `load_image_data`; its classes must have names.
+        class_map: as for `load_image_data`; gives the classes names.
 
     Returns:
         Splits `train` and `eval` with the columns `image` (encoded) and `label` (a `ClassLabel`), in the stored order.
+        `shard_lengths` says how many images each of their shards holds, where that is known.
 
     Raises:
         OSError: The dataset cannot be found, reached or read.
@@ -147,34 +153,46 @@ def stream_image_data(
         >>> next(iter(data["train"]))["label"]
         0
     """
-    chosen = _choose_splits(_load(name, config_name, label_column, streaming=True), train_split, eval_split)
+    loaded = _load(name, config_name, label_column, streaming=True)
+    chosen = _choose_splits(loaded, train_split, eval_split)
     if "eval" not in chosen:
         raise ValueError(
             f"split {train_split!r} is the only one, and nothing can be held out of a stream; name a split"
         )
     if isinstance(chosen, DatasetDict):  # a folder of images, whose labels are known
-        data = standard_columns(chosen, *find_columns(chosen["train"].features, image_column, label_column))
+        images, labels = find_columns(chosen["train"].features, image_column, label_column)
+        data = standard_columns(with_class_map(chosen, labels, class_map), images, labels)
         return IterableDatasetDict({key: _stream(split.remove_columns("row")) for key, split in data.items()})
     features = chosen["train"].features
     if features is None:
         raise ValueError(f"dataset {name!r} does not say which columns it has; load it without streaming")
     images, labels = find_columns(features, image_column, label_column)
-    if not is_class_label(features[labels]):
+    chosen = with_class_map(chosen, labels, class_map)
+    if not is_class_label(chosen["train"].features[labels]):
         raise ValueError(
             f"label_column {labels!r} is a {features[labels]}, whose classes are known only once all of it was read; "
-            "load the dataset without streaming"
+            "name them by class_map, or load the dataset without streaming"
         )
     names = {old: new for old, new in ((images, "image"), (labels, "label")) if old != new}
-    return IterableDatasetDict(
+    streams = IterableDatasetDict(
         {
             key: split.select_columns([images, labels]).cast_column(images, Image(decode=False)).rename_columns(names)
             for key, split in chosen.items()
         }
     )
+    files = str(Path(name).absolute()) if Path(name).is_file() else None
+    builder = load_dataset_builder("parquet" if files else str(name), config_name, data_files=files)
+    know_lengths(streams, count_images(builder, [str(split.split) for split in chosen.values()]))
+    return streams
 
 
 def class_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
-    """Return the names of the classes, in the order of the labels."""
+    """Return the names of the classes, in the order of the labels.
+
+    Examples:
+        >>> class_names(load_image_data("photos"))
+        ['cat', 'dog']
+    """
     return classes_of(data["train"].features["label"]).names
 
 
@@ -272,7 +290,8 @@ def _stream(split: Dataset) -> IterableDataset:
         gen_kwargs={"parts": [split.shard(parts, part) for part in range(parts)]},
         split=split.split,
     )
-    stream.info.splits = SplitDict({str(split.split): SplitInfo(str(split.split), num_examples=len(split))})
+    lengths = [len(split.shard(parts, part)) for part in range(parts)]
+    know_lengths(IterableDatasetDict({str(split.split): stream}), {str(split.split): lengths})
     return stream
 
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gradaug_hf.utils.randomness import random_states_kept, seed_everything
 
 
-class _Seeds:
+class Seeds:
     """Give the examples of an epoch their seeds; worker processes that are kept from epoch to epoch see it change."""
 
     def __init__(self, seed: int) -> None:
@@ -25,8 +25,12 @@ class _Seeds:
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
     def of(self, example: Any) -> int:
-        return zlib.crc32(f"{self._seed} {int(self._epoch)} {example}".encode())
+        return zlib.crc32(f"{self._seed} {self.epoch} {example}".encode())
 
 
 class DatasetWrapper:
@@ -55,7 +59,7 @@ class _SeededWrapper(DatasetWrapper):
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
-        self._seeds = _Seeds(seed)
+        self._seeds = Seeds(seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, here and in the worker processes that read the dataset."""
@@ -101,6 +105,11 @@ class SeededStream(_SeededWrapper, IterableDataset):
     Args:
         dataset: an iterable, which is told the epoch if it has `set_epoch`.
         seed: any integer.
+
+    Examples:
+        >>> photos = with_pixels(load_image_data("photos")["train"], cifar_transform(train=True))
+        >>> len(list(SeededStream(photos, seed=0)))
+        4
     """
 
     def __iter__(self) -> Iterator[Any]:

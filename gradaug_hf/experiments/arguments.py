@@ -146,7 +146,18 @@ class ExperimentArguments(ScheduleArguments, DataArguments):
     )
     dataset_name: str = field(
         default="ILSVRC/imagenet-1k",
-        metadata={"help": "Hub id, parquet file, folder of parquet files, or folder of images sorted by class."},
+        metadata={
+            "help": "Hub id, parquet file, folder of parquet files, of tar archives or of images sorted by class."
+        },
+    )
+    class_map: str | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "File with the names of the classes, for datasets that hold their numbers or names alone: text with a "
+                "name on each line, or JSON, a list or an object that numbers them."
+            )
+        },
     )
     labels_per_class: int | None = field(
         default=None, metadata={"help": "Training images of each class, sampled with the seed; default: all."}
@@ -205,7 +216,7 @@ class RecipeParser(BriefParser, HfArgumentParser):
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
         is_config = issubclass(dtype, TrainingArguments)
-        titles = ("GradAug", "the Trainer of transformers") if is_config else ("the recipe",)
+        titles = ("GradAug", "the Trainer of transformers") if is_config else (getattr(dtype, "title", "the recipe"),)
         self._groups = [self.add_argument_group(title) for title in titles]
         super()._add_dataclass_arguments(dtype)
 

@@ -28,6 +28,8 @@ from gradaug_hf.data.loading import (
     take_images,
 )
 from gradaug_hf.data.seeded import SeededDataset, SeededStream
+from gradaug_hf.data.shards import shard_lengths
+from gradaug_hf.data.streaming import ShardedStream
 from gradaug_hf.data.transforms import Transform
 from gradaug_hf.experiments.arguments import ExperimentArguments, ScheduleArguments, parse
 from gradaug_hf.experiments.memory import PeakMemory, check_memory
@@ -133,10 +135,6 @@ def hide_token(token: str | None) -> None:
 def complete(args: ScheduleArguments, config: GradAugConfig) -> None:
     """Settle the Trainer's settings that follow from those of a recipe.
 
-    Args:
-        args: the recipe's.
-        config: the Trainer's; changed in place.
-
     Raises:
         ValueError: the settings do not fit each other or the number of processes, or the folder holds other results.
     """
@@ -176,10 +174,6 @@ def complete(args: ScheduleArguments, config: GradAugConfig) -> None:
 def check_batch(batch_size: int, images: int | None) -> None:
     """Make sure that a step's images are not more than there are.
 
-    Args:
-        batch_size: images in an optimiser step.
-        images: to train on; None: not known.
-
     Raises:
         ValueError: the batch is larger than the training set.
     """
@@ -206,7 +200,8 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
     images = images_to_train_on(args, data["train"])
     if config.do_train:
         check_batch(args.batch_size, images)
-        settle_steps(args, config, images)
+        if not divides_itself(data["train"], args):
+            settle_steps(args, config, images)
 
     set_seed(config.seed)
     if config.do_train:
@@ -224,7 +219,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
     return RecipeTrainer(
         model,
         config,
-        train_dataset=training_images(data["train"], recipe.transform(True, **statistics), args, config.seed),
+        train_dataset=training_images(data["train"], recipe.transform(True, **statistics), args, config),
         eval_dataset=with_pixels(data["eval"], evaluation),
         compute_metrics=topk_accuracy,
         processing_class=image_processor_of(evaluation, model),
@@ -236,12 +231,25 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
 
 
 def training_images(
-    split: Dataset | IterableDataset, transform: Transform, args: ExperimentArguments, seed: int
-) -> SeededDataset | SeededStream:
+    split: Dataset | IterableDataset, transform: Transform, args: ExperimentArguments, config: GradAugConfig
+) -> SeededDataset | ShardedStream | SeededStream:
     """Return images to train on, whose augmentation follows from the seed, so that a run can be resumed exactly."""
-    images = with_pixels(split, transform)
+    seed = config.seed
     if args.streaming:
-        return SeededStream(images, seed)
+        if divides_itself(split, args):
+            return ShardedStream(
+                split,
+                shard_lengths(split),
+                transform,
+                batch_size=config.per_device_train_batch_size,
+                seed=seed,
+                buffer_size=SHUFFLE_BUFFER,
+                rank=config.process_index,
+                world_size=config.world_size,
+            )
+        shuffled = split.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        return SeededStream(with_pixels(shuffled, transform), seed)
+    images = with_pixels(split, transform)
     return SeededDataset(SkippingDataset(images) if args.skip_bad_images else images, seed)
 
 
@@ -260,7 +268,7 @@ def first_on_main_process(load: Callable[[], Loaded]) -> Loaded:
 
 def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDatasetDict:
     """Load the images to train on and to evaluate on, as many of them as are asked for."""
-    options = args.loading_options()
+    options = args.loading_options() | {"class_map": args.class_map}
     if args.streaming:
         data = stream_image_data(args.dataset_name, **options)
     else:
@@ -275,9 +283,12 @@ def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDat
             data[split] = take_images(data[split], number, seed)
     if args.skip_bad_images:
         data["eval"] = readable_images(data["eval"])
-    if args.streaming:
-        data["train"] = data["train"].shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return data
+
+
+def divides_itself(split: Dataset | IterableDataset, args: ExperimentArguments) -> bool:
+    """Return True if processes can read a split's images each for itself, since its shards say how many they hold."""
+    return args.streaming and args.max_train_samples is None and shard_lengths(split) is not None
 
 
 def images_to_train_on(args: ExperimentArguments, split: Dataset | IterableDataset) -> int | None:

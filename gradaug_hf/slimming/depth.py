@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradaug_hf.slimming.meta import copy_without_hooks, example_images, example_sizes, meta_copy
-from gradaug_hf.slimming.patching import WidthState, check_unchanged, patch, slices_of, unpatch
+from gradaug_hf.slimming.patching import WidthState, patch, slices_of, unpatch
 from gradaug_hf.slimming.shortcuts import Shortcut, run_shortcut
+from gradaug_hf.slimming.widths import check_unchanged
 from gradaug_hf.utils.randomness import seeded
 
 DROP_PATH = re.compile(r"(.*_)?drop_path\d*")
@@ -64,6 +65,10 @@ def make_droppable(model: nn.Module, *, input_size: int | Sequence[int] | None =
 
     Raises:
         ValueError: no block can be dropped, or `input_size` is not positive.
+
+    Examples:
+        >>> model = make_droppable(timm.create_model("test_vit"))
+        >>> subnets = SubnetSampler(subnet_mode="depth").sample(step=0)
     """
     check_unchanged(model)
     shortcuts, refused = find_shortcuts(model, input_size)
@@ -102,7 +107,7 @@ def find_shortcuts(
     Returns:
         Block name -> its shortcut, in order of execution, and block name -> why it is never dropped.
     """
-    names = list(_residual_blocks(model))
+    names = list(residual_blocks(model))
     calls, error = _record_calls(model, names, input_size) if names else ({}, None)
     shortcuts, refused = {}, {}
     for name in (*calls, *(name for name in names if name not in calls)):
@@ -118,8 +123,8 @@ def find_shortcuts(
     return shortcuts, refused
 
 
-def _residual_blocks(model: nn.Module) -> Iterator[str]:
-    """Yield the names of the outermost modules with a drop path."""
+def residual_blocks(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the outermost modules with a drop path, the residual blocks of a model."""
     outer = None
     for name, module in model.named_modules():
         if (outer is None or not name.startswith(f"{outer}.")) and next(_drop_paths(module), None):

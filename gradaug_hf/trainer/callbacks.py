@@ -1,6 +1,7 @@
 """Side work of a training: facts for plots and model card, pushes that fail, checkpoints at the end of an epoch."""
 
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,36 @@ class ReportCallback(TrainerCallback):
         self._elsewhere += entries
 
     def evaluations(self, state: TrainerState, names: Sequence[str] = ()) -> list[Evaluation]:
-        """Return the evaluations on `eval_dataset` so far.
-
-        Args:
-            state: of the Trainer.
-            names: of the evaluation sets, where there are several.
-        """
+        """Return the evaluations on `eval_dataset` so far."""
         own = [entry for entry in state.log_history if not any(entry is other for other in self._elsewhere)]
         return evaluations(own, names)
+
+
+class SpeedCallback(TrainerCallback):
+    """Measure how many images a second are trained on, loading included and evaluations and checkpoints left out."""
+
+    def __init__(self) -> None:
+        self._since, self._seconds, self._images = time.perf_counter(), 0.0, 0
+
+    def _wait(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    on_train_begin = on_evaluate = on_save = _wait
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count the images of the step, over all processes; the last batch of an epoch as a whole one."""
+        now = time.perf_counter()
+        self._seconds += now - self._since
+        self._since = now
+        self._images += args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+    def take(self) -> dict[str, float]:
+        """Return the images per second since the last call, and start to count anew."""
+        found = {"images_per_second": round(self._images / self._seconds, 1)} if self._seconds else {}
+        self._seconds, self._images = 0.0, 0
+        return found
 
 
 class PushCallback(TrainerCallback):

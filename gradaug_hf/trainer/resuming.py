@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
 
+from gradaug_hf.data.streaming import ShardedStream
 from gradaug_hf.hub.weights import check_weights
 from gradaug_hf.trainer.checkpoints import (
     ResumeError,
@@ -24,7 +25,7 @@ from gradaug_hf.trainer.checkpoints import (
     read_state,
     write_state,
 )
-from gradaug_hf.trainer.metrics import RunningMeans
+from gradaug_hf.trainer.running_means import RunningMeans
 from gradaug_hf.utils.randomness import random_states_kept
 
 
@@ -75,12 +76,14 @@ def has_fixed_schedule(trainer: Trainer) -> bool:
 
 
 def dataset_fingerprint(dataset: Any) -> str | None:
-    """Return the length of a map-style dataset and a hash of some of its labels; None for a stream.
+    """Return the length of a dataset and, unless it is a stream, a hash of some of its labels; None if it has none.
 
     The images are left out: their augmentation, and how they are decoded, may differ from machine to machine.
     """
     if dataset is None or not has_length(dataset):
         return None
+    if isinstance(dataset, IterableDataset):
+        return f"{len(dataset)} examples"
     last = len(dataset) - 1
     with random_states_kept():
         examples = [dataset[index] for index in sorted({round(last * part / 4) for part in range(5)}) if last >= 0]
@@ -134,7 +137,10 @@ class ProgressCallback(TrainerCallback):
             state.epoch = max(state.epoch, float(epoch))
         if state.global_step >= state.max_steps:  # amid an epoch, of which the Trainer would do a further step
             epoch = state.num_train_epochs
-        return epoch, 0 if args.ignore_data_skip else batches
+        batches = 0 if args.ignore_data_skip else batches
+        if isinstance(self._trainer.train_dataset, ShardedStream):
+            self._trainer.train_dataset.skip(epoch, batches)
+        return epoch, batches
 
     def start_workers_aside(self, loader: DataLoader, was_started: bool) -> DataLoader:
         """Start the workers of a data loader without the global random number that each start takes, if it was taken.
@@ -179,12 +185,7 @@ class ProgressCallback(TrainerCallback):
         self._epoch_is_over = True
 
     def complete_checkpoint(self, checkpoint: Path, settings: Mapping[str, Any]) -> None:
-        """Write settings and progress into a checkpoint of the Trainer; on all processes.
-
-        Args:
-            checkpoint: its folder.
-            settings: those that have to be the same when the training is resumed, by name.
-        """
+        """Write settings and progress into a checkpoint of the Trainer; on all processes."""
         trainer = self._trainer
         processes = gather_object([self._sums()])
         if trainer.args.should_save:

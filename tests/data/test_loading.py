@@ -218,6 +218,8 @@ def test_stream_gives_the_same_examples_as_the_loaded_data_set(tmp_path, column:
 def test_number_of_images_is_known_of_what_is_loaded_and_of_streams_that_say_it(tmp_path):
     data = streamed(tmp_path)
     assert number_of_images(load_image_data(str(tmp_path))["train"]) == 3
+    assert number_of_images(data["train"]) == 3
+    data["train"].info.splits = None
     assert number_of_images(data["train"]) is None
     data["train"].info.splits = SplitDict({"train": SplitInfo("train", num_examples=17)})
     assert number_of_images(data["train"].cast_column("image", Image(decode=False))) == 17

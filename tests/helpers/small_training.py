@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -166,6 +167,12 @@ def start(function: Callable[[], None]) -> int:
 def status_of(pid: int) -> int:
     """Exit status of a process, once it has ended; negative: the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def start_ranks(function: Callable[[], None], port: int, count: int = 2) -> list[int]:

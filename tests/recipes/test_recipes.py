@@ -470,7 +470,20 @@ def test_stream_is_trained_on_for_the_epochs_asked_for(run_recipe):
     assert [step for step, _ in finished.result["curve"]] == [4, 8]  # 100 images are 4 batches
 
 
-def test_stream_of_unknown_length_asks_for_the_steps(run_recipe):
+def test_stream_of_shards_is_resumed_amid_an_epoch_with_the_numbers_of_workers_that_it_had(run_recipe):
+    flags = "--model resnet20_cifar --streaming --batch_size 25 --max_steps -1 --num_train_epochs 2 "
+    flags += "--eval_strategy epoch --save_strategy steps --save_steps 1 --save_total_limit 9 --num_subnets 1 "
+    flags += "--dataloader_num_workers 2 --dataloader_persistent_workers true"
+    whole = run_recipe(cifar_wideresnet.RECIPE, flags)
+    assert [step for step, _ in whole.result["curve"]] == [4, 8]
+    resumed = run_recipe(cifar_wideresnet.RECIPE, f"{flags} --resume_from_checkpoint {whole.folder / 'checkpoint-6'}")
+    first, second = (timm.create_model(f"local-dir:{run.folder}", pretrained=True) for run in (whole, resumed))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_stream_of_unknown_length_asks_for_the_steps(run_recipe, monkeypatch):
+    monkeypatch.setattr("gradaug_hf.data.loading.count_images", lambda builder, splits: {})
     with pytest.raises(SystemExit, match="does not say how many images split 'train' has; give max_steps"):
         run_recipe(cifar_wideresnet.RECIPE, f"{STREAM} --max_steps -1")
     assert run_recipe(cifar_wideresnet.RECIPE, STREAM).result["steps"] == 2

@@ -13,7 +13,6 @@ from gradaug_hf.trainer.checks import (
     check_even_batches,
     check_launch,
     check_output_dir,
-    check_sharding,
 )
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.trainer import GradAugTrainer
@@ -80,17 +79,6 @@ def test_processes_with_unequal_numbers_of_batches_are_refused(args, tmp_path, m
         check_even_batches(uneven, range(17))
     uneven.dataloader_drop_last = True
     check_even_batches(uneven, range(17))
-
-
-def test_split_parameters_are_refused(args):
-    check_sharding(args)
-    check_sharding(args, SimpleNamespace(zero_stage=2))
-    with pytest.raises(ValueError, match="ZeRO-3 .* use DDP"):
-        check_sharding(args, SimpleNamespace(zero_stage=3))
-    module = pytest.importorskip("accelerate.parallelism_config", reason="new in accelerate 1.10")
-    args.parallelism_config = module.ParallelismConfig(tp_size=2)
-    with pytest.raises(ValueError, match="tensor parallelism .* use DDP"):
-        check_sharding(args)
 
 
 def test_activation_checkpointing_is_refused_with_a_joint_backward(args):

@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from torch import Tensor
 from gradaug_hf.objective.sampling import SubnetSampler
 from gradaug_hf.utils.compat import compiles_stale_graphs
 from tests.helpers.residual_network import gradients_by_hand
+from tests.helpers.small_training import free_port
 from tests.helpers.train_in_processes import train, with_batchnorm
 
 ROOT = Path(__file__).parents[2]
@@ -233,12 +233,6 @@ def mixed_share(batch: Tensor, mixed: Tensor) -> float:
     share = ((mixed - neighbours) * difference).sum() / difference.square().sum()
     torch.testing.assert_close(mixed, share * batch + (1 - share) * neighbours, rtol=0, atol=1e-6)
     return share.item()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def write_run(folder: Path) -> None:

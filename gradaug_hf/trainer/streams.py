@@ -1,0 +1,51 @@
+"""Data loaders of streams that divide themselves among the processes."""
+
+from typing import Any
+
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
+from transformers import DataCollator, Trainer
+
+from gradaug_hf.data.streaming import SEEN, ShardedStream
+
+
+class SkippingCollator:
+    """Collate batches, but for those that a resumed training has seen and passes over, which are empty.
+
+    Args:
+        collate: makes the batches.
+    """
+
+    def __init__(self, collate: DataCollator) -> None:
+        self._collate = collate
+
+    def __call__(self, examples: list[Any]) -> Any:
+        return {} if examples[0] is SEEN else self._collate(examples)
+
+
+def stream_loader(trainer: Trainer, stream: ShardedStream) -> DataLoader:
+    """Return a data loader for the training set of a trainer, which accelerate does not divide once more.
+
+    Args:
+        trainer: gives collator, workers and device.
+        stream: its training set.
+    """
+    args = trainer.args
+    loader = DataLoader(
+        stream,
+        trainer._train_batch_size,
+        collate_fn=SkippingCollator(trainer.data_collator),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    return prepare_data_loader(
+        loader,
+        args.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        dispatch_batches=False,
+        non_blocking=args.accelerator_config.non_blocking,
+    )
