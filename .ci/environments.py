@@ -4,7 +4,8 @@
     python .ci/environments.py lowest newest    # in .environments/lowest and .environments/newest
     python .ci/environments.py --record         # in all, with the table in docs/installation.md
 
-uv takes the Pythons on the PATH; those of pyenv with `PYENV_VERSION=3.10.13:3.11.7:3.12.1:3.13.0`, for example.
+uv takes the Pythons of pyenv and those on the PATH, and downloads others. The exit status is 1 if a test failed, 3 if
+an environment cannot be made here.
 """
 
 import argparse
@@ -52,7 +53,11 @@ def main() -> int:
         parser.error(f"NAME is {', '.join(sorted(unknown))}; accepted are {', '.join(ENVIRONMENTS)}")
     rows = {}
     for name in args.names or ENVIRONMENTS:
-        python = install(args.folder / name, *ENVIRONMENTS[name])
+        try:
+            python = install(args.folder / name, *ENVIRONMENTS[name])
+        except subprocess.CalledProcessError as error:
+            print(f"{name} cannot be installed here: {error}", file=sys.stderr)
+            return 3
         rows[name] = versions(python) | test(python, args.folder / name / "tests.xml")
         print(name, json.dumps(rows[name]), flush=True)
         if args.record:
@@ -63,7 +68,9 @@ def main() -> int:
 def install(folder: Path, python: str, wanted: str) -> Path:
     """Make an environment with this package in it, and return its Python."""
     uv = [sys.executable, "-m", "uv"]
-    subprocess.run([*uv, "venv", "--quiet", "--allow-existing", "--python", python, folder], check=True)
+    found = [str(path) for path in sorted(Path.home().glob(".pyenv/versions/*/bin"))]
+    environ = {**os.environ, "PATH": os.pathsep.join([*found, os.environ["PATH"]])}
+    subprocess.run([*uv, "venv", "--quiet", "--allow-existing", "--python", python, folder], env=environ, check=True)
     interpreter = folder / "bin" / "python"
     arguments = ["--python", interpreter, *wanted.split(), "-e", ".[test]"]
     subprocess.run([*uv, "pip", "install", "--quiet", *arguments], cwd=ROOT, check=True)
