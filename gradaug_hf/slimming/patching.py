@@ -25,7 +25,7 @@ from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
 
 # What a patched model itself carries; the report only once it was made slimmable.
 MODEL_ATTRIBUTES = ("_width_state", "_slicing_report")
-MODULE_ATTRIBUTES = ("_slices", "_state", "_overrides", "_subnet_caches", "_subnet_buffers", "_shortcut")
+MODULE_ATTRIBUTES = ("_slices", "_state", "_full", "_overrides", "_subnet_caches", "_subnet_buffers", "_shortcut")
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -118,6 +118,7 @@ class SlimModule(nn.Module):
 
     _slices: Slices
     _state: WidthState
+    _full: dict[str, Any]
     _overrides: dict[str, Any]
     _subnet_caches: dict[str, tuple[Width, dict]]
     _subnet_buffers: dict[str, OwnBuffer]
@@ -302,14 +303,14 @@ def _buffer_setter(base: type[nn.Module], written: tuple[str, ...]) -> Callable[
 
 def _attribute_property(name: str) -> property:
     def get(self: SlimModule) -> int | tuple[int, ...] | list[int]:
-        value = self.__dict__[name]
+        value = self._full[name]
         width = self._state.width
         if width.multiplier >= 1:
             return value
         sizes = tuple(pattern_size(pattern, width) for pattern in self._slices.attributes[name])
         return type(value)(sizes) if isinstance(value, (tuple, list)) else sizes[0]
 
-    return property(get, _set_in_dict(name))
+    return property(get, _setter(name))
 
 
 def _cache_property(name: str) -> property:
@@ -318,22 +319,20 @@ def _cache_property(name: str) -> property:
     def get(self: SlimModule) -> dict:
         width = self._state.width
         if width.multiplier >= 1:
-            return self.__dict__[name]
+            return self._full[name]
         if name not in self._subnet_caches or self._subnet_caches[name][0] is not width:
             self._subnet_caches[name] = width, {}
         return self._subnet_caches[name][1]
 
     def set_value(self: SlimModule, value: dict) -> None:
         self._subnet_caches.pop(name, None)
-        self.__dict__[name] = value
+        self.__dict__[name] = self._full[name] = value
 
     return property(get, set_value)
 
 
 def _override_property(name: str) -> property:
-    return property(
-        lambda self: self._overrides[name] if name in self._overrides else self.__dict__[name], _set_in_dict(name)
-    )
+    return property(lambda self: (self._overrides if name in self._overrides else self._full)[name], _setter(name))
 
 
 def _tracking_property() -> property:
@@ -341,15 +340,15 @@ def _tracking_property() -> property:
 
     def get(self: SlimModule) -> bool:
         if self._overrides or not (self.training and self._state.is_subnet):
-            return self.__dict__["track_running_stats"]
+            return self._full["track_running_stats"]
         return False
 
-    return property(get, _set_in_dict("track_running_stats"))
+    return property(get, _setter("track_running_stats"))
 
 
-def _set_in_dict(name: str) -> Any:
-    def set_value(self: nn.Module, value: Any) -> None:
-        self.__dict__[name] = value
+def _setter(name: str) -> Callable[[SlimModule, Any], None]:
+    def set_value(self: SlimModule, value: Any) -> None:
+        self.__dict__[name] = self._full[name] = value
 
     return set_value
 
@@ -374,6 +373,8 @@ def patch(
         names = (tuple(sorted(each)) for each in (own.tensors, own.attributes, own.caches, own.written))
         module.__class__ = _slim_class(kind, type(module), *names)
         module._slices, module._state, module._overrides = own, state, {}
+        # What properties read: in older versions of torch, compiled code takes `self.__dict__[name]` for `self.name`.
+        module._full = {name: vars(module)[name] for name in vars(module) if name in vars(type(module))}
         module._subnet_caches, module._subnet_buffers = {}, {}
         if own.written:
             state.own_buffers.append(module._subnet_buffers)

@@ -110,7 +110,7 @@ def take_patterns(tensor: torch.Tensor, patterns: Sequence[Pattern], width: Widt
         for size, pattern in zip(tensor.shape, patterns, strict=True)
     ]
     if sizes != list(tensor.shape):
-        tensor = tensor.as_strided(sizes, tensor.stride(), tensor.storage_offset())
+        tensor = tensor.as_strided(sizes, tensor.stride())  # from where it begins
     for dim, pattern in enumerate(patterns):
         if is_sliced(pattern) and not is_prefix(pattern):
             tensor = take_pattern(tensor, dim, pattern, width)
