@@ -488,11 +488,10 @@ class GradAugTrainer(Trainer):
         if self._objective is None:
             self._objective = self._make_objective(model, images)
         subnets = self._objective.sampler.sample(self.state.global_step)
-        passes = self._objective.passes(images, labels, subnets, step=self.state.global_step, **others)
-        if self.args.subnet_backward == "sequential" and self._step_stack is not None:
-            done = self._run_sequentially(model, passes, len(subnets))
-        else:
-            done = list(passes)
+        sequential = self.args.subnet_backward == "sequential" and self._step_stack is not None
+        step = self.state.global_step
+        passes = self._objective.passes(images, labels, subnets, step=step, direct=sequential, **others)
+        done = self._run_sequentially(model, passes, len(subnets)) if sequential else list(passes)
         self._record(done, images)
         loss = sum(p.loss for p in done)
         return (loss, {"loss": loss, "logits": done[0].logits}) if return_outputs else loss
