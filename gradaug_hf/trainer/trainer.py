@@ -391,12 +391,11 @@ class GradAugTrainer(Trainer):
         if objective is None:
             full_loss = self.full_loss if self._plain.is_given else None
             objective = self._subnets.begin(model, self.model, images, self.state.max_steps, full_loss)
-        subnets = objective.sampler.sample(self.state.global_step)
-        passes = objective.passes(images, labels, subnets, step=self.state.global_step, **others)
-        if self.args.subnet_backward == "sequential" and self._step_stack is not None:
-            done = self._run_sequentially(model, passes, len(subnets))
-        else:
-            done = list(passes)
+        step = self.state.global_step
+        subnets = objective.sampler.sample(step)
+        sequential = self.args.subnet_backward == "sequential" and self._step_stack is not None
+        passes = objective.passes(images, labels, subnets, step=step, direct=sequential, **others)
+        done = self._run_sequentially(model, passes, len(subnets)) if sequential else list(passes)
         self._record(done, images)
         loss = sum(p.loss for p in done)
         return (loss, {"loss": loss, "logits": done[0].logits}) if return_outputs else loss
