@@ -42,7 +42,7 @@ import gradaug_hf
 from gradaug_hf.experiments.presets import preset_settings
 from gradaug_hf.objective.losses import soft_target_divergence
 from gradaug_hf.objective.transforms import resize
-from gradaug_hf.slimming.patching import subnet_pass
+from gradaug_hf.slimming.widths import subnet_pass
 
 NETWORKS = ["resnet50:224:8", "wrn28_10:32:16", "vit_small_patch16_224:224:8", "convnext_tiny:224:8"]
 SETTINGS = ["float32", "channels_last", "bfloat16", "fast"]

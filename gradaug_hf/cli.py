@@ -146,7 +146,7 @@ def report(args: Namespace) -> None:
     import torch
 
     from gradaug_hf.slimming import make_slimmable, slicing_report
-    from gradaug_hf.slimming.patching import check_width
+    from gradaug_hf.slimming.widths import check_width
 
     if not timm.is_model(args.name):
         near = ", ".join(timm.list_models(f"*{args.name[:6]}*")[:8]) or "see timm.list_models()"

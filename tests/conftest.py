@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from tests.helpers.hub_server import HubServer
 
@@ -27,6 +29,32 @@ def garbage_collection_is_quick() -> None:
     """The Trainer collects garbage at each start, which takes half a second if all modules are looked through."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def started_workers() -> Iterator[list[tuple[DataLoader, _MultiProcessingDataLoaderIter]]]:
+    """The data loaders of this process that have started workers, each with the iterator that holds them."""
+    started = []
+    start = _MultiProcessingDataLoaderIter.__init__
+
+    def remember(iterator: _MultiProcessingDataLoaderIter, loader: DataLoader) -> None:
+        start(iterator, loader)
+        started.append((loader, iterator))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_MultiProcessingDataLoaderIter, "__init__", remember)
+        yield started
+
+
+@pytest.fixture(autouse=True)
+def workers_end_with_their_test(started_workers) -> Iterator[None]:
+    """Tell the workers that a loader keeps to end; garbage collection closes queues first, and waits."""
+    yield
+    while started_workers:
+        loader, iterator = started_workers.pop()
+        iterator._shutdown_workers()
+        if loader._iterator is iterator:
+            loader._iterator = None
 
 
 @pytest.fixture(autouse=True)

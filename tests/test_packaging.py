@@ -2,6 +2,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -48,20 +50,37 @@ def test_wheel_has_the_version_of_the_package_and_its_console_script(wheel):
     assert dict(parser["console_scripts"]) == {"gradaug": "gradaug_hf.cli:main"}
 
 
-@pytest.mark.slow
-def test_an_installed_wheel_trains_by_its_console_script(wheel, tmp_path):
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """An environment of its own with the wheel, which borrows the dependencies of this one and not its package."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel], check=True
-    )
-    done = subprocess.run(
-        [tmp_path / "site" / "bin" / "gradaug", "train", "imagenet_resnet50", "--help"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel],
         check=True,
     )
-    assert "--num_subnets" in done.stdout
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # whose own .pth files are not read
+    return folder
+
+
+def run_alone(folder: Path, program: str, *arguments: str) -> str:
+    """Return what a program of an environment prints, from a folder and with variables that know no other package."""
+    left_out = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    env = {name: value for name, value in os.environ.items() if name not in left_out}
+    command = [folder / "bin" / program, *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("fine-tune",), ("train", "imagenet_resnet50")])
+def test_an_installed_wheel_has_its_console_script(installed, command):
+    (site,) = installed.glob("lib/python*/site-packages")
+    where = "from importlib.util import find_spec; print(find_spec('gradaug_hf').origin)"
+    found = run_alone(installed, "python", "-c", where)
+    assert found.strip() == str(site / "gradaug_hf" / "__init__.py")
+    assert "--num_subnets" in run_alone(installed, "gradaug", *command, "--help")
 
 
 def test_top_level_of_the_package_has_at_most_four_modules():

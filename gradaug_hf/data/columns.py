@@ -53,10 +53,6 @@ def classes_of(feature: object) -> ClassLabel:
 def multi_hot(labels: Iterable[Iterable[int]], num_classes: int) -> list[Tensor]:
     """Return for each image a float tensor (num_classes,), 1 for each class that it has.
 
-    Args:
-        labels: numbers of the classes of each image.
-        num_classes: of the dataset.
-
     Examples:
         >>> multi_hot([[0, 2]], 3)
         [tensor([1., 0., 1.])]

@@ -187,7 +187,12 @@ def stream_image_data(
 
 
 def class_names(data: DatasetDict | IterableDatasetDict) -> list[str]:
-    """Return the names of the classes, in the order of the labels."""
+    """Return the names of the classes, in the order of the labels.
+
+    Examples:
+        >>> class_names(load_image_data("photos"))
+        ['cat', 'dog']
+    """
     return classes_of(data["train"].features["label"]).names
 
 

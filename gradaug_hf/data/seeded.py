@@ -105,6 +105,11 @@ class SeededStream(_SeededWrapper, IterableDataset):
     Args:
         dataset: an iterable, which is told the epoch if it has `set_epoch`.
         seed: any integer.
+
+    Examples:
+        >>> photos = with_pixels(load_image_data("photos")["train"], cifar_transform(train=True))
+        >>> len(list(SeededStream(photos, seed=0)))
+        4
     """
 
     def __iter__(self) -> Iterator[Any]:

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.detection.detector import DetectorSettings
 from gradaug_hf.experiments.arguments import USAGE, RecipeParser, ScheduleArguments, folder_of_run, given_settings
@@ -20,51 +22,36 @@ class DetectionArguments(ScheduleArguments):
         ValueError: a field is out of its range.
     """
 
-    gradaug: bool = field(
-        default=False,
-        metadata={"help": "Whether sub-networks of the backbone learn as well, num_subnets in each step."},
+    gradaug: bool = HfArg(
+        default=False, help="Whether sub-networks of the backbone learn as well, num_subnets in each step."
     )
-    backbone: str = field(
+    backbone: str = HfArg(
         default="resnet50",
-        metadata={
-            "help": (
-                "Name of a timm model, which is trained from scratch; or a Hub id or a folder of timm or "
-                "transformers, for example one that GradAug has trained, whose weights are loaded."
-            )
-        },
+        help="Name of a timm model, which is trained from scratch; or a Hub id or a folder of timm or "
+        "transformers, for example one that GradAug has trained, whose weights are loaded.",
     )
-    backbone_args: str = field(
-        default="{}",
-        metadata={"help": 'Arguments of the backbone\'s constructor as JSON, for example {"dynamic_img_size": true}.'},
+    backbone_args: str = HfArg(
+        default="{}", help='Arguments of the backbone\'s constructor as JSON, for example {"dynamic_img_size": true}.'
     )
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a trained detector to evaluate, without training."}
+    model: str | None = HfArg(
+        default=None, help="Folder or Hub id of a trained detector to evaluate, without training."
     )
-    coco_dir: str = field(
-        default="coco",
-        metadata={"help": "Folder of COCO or of other images with annotations in its format."},
+    coco_dir: str = HfArg(default="coco", help="Folder of COCO or of other images with annotations in its format.")
+    train_annotations: str = HfArg(
+        default="annotations/instances_train2017.json", help="Annotations of the images to train on, below coco_dir."
     )
-    train_annotations: str = field(
-        default="annotations/instances_train2017.json",
-        metadata={"help": "Annotations of the images to train on, below coco_dir."},
+    val_annotations: str = HfArg(
+        default="annotations/instances_val2017.json", help="Annotations of the images to evaluate on, below coco_dir."
     )
-    val_annotations: str = field(
-        default="annotations/instances_val2017.json",
-        metadata={"help": "Annotations of the images to evaluate on, below coco_dir."},
-    )
-    train_images: str | None = field(
+    train_images: str | None = HfArg(
         default=None,
-        metadata={
-            "help": (
-                "Folder of the images to train on, below coco_dir; default: `train2017` or `images/train2017` for "
-                "annotations named `..._train2017.json`."
-            )
-        },
+        help="Folder of the images to train on, below coco_dir; default: `train2017` or `images/train2017` for "
+        "annotations named `..._train2017.json`.",
     )
-    val_images: str | None = field(
-        default=None, metadata={"help": "Folder of the images to evaluate on, below coco_dir; found likewise."}
+    val_images: str | None = HfArg(
+        default=None, help="Folder of the images to evaluate on, below coco_dir; found likewise."
     )
-    flip: float = field(default=0.5, metadata={"help": "Probability with which an image is flipped, in [0, 1]."})
+    flip: float = HfArg(default=0.5, help="Probability with which an image is flipped, in [0, 1].")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,11 +67,6 @@ def parse(
     settings: Mapping[str, Any], description: str | None, argv: Sequence[str]
 ) -> tuple[DetectionArguments, DetectorSettings, GradAugConfig]:
     """Return the arguments of a run: flags, then the file, then the recipe, then the classes' defaults.
-
-    Args:
-        settings: what the recipe sets, by name of the field.
-        description: shown by --help.
-        argv: flags, after the name of a YAML or JSON file if there is one.
 
     Raises:
         ValueError: a setting is out of its range or has no effect, or the file is not one of settings.

@@ -47,18 +47,7 @@ def write_detector_card(
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> None:
-    """Write `README.md` into the folder of a detector; one whose comment was removed is left.
-
-    Args:
-        folder: with the saved detector.
-        settings: of the detector.
-        measured: the last evaluation, if there was one.
-        name: shown as the title.
-        source: folder or Hub id to load from.
-        num_subnets: sub-networks in each training step.
-        license: as on the Hub.
-        tags: added to those of the method.
-    """
+    """Write `README.md` into the folder of a detector; one whose comment was removed is left."""
     if not may_be_written(folder / CARD):
         return
     method = ["gradaug"] if num_subnets else []

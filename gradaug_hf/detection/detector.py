@@ -22,6 +22,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 from transformers import AutoModelForImageClassification
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.detection.pyramid import Pyramid
 from gradaug_hf.hub.configs import CONFIG, timm_network
@@ -45,18 +46,17 @@ class DetectorSettings:
         ValueError: a field is out of its range.
     """
 
-    detector: str = field(
+    detector: str = HfArg(
         default="mask_rcnn",
-        metadata={"help": "Faster R-CNN finds boxes, Mask R-CNN boxes and masks.", "choices": list(DETECTORS)},
+        help="Faster R-CNN finds boxes, Mask R-CNN boxes and masks.",
+        metadata={"choices": list(DETECTORS)},
     )
-    min_size: int = field(default=800, metadata={"help": "Shorter side in pixels that images are resized to."})
-    max_size: int = field(default=1333, metadata={"help": "Longest side in pixels, which no image exceeds."})
-    anchor_scale: float = field(default=8.0, metadata={"help": "Sides of a level's anchors over its stride."})
-    channels: int = field(default=256, metadata={"help": "Channels of the feature pyramid and of the mask head."})
-    box_head_size: int = field(default=1024, metadata={"help": "Size of the two layers of the box head."})
-    rois_per_image: int = field(
-        default=512, metadata={"help": "Proposals of an image that box and mask head are trained on."}
-    )
+    min_size: int = HfArg(default=800, help="Shorter side in pixels that images are resized to.")
+    max_size: int = HfArg(default=1333, help="Longest side in pixels, which no image exceeds.")
+    anchor_scale: float = HfArg(default=8.0, help="Sides of a level's anchors over its stride.")
+    channels: int = HfArg(default=256, help="Channels of the feature pyramid and of the mask head.")
+    box_head_size: int = HfArg(default=1024, help="Size of the two layers of the box head.")
+    rois_per_image: int = HfArg(default=512, help="Proposals of an image that box and mask head are trained on.")
 
     def __post_init__(self) -> None:
         if self.detector not in DETECTORS:
@@ -162,9 +162,6 @@ class Detector(nn.Module):
     def load(cls, model: str) -> "Detector":
         """Load a detector that was saved.
 
-        Args:
-            model: folder, or Hub id.
-
         Raises:
             ValueError: there is none, or its files do not fit each other.
         """
@@ -232,11 +229,6 @@ def check_sizes(detector: Detector) -> None:
 
 def load_backbone(detector: Detector, weights: Mapping[str, Tensor], source: str) -> str:
     """Load a classifier's weights into the backbone of a detector.
-
-    Args:
-        detector: its backbone is changed in place.
-        weights: state dict of the classifier.
-        source: where they are from.
 
     Returns:
         The number of tensors that were loaded, and those that are missing or left over, in words.

@@ -22,8 +22,9 @@ from gradaug_hf.objective.resolutions import ResolutionTrial, default_resolution
 from gradaug_hf.objective.sampling import Subnet
 from gradaug_hf.reports.history import at_step
 from gradaug_hf.slimming import slicing_report
-from gradaug_hf.slimming.patching import is_slimmable
+from gradaug_hf.slimming.widths import is_slimmable
 from gradaug_hf.trainer.checks import check_checkpointing
+from gradaug_hf.trainer.subnets import TrainingSubnets
 from gradaug_hf.trainer.trainer import IMAGES, LABELS, GradAugTrainer
 
 # Settings of GradAugConfig that are about classes, and the only value that they can have here.
@@ -78,6 +79,34 @@ def total_loss(losses: dict[str, Tensor]) -> Tensor:
     return sum(losses.values())
 
 
+class DetectionSubnets(TrainingSubnets):
+    """Prepare the backbone of a detector for its sub-networks."""
+
+    objective_class = DetectionGradAug
+
+    def prepare(self, model: Detector, dataset: Any, collate: DataCollator) -> None:
+        """Make the backbone slimmable, and settle the shorter sides of the images."""
+        check_checkpointing(model, self.args)
+        model.make_slimmable(self.args.width_divisor)
+        if slicing_report(model).sliced_macs == 0:
+            warnings.warn(
+                f"0 % of the backbone {model.settings.backbone} is sliced, so that its sub-networks differ from it "
+                "by their images only",
+                stacklevel=3,
+            )
+        self._side = model.settings.min_size
+        self.resolutions = self.args.resolutions or default_resolutions(self._side)
+        self.trial = ResolutionTrial(model.bottom_up)
+        self.trial.check(sorted({padded(side) for side in self.resolutions}))
+
+    def side(self, images: Sequence[Tensor]) -> int:
+        """Return the detector's side in pixels."""
+        return self._side
+
+    def seen(self, images: Sequence[Tensor], subnets: Sequence[Subnet], num_blocks: int) -> None:
+        """Keep no batch for the plots, which show images of one size."""
+
+
 class DetectionTrainer(GradAugTrainer):
     """`GradAugTrainer` for detectors, evaluated with COCO's average precision.
 
@@ -99,7 +128,7 @@ class DetectionTrainer(GradAugTrainer):
         ValueError: a setting is about classes rather than objects, or they do not fit each other.
     """
 
-    _objective_class = DetectionGradAug
+    _subnets_class = DetectionSubnets
 
     def __init__(
         self,
@@ -122,25 +151,6 @@ class DetectionTrainer(GradAugTrainer):
             raise ValueError("full_loss, compute_loss_func or teacher is given; a detector has its own losses alone")
 
     # ---- the detector and its sub-networks ----
-
-    def _prepare_network(self, model: Detector) -> None:
-        check_checkpointing(model, self.args)
-        model.make_slimmable(self.args.width_divisor)
-        if slicing_report(model).sliced_macs == 0:
-            warnings.warn(
-                f"0 % of the backbone {model.settings.backbone} is sliced, so that its sub-networks differ from it "
-                "by their images only",
-                stacklevel=3,
-            )
-        self._resolutions = self.args.resolutions or default_resolutions(model.settings.min_size)
-        self._resolution_trial = ResolutionTrial(model.bottom_up)
-        self._resolution_trial.check(sorted({padded(side) for side in self._resolutions}))
-
-    def _side(self, images: Sequence[Tensor]) -> int:
-        return self._detector.settings.min_size
-
-    def _see(self, images: Sequence[Tensor], subnets: list[Subnet]) -> None:
-        """Keep no batch for the plots, which show images of one size."""
 
     @property
     def _detector(self) -> Detector:

@@ -216,7 +216,7 @@ class RecipeParser(BriefParser, HfArgumentParser):
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
         is_config = issubclass(dtype, TrainingArguments)
-        titles = ("GradAug", "the Trainer of transformers") if is_config else ("the recipe",)
+        titles = ("GradAug", "the Trainer of transformers") if is_config else (getattr(dtype, "title", "the recipe"),)
         self._groups = [self.add_argument_group(title) for title in titles]
         super()._add_dataclass_arguments(dtype)
 

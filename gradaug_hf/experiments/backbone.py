@@ -36,9 +36,6 @@ def load_backbone(source: str, class_names: Sequence[str], side: int | None = No
 def start_evenly(model: nn.Module) -> None:
     """Give the classifier of a model small weights, so that no class is preferred at first.
 
-    Args:
-        model: as for `head_parameters`.
-
     Raises:
         ValueError: as `head_parameters`.
     """
@@ -51,12 +48,7 @@ def start_evenly(model: nn.Module) -> None:
 
 
 def size_arguments(source: str, side: int | None) -> dict[str, Any]:
-    """Return the arguments with which a timm model with position embeddings takes images of several sizes.
-
-    Args:
-        source: folder or Hub id of a checkpoint.
-        side: of the images in pixels; None: that of the model.
-    """
+    """Return the arguments with which a timm model with position embeddings takes images of several sizes."""
     accepted = accepted_arguments(source)
     arguments = {"img_size": side} if side is not None and "img_size" in accepted else {}
     return arguments | ({"dynamic_img_size": True} if "dynamic_img_size" in accepted else {})
@@ -83,9 +75,6 @@ def check_side(model: nn.Module, name: str, input_size: tuple[int, int, int]) ->
 def head_parameters(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters of a model's classifier.
 
-    Args:
-        model: of timm, wrapped or not, or a classifier of transformers.
-
     Raises:
         ValueError: it has none, or does not say which they are.
     """
@@ -107,9 +96,6 @@ def head_parameters(model: nn.Module) -> tuple[str, ...]:
 
 def freeze_backbone(model: nn.Module) -> None:
     """Train the classifier of a model alone.
-
-    Args:
-        model: as for `head_parameters`.
 
     Raises:
         ValueError: as `head_parameters`.

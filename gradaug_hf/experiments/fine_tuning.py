@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import DatasetDict
@@ -17,9 +18,12 @@ from gradaug_hf.data.decoding import decode, with_pixels
 from gradaug_hf.data.loading import check_one_class, class_names, load_image_data, load_two_folders, take_images
 from gradaug_hf.data.seeded import SeededDataset
 from gradaug_hf.experiments.backbone import check_side, freeze_backbone, load_backbone
-from gradaug_hf.experiments.fine_tuning_arguments import FineTuningArguments, parse
+from gradaug_hf.experiments.comparison import Comparison, make_comparison
+from gradaug_hf.experiments.fine_tuning_arguments import ComparisonArguments, FineTuningArguments, parse
 from gradaug_hf.experiments.fine_tuning_trainer import FineTuningTrainer
+from gradaug_hf.experiments.lora import add_adapters
 from gradaug_hf.experiments.memory import check_memory
+from gradaug_hf.experiments.methods import PLAIN
 from gradaug_hf.experiments.run import (
     CHANGEABLE,
     FAULTS,
@@ -30,10 +34,12 @@ from gradaug_hf.experiments.run import (
     push,
 )
 from gradaug_hf.experiments.run import train as train_and_save
+from gradaug_hf.experiments.sweep import train_and_report
 from gradaug_hf.hub.networks import image_processor, pretrained_source
 from gradaug_hf.hub.preprocessing import image_processor_doing, input_config, processor_data_config
 from gradaug_hf.hub.pushing import PushError
 from gradaug_hf.objective.class_weights import balanced_weights
+from gradaug_hf.objective.resolutions import ResolutionTrial
 from gradaug_hf.reports.photos import (
     CONFUSION,
     EXAMPLES,
@@ -69,18 +75,21 @@ CHANGEABLE_HERE = (*CHANGEABLE, "validation_dir", "preview")
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Fine-tune as the command line says, print accuracies, and write the model and what to look at.
+    """Fine-tune as the command line says, print accuracies, and write the model and what to look at; or compare.
 
     Args:
         argv: flags, after the name of a YAML or JSON file if there is one; None: those of this process.
     """
     with errors_as_messages(OSError, ValueError):
-        args, config = parse(sys.argv[1:] if argv is None else argv)
+        args, config, comparison = parse(sys.argv[1:] if argv is None else argv)
         hide_token(config.hub_token)
         use_all_cores()
         if not config.do_train:
             raise ValueError("do_train is False, but fine-tuning trains; `gradaug predict` applies a model")
         complete(args, config)
+        if comparison.compare:
+            plan = make_plan(args, config, comparison)
+            return train_and_report(plan, Path(config.output_dir), comparison.launch)
         if args.preview and not can_plot():
             raise ValueError(NEEDS_MATPLOTLIB)
         trainer = make_trainer(args, config)
@@ -93,8 +102,53 @@ def run(argv: Sequence[str] | None = None) -> None:
         push(trainer)
 
 
+def make_plan(args: FineTuningArguments, config: GradAugConfig, comparison: ComparisonArguments) -> Comparison:
+    """Return the runs of a comparison, checked before the first of them is trained.
+
+    Raises:
+        OSError: as `trainer_arguments`.
+        ValueError: as `trainer_arguments`; or there are fewer images than labels, or several processes.
+    """
+    if config.world_size > 1:
+        raise ValueError(
+            f"compare is True in {config.world_size} processes, but it starts those of each run; start it in one, and "
+            "name the launcher as launch"
+        )
+    made = trainer_arguments(args, config)
+    images = len(made["train_dataset"])
+    for labels in comparison.labels:
+        if labels > images:
+            raise ValueError(f"labels holds {labels}, but there are {images:,} images to train on")
+        check_batch(args.batch_size, labels)
+    side = processor_data_config(made["processing_class"])["input_size"][-1]
+    config.resolutions = config.resolutions or ResolutionTrial(made["model"]).default(side)  # of which it has the cost
+    return make_comparison(
+        __spec__.name,
+        {"GradAug": {}},
+        plain="plain",
+        plain_settings=PLAIN,
+        gradaug="GradAug",
+        config=config,
+        side=side,
+        seeds=range(config.seed, config.seed + comparison.seeds),
+        settings={"eval_strategy": "no", **comparison.settings},
+        columns={f"{labels} labels": {"max_train_samples": labels} for labels in comparison.labels} or {"": {}},
+        images=len(made["eval_dataset"]),
+    )
+
+
 def make_trainer(args: FineTuningArguments, config: GradAugConfig) -> FineTuningTrainer:
     """Make the model, the data and the trainer of a run.
+
+    Raises:
+        OSError: as `trainer_arguments`.
+        ValueError: as `trainer_arguments`, or as the trainer.
+    """
+    return FineTuningTrainer(args=config, **trainer_arguments(args, config))
+
+
+def trainer_arguments(args: FineTuningArguments, config: GradAugConfig) -> dict[str, Any]:
+    """Make the model and the data of a run, and return them as keyword arguments of its trainer.
 
     Raises:
         OSError: the dataset cannot be found, reached or read.
@@ -110,6 +164,8 @@ def make_trainer(args: FineTuningArguments, config: GradAugConfig) -> FineTuning
         freeze_backbone(model)
     inputs = input_config(model, image_processor(source), args.image_size)
     check_side(model, args.model, inputs["input_size"])
+    if args.lora_rank is not None:
+        add_adapters(model, args.lora_rank, inputs["input_size"])
     check_memory(model, config.per_device_train_batch_size, inputs["input_size"][-1], config)
     processor = image_processor_doing(inputs, model)
     augmented = with_pixels(
@@ -118,24 +174,27 @@ def make_trainer(args: FineTuningArguments, config: GradAugConfig) -> FineTuning
             inputs, hflip=args.hflip, auto_augment=args.auto_augment, random_erasing=args.random_erasing
         ),
     )
-    weights = balanced_weights(label_values(data["train"]), len(names)) if args.class_weights == "balanced" else None
-    return FineTuningTrainer(
-        model,
-        config,
-        train_dataset=SeededDataset(SkippingDataset(augmented) if args.skip_bad_images else augmented, config.seed),
-        eval_dataset=with_pixels(data["eval"], ProcessorTransform(processor)),
-        compute_metrics=topk_accuracy,
-        processing_class=processor,
-        layer_decay=args.layer_decay,
-        ema_decay=args.ema_decay,
-        class_weights=weights,
-        card_metadata={
+    weights = (
+        balanced_weights(label_values(data["train"]).tolist(), len(names))
+        if args.class_weights == "balanced"
+        else None
+    )
+    return {
+        "model": model,
+        "train_dataset": SeededDataset(SkippingDataset(augmented) if args.skip_bad_images else augmented, config.seed),
+        "eval_dataset": with_pixels(data["eval"], ProcessorTransform(processor)),
+        "compute_metrics": topk_accuracy,
+        "processing_class": processor,
+        "layer_decay": args.layer_decay,
+        "ema_decay": args.ema_decay,
+        "class_weights": weights,
+        "card_metadata": {
             "dataset": args.dataset_name or args.train_dir,
             "dataset_args": args.dataset_config_name,
             "finetuned_from": source,
         },
-        experiment={name: value for name, value in asdict(args).items() if name not in CHANGEABLE_HERE},
-    )
+        "experiment": {name: value for name, value in asdict(args).items() if name not in CHANGEABLE_HERE},
+    }
 
 
 def load_data(args: FineTuningArguments, seed: int) -> DatasetDict:
@@ -211,3 +270,9 @@ def plot_mistakes(trainer: FineTuningTrainer, predictions: Predictions, file: Pa
     wrong = int((predictions.predicted != predictions.labels).sum())
     which = f"the {len(indices)} most wrong of {wrong}" if wrong > len(indices) else f"all {wrong}"
     save_plot(plot_photos(photos, captions, f"{which} mistakes on {len(split):,} photos"), file)
+
+
+if __name__ == "__main__":  # a run of a comparison, whose command is that of one training
+    flags = sys.argv[1:]
+    sys.argv[:1] = ["gradaug", "fine-tune"]
+    run(flags)

@@ -8,18 +8,20 @@ from typing import Any, Literal
 from gradaug_hf.data.backbone_transforms import AUGMENTATIONS
 from gradaug_hf.experiments.arguments import (
     USAGE,
+    CheckedArguments,
     DataArguments,
     RecipeParser,
     ScheduleArguments,
     given_settings,
 )
 from gradaug_hf.experiments.run import SETTINGS
+from gradaug_hf.experiments.sweep import LAUNCH
 from gradaug_hf.trainer.config import GradAugConfig
 
 DESCRIPTION = (
     "Fine-tune a pretrained model on photos of your own, with GradAug, or plainly with --num_subnets 0. Prints the "
     "accuracy after the final epoch and of each class, and writes the model, results.json, classes.csv and plots to "
-    "--output_dir."
+    "--output_dir. With --compare it trains in both ways with several seeds, and says whether GradAug helps."
 )
 BATCH_SIZE = 32
 # Learning rate of a batch of so many images, to which it is in proportion. With a few hundred photos there are few
@@ -112,6 +114,15 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
         default="none",
         metadata={"help": 'Part that is not trained; "backbone" trains the classifier alone, without sub-networks.'},
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "Rank of adapters of peft, which are trained with norms and classifier instead of the whole backbone, "
+                "and merged into what is saved. Default: no adapters."
+            )
+        },
+    )
     class_weights: Literal["none", "balanced"] = field(
         default="none",
         metadata={
@@ -148,13 +159,14 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
         ScheduleArguments.__post_init__(self)
         self._check_texts()
         self._check_source()
-        for name in ("max_train_samples", "image_size"):
+        for name in ("max_train_samples", "image_size", "lora_rank"):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
         self._check("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
         self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)")
         for name in ("hflip", "random_erasing"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._check("lora_rank", self.lora_rank is None or self.freeze == "none", "left out with freeze 'backbone'")
         for name, choices in (("freeze", ("none", "backbone")), ("class_weights", ("none", "balanced"))):
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
 
@@ -168,8 +180,48 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
             )
 
 
-def parse(argv: Sequence[str]) -> tuple[FineTuningArguments, GradAugConfig]:
-    """Return the arguments of a fine-tuning: flags, then the file, then the defaults.
+@dataclass
+class ComparisonArguments(CheckedArguments):
+    """Arguments of a comparison of GradAug with plain training.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    title = "a comparison"  # above them in --help
+
+    compare: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "Whether to train plainly, plainly for as many multiply-adds as GradAug, and with GradAug, each with "
+                "several seeds, and to compare them. Started again, finished runs are skipped, and one that was "
+                "interrupted goes on."
+            )
+        },
+    )
+    seeds: int = field(default=3, metadata={"help": "Number of seeds of a comparison, from seed on."})
+    labels: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Numbers of training images, sampled with the seed, to compare with; default: all."},
+    )
+    launch: str = field(default=LAUNCH, metadata={"help": "Command that starts each run of a comparison."})
+    settings: dict[str, Any] = field(default_factory=dict, init=False)  # those that are given, of all runs
+
+    def __post_init__(self) -> None:
+        self._check_texts()
+        self._check("seeds", self.seeds >= 1, "at least 1")
+        self._check("labels", all(labels >= 1 for labels in self.labels), "a list of numbers of at least 1")
+
+
+# Settings of a comparison, which its runs have not.
+OF_COMPARISON = ("compare", "seeds", "labels", "launch")
+# Settings that concern one training, and contradict a comparison where they are on.
+OF_ONE_TRAINING = ("resume_from_checkpoint", "overwrite_output_dir", "preview", "push_to_hub")
+
+
+def parse(argv: Sequence[str]) -> tuple[FineTuningArguments, GradAugConfig, ComparisonArguments]:
+    """Return the arguments of a fine-tuning and of a comparison: flags, then the file, then the defaults.
 
     Args:
         argv: flags, after the name of a YAML or JSON file if there is one.
@@ -178,8 +230,10 @@ def parse(argv: Sequence[str]) -> tuple[FineTuningArguments, GradAugConfig]:
         ValueError: a setting is out of its range or contradicts another, or the file is not one of settings.
         SystemExit: a flag is missing or not known, or its value has a wrong type.
     """
-    parser = RecipeParser((FineTuningArguments, GradAugConfig), description=DESCRIPTION, usage=USAGE)
+    kinds = FineTuningArguments, ComparisonArguments, GradAugConfig
+    parser = RecipeParser(kinds, description=DESCRIPTION, usage=USAGE)
     given = given_settings(parser, FINE_TUNING, argv)
+    _check_comparison(given)
     chosen: dict[str, Any] = {**FINE_TUNING, **given}
     batch_size = chosen.get("batch_size", BATCH_SIZE)
     if "learning_rate" not in given:
@@ -193,13 +247,39 @@ def parse(argv: Sequence[str]) -> tuple[FineTuningArguments, GradAugConfig]:
         chosen["num_subnets"] = 0
     if chosen.get("output_dir") is None:
         chosen["output_dir"] = _folder_of(chosen)
-    args, config = parser.parse_dict(chosen)
+    args, comparison, config = parser.parse_dict(chosen)
     args.method = "gradaug" if config.num_subnets > 0 else "plain"
-    return args, config
+    own = (*OF_COMPARISON, "output_dir", "seed")
+    comparison.settings = {name: value for name, value in given.items() if name not in own}
+    return args, config, comparison
+
+
+def _check_comparison(given: dict[str, Any]) -> None:
+    """Make sure that settings do not contradict a comparison, or its absence."""
+    if not given.get("compare"):
+        for name in OF_COMPARISON[1:]:
+            if name in given:
+                raise ValueError(f"{name} is {given[name]!r} without compare, which it is for; add --compare")
+        return
+    if given.get("freeze") == "backbone" or given.get("num_subnets") == 0:
+        name = "freeze" if given.get("freeze") == "backbone" else "num_subnets"
+        raise ValueError(
+            f"{name} is {given[name]!r}, which trains without sub-networks, and compare is True, which compares them "
+            "with plain training; leave one of them out"
+        )
+    for name in OF_ONE_TRAINING:
+        if given.get(name):
+            raise ValueError(
+                f"{name} is {given[name]!r}, which concerns one training, and compare is True; leave one of them out. "
+                "A comparison that is started again goes on where it was"
+            )
+    if "max_train_samples" in given and "labels" in given:
+        raise ValueError("labels and max_train_samples are both given, and say the same; leave one of them out")
 
 
 def _folder_of(chosen: dict[str, Any]) -> str:
     """Return the folder of a run for which none is named."""
     data = chosen.get("dataset_name") or chosen.get("train_dir") or "."
-    names = Path(chosen["model"]).name, Path(data).resolve().name, f"seed{chosen.get('seed', GradAugConfig.seed)}"
+    last = "compared" if chosen.get("compare") else f"seed{chosen.get('seed', GradAugConfig.seed)}"
+    names = Path(chosen["model"]).name, Path(data).resolve().name, last
     return str(Path("outputs") / "-".join(names))

@@ -1,7 +1,7 @@
 """The trainer of fine-tuning: layer-wise learning rates, a frozen backbone, class weights, averaged weights."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +16,20 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from gradaug_hf.experiments.backbone import frozen_norms, head_parameters
+from gradaug_hf.experiments.lora import adapted_state, has_adapters, merge_adapters, merged
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.hub.configs import plain_state, timm_network
 from gradaug_hf.objective.class_weights import weighted_cross_entropy
 from gradaug_hf.reports.model_card import ModelFacts
+from gradaug_hf.slimming import make_slimmable
 from gradaug_hf.trainer.batches import split_batch
 from gradaug_hf.trainer.checkpoints import ResumeError
 from gradaug_hf.trainer.config import GradAugConfig
 
 # File of a checkpoint with the averaged weights.
 AVERAGE = "ema.safetensors"
+# File of a checkpoint with the weights that are trained where adapters are; those of the model are merged.
+ADAPTERS = "adapters.safetensors"
 # Names of parameters that weight decay leaves alone, beside norms and biases; a timm model adds its own.
 NO_DECAY = ("*cls_token", "*pos_embed", "*position_embeddings")
 # What `Trainer.get_optimizer_cls_and_kwargs` returns for optimisers that choose their parameters themselves.
@@ -36,7 +40,7 @@ class FineTuningTrainer(RecipeTrainer):
     """Fine-tune a pretrained model as GradAugTrainer trains it, with what fine-tuning adds.
 
     Args:
-        model: a pretrained model, made for the classes.
+        model: a pretrained model, made for the classes; adapters that it has are merged once it is trained.
         args: the settings.
         layer_decay: factor of the learning rate from each layer to the one before it, in (0, 1].
         ema_decay: decay of the averaged weights, which are evaluated and saved; None: there are none.
@@ -44,7 +48,8 @@ class FineTuningTrainer(RecipeTrainer):
         kwargs: further keyword arguments of RecipeTrainer.
 
     Raises:
-        ValueError: as GradAugTrainer; or averaged weights are asked for, and the model is divided among processes.
+        ValueError: as GradAugTrainer; or averaged weights or adapters are asked for, and the model is divided among
+            processes.
     """
 
     def __init__(
@@ -60,11 +65,13 @@ class FineTuningTrainer(RecipeTrainer):
         self.layer_decay = layer_decay
         self.class_table: str | None = None  # on the model card, once the classes are evaluated
         self.class_weights = class_weights
+        self._has_adapters = has_adapters(model)
         super().__init__(model, args, **kwargs)
         self._average: ModelEmaV3 | None = None
+        asked = "lora_rank is given" if self._has_adapters else f"ema_decay is {ema_decay}"
+        if (self._has_adapters or ema_decay is not None) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(f"{asked}, which neither FSDP nor DeepSpeed can do; leave it out")
         if ema_decay is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(f"ema_decay is {ema_decay}, which neither FSDP nor DeepSpeed can do; leave it out")
             self._average = ModelEmaV3(self.model, ema_decay, use_warmup=True)
             self.add_callback(_Averaging(self))
 
@@ -87,19 +94,48 @@ class FineTuningTrainer(RecipeTrainer):
         return self.optimizer
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
-        """`GradAugTrainer.train`, which also resumes the averaged weights.
+        """`GradAugTrainer.train`, which also resumes averaged weights and adapters, and merges the latter at the end.
 
         Raises:
-            ResumeError: as `GradAugTrainer.train`; or the checkpoint has no averaged weights.
+            ResumeError: as `GradAugTrainer.train`; or the checkpoint has no averaged weights or adapters.
         """
+        wanted = {"ema_decay": AVERAGE} if self._average is not None else {}
+        wanted |= {"lora_rank": ADAPTERS} if self._has_adapters else {}
+        for setting, name in wanted.items():
+            if resume_from_checkpoint is not None and not (Path(resume_from_checkpoint) / name).is_file():
+                raise ResumeError(f"{resume_from_checkpoint} has no {name}, which a training with {setting} goes on")
         if self._average is not None and resume_from_checkpoint is not None:
-            file = Path(resume_from_checkpoint) / AVERAGE
-            if not file.is_file():
-                raise ResumeError(
-                    f"{resume_from_checkpoint} has no {AVERAGE}, which a training with ema_decay goes on"
-                )
-            self._average.module.load_state_dict(load_file(file))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            self._average.module.load_state_dict(load_file(Path(resume_from_checkpoint) / AVERAGE))
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self._has_adapters:
+            self._merge()
+        return output
+
+    # ---- adapters ----
+
+    def _merge(self) -> None:
+        """Merge the adapters of the model and of its average for good."""
+        self._has_adapters = False
+        for model in [self.model] + ([] if self._average is None else [self._average.module]):
+            merge_adapters(model)
+            if self.args.num_subnets > 0:
+                make_slimmable(model, width_divisor=self.args.width_divisor)
+
+    # A checkpoint is an ordinary one, and its weights those of the merged model.
+    @contextmanager
+    def _as_saved(self) -> Iterator[None]:
+        with merged(self.model) if self._has_adapters else nullcontext():
+            yield
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        with self._as_saved():
+            super()._save(output_dir, None if self._has_adapters else state_dict)
+
+    # The merged weights do not say what the adapters are.
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._has_adapters:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.model.load_state_dict(load_file(Path(resume_from_checkpoint) / ADAPTERS), strict=False)
 
     def full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """Return the loss of the full network, in training with the weights of the classes, and its logits.
@@ -148,6 +184,8 @@ class FineTuningTrainer(RecipeTrainer):
         super().save_model(output_dir, _internal_call)
         if self._average is not None and self.args.should_save:
             save_file(plain_state(self._average.module.state_dict()), Path(output_dir) / AVERAGE)
+        if self._has_adapters and self.args.should_save:
+            save_file(plain_state(adapted_state(self.model)), Path(output_dir) / ADAPTERS)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from gradaug_hf.data.loading import class_names
 from gradaug_hf.experiments.arguments import CheckedArguments, ExperimentArguments, RecipeParser, as_flags, parse
-from gradaug_hf.experiments.cost import relative_cost
+from gradaug_hf.experiments.comparison import Comparison, make_comparison
 from gradaug_hf.experiments.methods import METHODS, check_method, methods_for
 from gradaug_hf.experiments.run import SETTINGS, Recipe, check_batch, load_data
-from gradaug_hf.experiments.sweep import LAUNCH, Plan, flag_settings, train_and_report
+from gradaug_hf.experiments.sweep import LAUNCH, flag_settings, train_and_report
 from gradaug_hf.hub.networks import accepted_arguments
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.utils.command_line import errors_as_messages
@@ -55,7 +55,7 @@ def main(description: str | None = None) -> None:
         train_and_report(make_plan(args, flag_settings(flags)), Path(args.output_dir), args.launch)
 
 
-def make_plan(args: LowDataArguments, settings: dict[str, Any]) -> Plan:
+def make_plan(args: LowDataArguments, settings: dict[str, Any]) -> Comparison:
     """Return every method with every number of labels and seed, checked before the first of them is trained.
 
     Raises:
@@ -73,8 +73,21 @@ def make_plan(args: LowDataArguments, settings: dict[str, Any]) -> Plan:
             raise ValueError(f"methods holds {method!r}; it must be of {', '.join(METHODS)}")
         check_method(method, recipe.methods, recipe.methods[method], args.model, accepted)
         rows[method] = {"method": method}
-    rows = {"baseline": {"method": "baseline"}, **equal_compute(recipe, settings), **rows}
-    return Plan(Path(args.recipe), rows, args.seeds, settings, label_columns(args, recipe, settings))
+    experiment, config = resolved(recipe, settings)
+    data = load_data(experiment, seed=0)
+    return make_comparison(
+        Path(args.recipe),
+        rows,
+        plain="baseline",
+        plain_settings={"method": "baseline"},
+        gradaug="gradaug",
+        config=config,
+        side=recipe.image_side(),
+        seeds=args.seeds,
+        settings=settings,
+        columns=label_columns(args, recipe, settings, len(class_names(data))),
+        images=len(data["eval"]),
+    )
 
 
 def resolved(recipe: Recipe, settings: dict[str, Any]) -> tuple[ExperimentArguments, GradAugConfig]:
@@ -82,26 +95,16 @@ def resolved(recipe: Recipe, settings: dict[str, Any]) -> tuple[ExperimentArgume
     return parse({**SETTINGS, **recipe.settings}, recipe.methods, None, as_flags({"output_dir": ".", **settings}))
 
 
-def equal_compute(recipe: Recipe, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the row of a baseline with as many multiply-adds as GradAug."""
-    _, config = resolved(recipe, settings)
-    cost = relative_cost(config, recipe.image_side())
-    length = "max_steps" if config.max_steps > 0 else "num_train_epochs"
-    more = max(1, round(cost * getattr(config, length)))
-    words = {"max_steps": "steps", "num_train_epochs": "epochs"}[length]
-    return {f"baseline, {more} {words}": {"method": "baseline", length: more}}
-
-
-def label_columns(args: LowDataArguments, recipe: Recipe, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def label_columns(
+    args: LowDataArguments, recipe: Recipe, settings: dict[str, Any], classes: int
+) -> dict[str, dict[str, Any]]:
     """Return the columns of the numbers of labels, for which the dataset must have enough images."""
     columns = {}
-    experiment, _ = resolved(recipe, settings)
-    classes = len(class_names(load_data(experiment, seed=0)))
     for labels in args.labels:
         if labels < 0 or labels % classes:
             raise ValueError(f"labels holds {labels}; it must be a multiple of {classes}, the number of classes, or 0")
         own = {"labels_per_class": labels // classes} if labels else {}
-        data = load_data(resolved(recipe, {**settings, **own})[0], seed=0)
-        check_batch(experiment.batch_size, len(data["train"]))
+        experiment, _ = resolved(recipe, {**settings, **own})
+        check_batch(experiment.batch_size, len(load_data(experiment, seed=0)["train"]))
         columns[f"{labels} labels" if labels else "all labels"] = own
     return columns

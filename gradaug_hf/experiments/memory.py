@@ -76,11 +76,6 @@ def memory_of_step(model: nn.Module, batch: int, side: int) -> int:
     """Return the bytes that a training step takes at least: weights, gradients, momentum and what a backward needs.
 
     The model runs on the meta device, where nothing is computed. Sub-networks run one after the other and take less.
-
-    Args:
-        model: any image classifier.
-        batch: number of images.
-        side: of the images, in pixels.
     """
     shapes = meta_copy(model).train()
     weights = {parameter.untyped_storage()._cdata for parameter in shapes.parameters()}
@@ -102,12 +97,6 @@ def check_memory(model: nn.Module, batch: int, side: int, config: GradAugConfig)
     """Make sure that a training step on the CPU does not end the process for want of memory.
 
     An accelerator raises an error instead, and the batch that it can hold depends on its kernels.
-
-    Args:
-        model: the model, not yet wrapped.
-        batch: number of images that this process sees at a time.
-        side: of the images, in pixels.
-        config: the settings.
 
     Raises:
         ValueError: it takes more memory than is available.

@@ -19,7 +19,7 @@ from gradaug_hf.hub.networks import checkpoint_folder, image_processor, load_che
 from gradaug_hf.hub.preprocessing import image_processor_doing, input_config
 from gradaug_hf.objective.logits import logits_of
 from gradaug_hf.slimming import at_width, make_slimmable, recalibrate_batchnorm
-from gradaug_hf.slimming.patching import check_width
+from gradaug_hf.slimming.widths import check_width
 
 TOP = 3
 # Photos, at most, of which batch norm is recalibrated.
@@ -98,12 +98,7 @@ def find_photos(paths: Sequence[str | Path]) -> list[str]:
 
 
 def class_labels(source: str, model: nn.Module) -> list[str]:
-    """Return the names of a model's classes, as the pipeline of transformers has them.
-
-    Args:
-        source: folder or Hub id of its checkpoint.
-        model: as it was loaded from there.
-    """
+    """Return the names of a model's classes, as the pipeline of transformers has them."""
     own = isinstance(model, PreTrainedModel)
     config = model.config if own else AutoConfig.from_pretrained(checkpoint_folder(source))
     return [config.id2label[label] for label in range(config.num_labels)]

@@ -14,8 +14,6 @@ WIDTH_LEVELS = 5
 def preset_settings(preset: str, use_cpu: bool = False) -> dict[str, Any]:
     """Return the settings of a preset, by name of the field of GradAugConfig.
 
-        GradAugConfig("out", **preset_settings("fast"), resolutions=[224, 192, 160, 128])
-
     Args:
         preset: "exact" is the paper's arithmetic: it sets nothing. "fast" uses channels-last memory, bfloat16 where
             the device computes in it, channel counts that are multiples of 8, and five widths, whose kernels are
@@ -24,6 +22,9 @@ def preset_settings(preset: str, use_cpu: bool = False) -> dict[str, Any]:
 
     Raises:
         ValueError: there is no such preset.
+
+    Examples:
+        >>> args = GradAugConfig("out", **preset_settings("fast"), resolutions=[224, 192, 160, 128])
     """
     if preset not in PRESETS:
         raise ValueError(f"preset is {preset!r}; it must be one of {', '.join(map(repr, PRESETS))}")

@@ -4,7 +4,7 @@ import copy
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import timm
@@ -14,6 +14,7 @@ from datasets import DatasetDict
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.data.decoding import with_pixels
 from gradaug_hf.data.digits import load_digits_data
@@ -40,28 +41,26 @@ EVAL_BATCH_SIZE = 100
 
 @dataclass
 class QuickstartArguments(CheckedArguments):
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Hub id, parquet file, folder of parquet files or of images; default: handwritten digits."},
+    dataset_name: str | None = HfArg(
+        default=None, help="Hub id, parquet file, folder of parquet files or of images; default: handwritten digits."
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; found if not given."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of classes; found if not given."})
-    labels_per_class: int = field(default=3, metadata={"help": "Number of training images of each class."})
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Number of images to evaluate on, sampled at random; default: all."}
+    image_column: str | None = HfArg(default=None, help="Column of images; found if not given.")
+    label_column: str | None = HfArg(default=None, help="Column of classes; found if not given.")
+    labels_per_class: int = HfArg(default=3, help="Number of training images of each class.")
+    max_eval_samples: int | None = HfArg(
+        default=None, help="Number of images to evaluate on, sampled at random; default: all."
     )
-    model: str = field(default="wrn16_2", metadata={"help": "Name of a timm model, trained from scratch."})
-    epochs: int = field(default=150, metadata={"help": "Passes over the training images."})
-    batch_size: int = field(default=10, metadata={"help": "Images in a training step, on each process."})
-    learning_rate: float = field(default=0.1, metadata={"help": "Highest learning rate of SGD, with cosine decay."})
-    equal_compute: bool = field(
-        default=False,
-        metadata={"help": f"Train plainly for {COST} times the epochs as well, at the cost of GradAug."},
+    model: str = HfArg(default="wrn16_2", help="Name of a timm model, trained from scratch.")
+    epochs: int = HfArg(default=150, help="Passes over the training images.")
+    batch_size: int = HfArg(default=10, help="Images in a training step, on each process.")
+    learning_rate: float = HfArg(default=0.1, help="Highest learning rate of SGD, with cosine decay.")
+    equal_compute: bool = HfArg(
+        default=False, help=f"Train plainly for {COST} times the epochs as well, at the cost of GradAug."
     )
-    seed: int = field(default=0, metadata={"help": "Seed of images, weights, batches and sub-networks."})
-    output_dir: str = field(default="outputs/quickstart", metadata={"help": "Folder for everything that is written."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Whether to write over the results of another run in output_dir."}
+    seed: int = HfArg(default=0, help="Seed of images, weights, batches and sub-networks.")
+    output_dir: str = HfArg(default="outputs/quickstart", help="Folder for everything that is written.")
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="Whether to write over the results of another run in output_dir."
     )
 
     def __post_init__(self) -> None:
@@ -74,11 +73,7 @@ class QuickstartArguments(CheckedArguments):
 
 
 def main(description: str | None = None) -> None:
-    """Train a model plainly and with GradAug from the same start, and compare them.
-
-    Args:
-        description: shown by `--help`, above the flags.
-    """
+    """Train a model plainly and with GradAug from the same start, and compare them."""
     with errors_as_messages(OSError, ValueError):
         (args,) = RecipeParser(QuickstartArguments, description=description).parse_args_into_dataclasses()
         use_all_cores()

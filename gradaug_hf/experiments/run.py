@@ -135,10 +135,6 @@ def hide_token(token: str | None) -> None:
 def complete(args: ScheduleArguments, config: GradAugConfig) -> None:
     """Settle the Trainer's settings that follow from those of a recipe.
 
-    Args:
-        args: the recipe's.
-        config: the Trainer's; changed in place.
-
     Raises:
         ValueError: the settings do not fit each other or the number of processes, or the folder holds other results.
     """
@@ -177,10 +173,6 @@ def complete(args: ScheduleArguments, config: GradAugConfig) -> None:
 
 def check_batch(batch_size: int, images: int | None) -> None:
     """Make sure that a step's images are not more than there are.
-
-    Args:
-        batch_size: images in an optimiser step.
-        images: to train on; None: not known.
 
     Raises:
         ValueError: the batch is larger than the training set.

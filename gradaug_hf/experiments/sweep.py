@@ -7,6 +7,7 @@ its last checkpoint.
 import json
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from gradaug_hf.experiments.arguments import as_flags
 from gradaug_hf.experiments.methods import METHODS, concerns_subnets, trains_plainly
 from gradaug_hf.experiments.results import RESULTS, load_runs, spread
+from gradaug_hf.reports.differences import interval, paired_differences
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
 from gradaug_hf.reports.runs import Result
 from gradaug_hf.utils.tables import markdown_table
@@ -60,7 +62,7 @@ class Plan:
     """A recipe and the runs of it that are compared, every row with every column and seed.
 
     Args:
-        recipe: Script that trains, by flags.
+        recipe: Script that trains, by flags; or the name of a module that does.
         rows: Name of a row -> its settings.
         seeds: A run of each row and column is trained with each.
         settings: Those that all runs share.
@@ -70,7 +72,7 @@ class Plan:
         ValueError: There are no rows or seeds, two runs would have the same folder, or a token would be written there.
     """
 
-    recipe: Path
+    recipe: Path | str
     rows: Mapping[str, Mapping[str, Any]]
     seeds: Sequence[int]
     settings: Mapping[str, Any]
@@ -97,9 +99,17 @@ class Plan:
             for row, own in self.rows.items()
         ]
 
+    def conclusion(self, records: Sequence[Mapping[str, Any]]) -> str:
+        """Return what follows from the finished runs, to print and write below their table.
+
+        Args:
+            records: of `summarise`.
+        """
+        return ""
+
 
 def _shared_settings(shared: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
-    method = METHODS.get(own.get("method", shared.get("method", "")), {})
+    method = {**METHODS.get(own.get("method", shared.get("method", "")), {}), **own}
     return {name: value for name, value in shared.items() if not (trains_plainly(method) and concerns_subnets(name))}
 
 
@@ -177,7 +187,7 @@ def _check_settings(run: PlannedRun, folder: Path) -> None:
         raise ValueError(f"{folder} holds a run with other settings ({listed}); remove it, or name another folder")
 
 
-def _train(run: PlannedRun, recipe: Path, folder: Path, launch: str) -> str | None:
+def _train(run: PlannedRun, recipe: Path | str, folder: Path, launch: str) -> str | None:
     """Train a run in a process of its own, and return the end of its log if that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(json.dumps(dict(run.settings), indent=2) + "\n")
@@ -185,9 +195,7 @@ def _train(run: PlannedRun, recipe: Path, folder: Path, launch: str) -> str | No
     if get_last_checkpoint(folder) is not None:
         flags += ["--resume_from_checkpoint", "last"]
     with open(folder / LOG, "a", encoding="utf-8") as log:
-        code = subprocess.run(
-            [*shlex.split(launch), str(recipe), *flags], stdout=log, stderr=subprocess.STDOUT
-        ).returncode
+        code = subprocess.run([*_command(recipe, launch), *flags], stdout=log, stderr=subprocess.STDOUT).returncode
     if code == 0 and (folder / RESULTS).exists():
         return None
     lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -195,6 +203,14 @@ def _train(run: PlannedRun, recipe: Path, folder: Path, launch: str) -> str | No
     return "\n".join(
         [f"    {line[-300:]}" for line in lines[-SHOWN_LINES:]] + [f"    exit code {code}; see {folder / LOG}"]
     )
+
+
+def _command(recipe: Path | str, launch: str) -> list[str]:
+    """Return the words that start a recipe; accelerate's launcher is that of this Python, whatever PATH names."""
+    words = shlex.split(launch)
+    if words[:1] == ["accelerate"]:
+        words[:1] = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    return [*words, str(recipe)] if isinstance(recipe, Path) else [*words, "-m", recipe]
 
 
 def _result(run: PlannedRun, folder: Path) -> Result:
@@ -226,7 +242,8 @@ def summarise(plan: Plan, folder: Path) -> list[dict[str, Any]]:
 def summary_table(records: Sequence[Mapping[str, Any]]) -> str:
     """Return top-1 accuracy in %, mean and sample deviation over the seeds, as a Markdown table.
 
-    With a single column the other measures are beside it, and the gain over the first row in runs of the same seed.
+    With a single column the other measures are beside it, and the gain over the first row in runs of the same seed,
+    with its 95 % interval.
 
     Args:
         records: of `summarise`.
@@ -243,14 +260,14 @@ def summary_table(records: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         own = cells[row, columns[0]]
         paired = [record for record in own if record["seed"] in first]
-        gains = [100 * (record["top1"] - first[record["seed"]]["top1"]) for record in paired]
+        gains = paired_differences(records, row, rows[0])
         times = [record["seconds"] / first[record["seed"]]["seconds"] for record in paired]
         body.append(
             [
                 row,
                 str(len(own)),
                 _accuracy(own),
-                spread(gains, 2) if gains and row != rows[0] else "",
+                interval(gains) if gains and row != rows[0] else "",
                 str(own[0]["steps"]),
                 f"{sum(times) / len(times):.2f}" if times else "",
             ]
@@ -284,20 +301,20 @@ def train_and_report(plan: Plan, folder: Path, launch: str, seeds: Sequence[int]
 
 
 def report(plan: Plan, folder: Path) -> None:
-    """Print the table of the finished runs, and write it, its data and a plot."""
+    """Print the table of the finished runs and what follows, and write both, the data and a plot."""
     records = summarise(plan, folder)
     if not records:
         return
-    table = summary_table(records)
+    text = "\n\n".join(filter(None, (summary_table(records), plan.conclusion(records))))
     (folder / SUMMARY).write_text(json.dumps(records, indent=1) + "\n")
-    (folder / TABLE).write_text(table + "\n")
+    (folder / TABLE).write_text(text + "\n")
     written = [TABLE, SUMMARY]
     if can_plot():
         plot_summary(records, folder / PLOT)
         written.append(PLOT)
     else:
         print(f"\n{PLOT} is not written: {NEEDS_MATPLOTLIB}")
-    print(f"\n{table}\n\nwrote {', '.join(written)} to {folder}")
+    print(f"\n{text}\n\nwrote {', '.join(written)} to {folder}")
 
 
 def plot_summary(records: Sequence[Mapping[str, Any]], file: Path) -> None:

@@ -52,10 +52,6 @@ def save_subnet(
     `config.json` and a `README.md` that says how to load it. Batch norm has the statistics that `extract_subnet`
     gives: call it inside `recalibrate_batchnorm` for own ones.
 
-        with recalibrate_batchnorm(model, 0.75, batches):
-            save_subnet(model, 0.75, "narrow")
-        logits = torch.export.load("narrow/model.pt2").module()(images)
-
     Args:
         model: a model that `make_slimmable` was called on.
         width: width multiplier in (0, 1].
@@ -68,6 +64,11 @@ def save_subnet(
     Raises:
         ValueError: the width is out of range, the model is not slimmable, torch.export cannot write it, or the folder
             is taken or cannot be written.
+
+    Examples:
+        >>> with recalibrate_batchnorm(make_slimmable(model), 0.75, [images]):
+        ...     save_subnet(model, 0.75, "narrow", input_size=64)
+        >>> logits = torch.export.load("narrow/model.pt2").module()(images)
     """
     check_new(Path(folder))
     subnet = extract_subnet(model, width).cpu().eval().requires_grad_(False)

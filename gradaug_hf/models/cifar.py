@@ -39,8 +39,8 @@ class CifarNetwork(nn.Module):
     them replaces `bn1` and `act1` behind the first convolution, `bn` and `act` behind the last block.
 
     Args:
-        block: Makes a residual block from input channels, output channels and stride, `drop_block` (makes a DropBlock,
-            or None) and `drop_path` (a module).
+        block: Makes a residual block from its channels of input and output, its stride, `drop_block` (makes a
+            DropBlock, or None), `drop_path` (a module for the residual), and `device` and `dtype` of the parameters.
         channels: Output channels of each block of each stage; the second and third stage begin with stride 2.
         num_classes: Number of outputs; 0 leaves the classifier out.
         in_chans: Number of image channels.
@@ -63,14 +63,14 @@ class CifarNetwork(nn.Module):
         self,
         block: Callable[..., nn.Module],
         channels: Sequence[Sequence[int]],
-        num_classes: int,
-        in_chans: int,
-        global_pool: str,
-        drop_path_rate: float,
-        drop_block_rate: float,
-        shake_drop_rate: float,
-        device: torch.device | None,
-        dtype: torch.dtype | None,
+        num_classes: int = 100,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_path_rate: float = 0.0,
+        drop_block_rate: float = 0.0,
+        shake_drop_rate: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_rate("drop_path_rate", drop_path_rate)
@@ -112,12 +112,7 @@ class CifarNetwork(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one.
-
-        Args:
-            num_classes: Number of outputs; 0 leaves the classifier out.
-            global_pool: Pooling before the classifier; None keeps it.
-        """
+        """Replace the classifier by a new one."""
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.fc = create_classifier(

@@ -1,8 +1,9 @@
 """Residual networks for CIFAR in timm's registry (He et al., 2015, arXiv 1512.03385, section 4.2)."""
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
+from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -13,15 +14,6 @@ class BasicBlock(nn.Module):
     """3x3 convolution and batch norm, twice, beside a shortcut, with ReLU in between and behind the sum.
 
     Where number of channels or stride changes, the shortcut is a 1x1 convolution and batch norm.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
-        drop_block: Makes the DropBlock behind the first norm; None for none.
-        drop_path: Applied to the residual.
-        device: Where the parameters are made.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -31,11 +23,9 @@ class BasicBlock(nn.Module):
         stride: int,
         drop_block: Callable[[], nn.Module] | None,
         drop_path: nn.Module,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(out_channels, **dd)
         self.drop_block = nn.Identity() if drop_block is None else drop_block()
@@ -63,49 +53,22 @@ class CifarResNet(CifarNetwork):
 
     Args:
         depth: Number of layers, 6 n + 2 for n blocks in each stage.
-        num_classes: Number of outputs; 0 leaves the classifier out.
-        in_chans: Number of image channels.
-        global_pool: Pooling before the classifier: `avg`, `max`, `avgmax`, `catavgmax`, or an empty string for none.
-        drop_path_rate: Probability of dropping the last block's residual (stochastic depth, arXiv 1603.09382); it
-            rises linearly from 0 at the first block.
-        drop_block_rate: Drop probability of DropBlock (arXiv 1810.12890) in the last two stages.
-        shake_drop_rate: Probability of scaling the last block's residual (ShakeDrop, arXiv 1802.02375); it rises
-            linearly from block to block.
-        device: Where the parameters are made.
-        dtype: Type of the parameters.
+        settings: Of CifarNetwork, from `num_classes` on.
 
     Raises:
         ValueError: `depth` is not 6 n + 2, or a rate is not in [0, 1).
     """
 
-    def __init__(
-        self,
-        depth: int,
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_path_rate: float = 0.0,
-        drop_block_rate: float = 0.0,
-        shake_drop_rate: float = 0.0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, depth: int, **settings: Any):
         blocks, remainder = divmod(depth - 2, 6)
         if remainder or blocks < 1:
             raise ValueError(f"depth={depth}: a residual network for CIFAR has 6 n + 2 layers (8, 14, 20, 26, ...)")
         super().__init__(
             BasicBlock,
             [[width] * blocks for width in (16, 32, 64)],
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_path_rate,
-            drop_block_rate,
-            shake_drop_rate,
-            device,
-            dtype,
+            **settings,
         )
-        self.bn1 = nn.BatchNorm2d(self.STEM_CHANNELS, device=device, dtype=dtype)
+        self.bn1 = nn.BatchNorm2d(self.STEM_CHANNELS, **get_device_dtype(self))
         self.act1 = nn.ReLU(inplace=True)
 
 
@@ -114,23 +77,19 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _cifar_resnet(name: str, pretrained: bool, depth: int, **kwargs) -> CifarResNet:
-    return build_model_with_cfg(CifarResNet, name, pretrained, depth=depth, **kwargs)
-
-
 @register_model
 def resnet110_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """ResNet-110: 1,736,564 parameters with 100 classes."""
-    return _cifar_resnet("resnet110_cifar", pretrained, depth=110, **kwargs)
+    return build_model_with_cfg(CifarResNet, "resnet110_cifar", pretrained, depth=110, **kwargs)
 
 
 @register_model
 def resnet56_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """ResNet-56: 861,620 parameters with 100 classes."""
-    return _cifar_resnet("resnet56_cifar", pretrained, depth=56, **kwargs)
+    return build_model_with_cfg(CifarResNet, "resnet56_cifar", pretrained, depth=56, **kwargs)
 
 
 @register_model
 def resnet20_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
     """ResNet-20: 278,324 parameters with 100 classes."""
-    return _cifar_resnet("resnet20_cifar", pretrained, depth=20, **kwargs)
+    return build_model_with_cfg(CifarResNet, "resnet20_cifar", pretrained, depth=20, **kwargs)

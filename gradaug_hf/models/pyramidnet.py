@@ -1,9 +1,10 @@
 """Pyramidal residual networks for CIFAR in timm's registry (Han, Kim and Kim, 2017, arXiv 1610.02915)."""
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 import torch.nn.functional as F
+from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -41,17 +42,7 @@ class PyramidBlock(nn.Module):
 
 
 class PyramidBasicBlock(PyramidBlock):
-    """Two 3x3 convolutions.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
-        drop_block: Makes the DropBlock between the convolutions; None for none.
-        drop_path: Applied to the residual.
-        device: Where the parameters are made.
-        dtype: Type of the parameters.
-    """
+    """Two 3x3 convolutions."""
 
     def __init__(
         self,
@@ -60,11 +51,9 @@ class PyramidBasicBlock(PyramidBlock):
         stride: int,
         drop_block: Callable[[], nn.Module] | None,
         drop_path: nn.Module,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ):
         super().__init__(stride, drop_block, drop_path)
-        dd = {"device": device, "dtype": dtype}
         self.bn1 = nn.BatchNorm2d(in_channels, **dd)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False, **dd)
         self.bn2 = nn.BatchNorm2d(out_channels, **dd)
@@ -78,17 +67,7 @@ class PyramidBasicBlock(PyramidBlock):
 
 
 class PyramidBottleneck(PyramidBlock):
-    """1x1 convolution to a quarter of the channels, 3x3 convolution, 1x1 convolution.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output, a multiple of 4.
-        stride: Stride of the 3x3 convolution and of the shortcut.
-        drop_block: Makes the DropBlock behind the 3x3 convolution's norm; None for none.
-        drop_path: Applied to the residual.
-        device: Where the parameters are made.
-        dtype: Type of the parameters.
-    """
+    """1x1 convolution to a quarter of the channels, 3x3 convolution, 1x1 convolution."""
 
     expansion = 4
 
@@ -99,11 +78,9 @@ class PyramidBottleneck(PyramidBlock):
         stride: int,
         drop_block: Callable[[], nn.Module] | None,
         drop_path: nn.Module,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ):
         super().__init__(stride, drop_block, drop_path)
-        dd = {"device": device, "dtype": dtype}
         inner = out_channels // self.expansion
         self.bn1 = nn.BatchNorm2d(in_channels, **dd)
         self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False, **dd)
@@ -129,35 +106,13 @@ class PyramidNet(CifarNetwork):
         depth: Number of layers, 6 n + 2 (with bottlenecks 9 n + 2) for n blocks in each stage.
         alpha: By how many channels (with bottlenecks, inner ones) the last block is wider than the first convolution.
         bottleneck: Whether the blocks are bottlenecks, whose output has four times as many channels.
-        num_classes: Number of outputs; 0 leaves the classifier out.
-        in_chans: Number of image channels.
-        global_pool: Pooling before the classifier: `avg`, `max`, `avgmax`, `catavgmax`, or an empty string for none.
-        drop_path_rate: Probability of dropping the last block's residual (stochastic depth, arXiv 1603.09382); it
-            rises linearly from 0 at the first block.
-        drop_block_rate: Drop probability of DropBlock (arXiv 1810.12890) in the last two stages.
-        shake_drop_rate: Probability of scaling the last block's residual (ShakeDrop, arXiv 1802.02375); it rises
-            linearly from block to block.
-        device: Where the parameters are made.
-        dtype: Type of the parameters.
+        settings: Of CifarNetwork, from `num_classes` on.
 
     Raises:
         ValueError: no model has such a `depth` or `alpha`, or a rate is not in [0, 1).
     """
 
-    def __init__(
-        self,
-        depth: int,
-        alpha: int,
-        bottleneck: bool,
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_path_rate: float = 0.0,
-        drop_block_rate: float = 0.0,
-        shake_drop_rate: float = 0.0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, depth: int, alpha: int, bottleneck: bool, **settings: Any):
         block = PyramidBottleneck if bottleneck else PyramidBasicBlock
         layers = 9 if bottleneck else 6
         blocks, remainder = divmod(depth - 2, layers)
@@ -172,17 +127,10 @@ class PyramidNet(CifarNetwork):
         super().__init__(
             block,
             [channels[:blocks], channels[blocks : 2 * blocks], channels[2 * blocks :]],
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_path_rate,
-            drop_block_rate,
-            shake_drop_rate,
-            device,
-            dtype,
+            **settings,
         )
-        self.bn1 = nn.BatchNorm2d(self.STEM_CHANNELS, device=device, dtype=dtype)
-        self.bn = nn.BatchNorm2d(self.num_features, device=device, dtype=dtype)
+        self.bn1 = nn.BatchNorm2d(self.STEM_CHANNELS, **get_device_dtype(self))
+        self.bn = nn.BatchNorm2d(self.num_features, **get_device_dtype(self))
         self.act = nn.ReLU(inplace=True)
 
 
@@ -191,17 +139,17 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _pyramidnet(name: str, pretrained: bool, **kwargs) -> PyramidNet:
-    return build_model_with_cfg(PyramidNet, name, pretrained, **kwargs)
-
-
 @register_model
 def pyramidnet200_a240(pretrained: bool = False, **kwargs) -> PyramidNet:
     """PyramidNet-200 with bottlenecks, alpha 240: 26,844,952 parameters with 100 classes."""
-    return _pyramidnet("pyramidnet200_a240", pretrained, depth=200, alpha=240, bottleneck=True, **kwargs)
+    return build_model_with_cfg(
+        PyramidNet, "pyramidnet200_a240", pretrained, depth=200, alpha=240, bottleneck=True, **kwargs
+    )
 
 
 @register_model
 def pyramidnet110_a48(pretrained: bool = False, **kwargs) -> PyramidNet:
     """PyramidNet-110, alpha 48: 1,772,706 parameters with 10 classes."""
-    return _pyramidnet("pyramidnet110_a48", pretrained, depth=110, alpha=48, bottleneck=False, **kwargs)
+    return build_model_with_cfg(
+        PyramidNet, "pyramidnet110_a48", pretrained, depth=110, alpha=48, bottleneck=False, **kwargs
+    )

@@ -76,10 +76,6 @@ def residual_blocks(model: nn.Module) -> list[nn.Module]:
 def add_shake_drop(model: nn.Module, rate: float) -> None:
     """Have the residuals of a timm model scaled by ShakeDrop in place; its state dict does not change.
 
-    Args:
-        model: One whose residual blocks have a `drop_path`, such as timm's ResNet.
-        rate: Probability of scaling the last block's residual; it rises linearly from block to block.
-
     Raises:
         ValueError: There is no such block, or the rate is not in [0, 1).
     """

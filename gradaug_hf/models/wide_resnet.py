@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-import torch
+from timm.layers import get_device_dtype
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -14,16 +15,6 @@ class PreActivationBlock(nn.Module):
     """Batch norm, ReLU and 3x3 convolution, twice, beside a shortcut.
 
     Where the number of channels changes, the shortcut is a 1x1 convolution of the activated input.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the first convolution and of the shortcut.
-        drop_rate: Dropout probability between the two convolutions.
-        drop_block: Makes the DropBlock behind the second norm; None for none.
-        drop_path: Applied to the residual.
-        device: Where the parameters are made.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -34,11 +25,9 @@ class PreActivationBlock(nn.Module):
         drop_rate: float,
         drop_block: Callable[[], nn.Module] | None,
         drop_path: nn.Module,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        **dd: Any,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.bn1 = nn.BatchNorm2d(in_channels, **dd)
         self.act1 = nn.ReLU(inplace=True)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False, **dd)
@@ -67,54 +56,25 @@ class WideResNet(CifarNetwork):
     Args:
         depth: Number of layers, 6 n + 4 for n blocks in each stage.
         widen_factor: The stages have 16, 32 and 64 times this many channels.
-        num_classes: Number of outputs; 0 leaves the classifier out.
-        in_chans: Number of image channels.
-        global_pool: Pooling before the classifier: `avg`, `max`, `avgmax`, `catavgmax`, or an empty string for none.
         drop_rate: Dropout probability between the two convolutions of each block.
-        drop_path_rate: Probability of dropping the last block's residual (stochastic depth, arXiv 1603.09382); it
-            rises linearly from 0 at the first block.
-        drop_block_rate: Drop probability of DropBlock (arXiv 1810.12890) in the last two stages.
-        shake_drop_rate: Probability of scaling the last block's residual (ShakeDrop, arXiv 1802.02375); it rises
-            linearly from block to block.
-        device: Where the parameters are made.
-        dtype: Type of the parameters.
+        settings: Of CifarNetwork, from `num_classes` on.
 
     Raises:
         ValueError: `depth` is not 6 n + 4, or a rate is not in [0, 1).
     """
 
-    def __init__(
-        self,
-        depth: int,
-        widen_factor: int,
-        num_classes: int = 100,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        drop_block_rate: float = 0.0,
-        shake_drop_rate: float = 0.0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, depth: int, widen_factor: int, drop_rate: float = 0.0, **settings: Any):
         blocks, remainder = divmod(depth - 4, 6)
         if remainder or blocks < 1:
             raise ValueError(f"depth={depth}: a wide residual network has 6 n + 4 layers (10, 16, 22, 28, ...)")
         super().__init__(
             partial(PreActivationBlock, drop_rate=drop_rate),
             [[width * widen_factor] * blocks for width in (16, 32, 64)],
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_path_rate,
-            drop_block_rate,
-            shake_drop_rate,
-            device,
-            dtype,
+            **settings,
         )
-        self.bn = nn.BatchNorm2d(self.num_features, device=device, dtype=dtype)
+        self.bn = nn.BatchNorm2d(self.num_features, **get_device_dtype(self))
         self.act = nn.ReLU(inplace=True)
-        if num_classes:
+        if self.num_classes:
             nn.init.zeros_(self.fc.bias)
 
 
@@ -123,29 +83,25 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _wide_resnet(name: str, pretrained: bool, depth: int, widen_factor: int, **kwargs) -> WideResNet:
-    return build_model_with_cfg(WideResNet, name, pretrained, depth=depth, widen_factor=widen_factor, **kwargs)
-
-
 @register_model
 def wrn28_10(pretrained: bool = False, **kwargs) -> WideResNet:
     """WRN-28-10: 36,536,884 parameters with 100 classes."""
-    return _wide_resnet("wrn28_10", pretrained, depth=28, widen_factor=10, **kwargs)
+    return build_model_with_cfg(WideResNet, "wrn28_10", pretrained, depth=28, widen_factor=10, **kwargs)
 
 
 @register_model
 def wrn28_2(pretrained: bool = False, **kwargs) -> WideResNet:
     """WRN-28-2: 1,467,610 parameters with 10 classes."""
-    return _wide_resnet("wrn28_2", pretrained, depth=28, widen_factor=2, **kwargs)
+    return build_model_with_cfg(WideResNet, "wrn28_2", pretrained, depth=28, widen_factor=2, **kwargs)
 
 
 @register_model
 def wrn16_4(pretrained: bool = False, **kwargs) -> WideResNet:
     """WRN-16-4: 2,748,890 parameters with 10 classes."""
-    return _wide_resnet("wrn16_4", pretrained, depth=16, widen_factor=4, **kwargs)
+    return build_model_with_cfg(WideResNet, "wrn16_4", pretrained, depth=16, widen_factor=4, **kwargs)
 
 
 @register_model
 def wrn16_2(pretrained: bool = False, **kwargs) -> WideResNet:
     """WRN-16-2: 691,674 parameters with 10 classes."""
-    return _wide_resnet("wrn16_2", pretrained, depth=16, widen_factor=2, **kwargs)
+    return build_model_with_cfg(WideResNet, "wrn16_2", pretrained, depth=16, widen_factor=2, **kwargs)

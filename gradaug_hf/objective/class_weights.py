@@ -16,10 +16,6 @@ def balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
 
         >>> balanced_weights([0, 0, 0, 1], 2)
         tensor([0.6667, 2.0000])
-
-    Args:
-        labels: class indices of the training images.
-        num_classes: number of classes.
     """
     counts = torch.bincount(torch.as_tensor(labels), minlength=num_classes)
     present = counts > 0

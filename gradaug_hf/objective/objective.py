@@ -20,9 +20,9 @@ from gradaug_hf.objective.teaching import check_teacher, taught
 from gradaug_hf.objective.transforms import ImageTransform, check_images, transform_for_subnet
 from gradaug_hf.slimming import make_slimmable, subnet_pass
 from gradaug_hf.slimming.depth import make_droppable
-from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
 from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
 from gradaug_hf.slimming.tokens import find_tokens, tokens_kept
+from gradaug_hf.slimming.widths import is_slimmable, num_droppable_blocks
 from gradaug_hf.utils.settings import documented_by, spelled_by, taken_from
 
 SubnetTarget = Literal["soft", "label"]

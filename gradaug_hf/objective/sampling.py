@@ -2,8 +2,10 @@
 
 import math
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
+
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.utils.settings import documented_by, taken_from
 
@@ -54,6 +56,10 @@ class Subnet:
             first (stochastic depth, arXiv 1603.09382).
         part: the images of the batch that it sees; None: all.
         tokens: share of the patches of an image that a vision transformer sees, in (0, 1].
+
+    Examples:
+        >>> Subnet(width=0.9, resolution=192).tokens
+        1.0
     """
 
     width: float = 1.0
@@ -82,81 +88,48 @@ class Subnet:
 class SubnetSettings:
     """Settings of a step's sub-networks, shared by `SubnetSampler`, `GradAug` and `GradAugConfig`."""
 
-    num_subnets: int = field(
-        default=3,
-        metadata={"help": "Number of sub-networks in each training step, at least 0; 0 is plain training."},
+    num_subnets: int = HfArg(
+        default=3, help="Number of sub-networks in each training step, at least 0; 0 is plain training."
     )
-    min_width: float = field(
-        default=0.9,
-        metadata={"help": "Width multiplier of the narrowest sub-network, which is in every step; in (0, 1]."},
+    min_width: float = HfArg(
+        default=0.9, help="Width multiplier of the narrowest sub-network, which is in every step; in (0, 1]."
     )
-    max_width: float = field(
-        default=1.0,
-        metadata={"help": "Upper end of the widths of the other sub-networks; in [min_width, 1]."},
-    )
-    resolutions: list[int] | None = field(
+    max_width: float = HfArg(default=1.0, help="Upper end of the widths of the other sub-networks; in [min_width, 1].")
+    resolutions: list[int] | None = HfArg(
         default=None,
-        metadata={
-            "help": (
-                "Sides in pixels, one of which is sampled for each sub-network; by default 1, 6/7, 5/7 and 4/7 of "
-                "the input side."
-            )
-        },
+        help="Sides in pixels, one of which is sampled for each sub-network; by default 1, 6/7, 5/7 and 4/7 of the "
+        "input side.",
     )
-    width_levels: int | None = field(
+    width_levels: int | None = HfArg(
         default=None,
-        metadata={
-            "help": (
-                "Number of evenly spaced widths to sample from, at least 2; by default widths are continuous, as in "
-                "the paper."
-            )
-        },
+        help="Number of evenly spaced widths to sample from, at least 2; by default widths are continuous, as in "
+        "the paper.",
     )
-    subnet_mode: SubnetMode = field(
+    subnet_mode: SubnetMode = HfArg(
         default="width",
-        metadata={
-            "help": (
-                'What a sub-network leaves out; "width": the last channels, "depth": residual blocks at random, '
-                '"width+depth": both, "tokens": patches of each image at random, in a vision transformer.'
-            )
-        },
+        help='What a sub-network leaves out; "width": the last channels, "depth": residual blocks at random, '
+        '"width+depth": both, "tokens": patches of each image at random, in a vision transformer.',
     )
-    min_survival: float = field(
+    min_survival: float = HfArg(
         default=0.8,
-        metadata={
-            "help": (
-                'With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it '
-                "falls linearly from 1 at the first."
-            )
-        },
+        help='With "depth", probability with which a sub-network keeps the last residual block, in (0, 1]; it '
+        "falls linearly from 1 at the first.",
     )
-    min_tokens: float = field(
+    min_tokens: float = HfArg(
         default=0.5,
-        metadata={
-            "help": (
-                'With "tokens", share of the patches of an image that one sub-network of each step sees, in (0, 1]; '
-                "the others see a random share between it and 1."
-            )
-        },
+        help='With "tokens", share of the patches of an image that one sub-network of each step sees, in (0, 1]; '
+        "the others see a random share between it and 1.",
     )
-    subnet_interval: int = field(
+    subnet_interval: int = HfArg(
         default=1,
-        metadata={
-            "help": (
-                "With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the others, "
-                "which cost as much as plain training; at least 1."
-            )
-        },
+        help="With k, sub-networks run in the steps 0, k, 2k and so on, and the full network alone in the others, "
+        "which cost as much as plain training; at least 1.",
     )
     # None is there for HfArgumentParser, which reads `float | str | None` as text.
-    subnet_images: float | str | None = field(
+    subnet_images: float | str | None = HfArg(
         default=1.0,
-        metadata={
-            "help": (
-                'Share of the batch that a sub-network sees, in (0, 1]; "split": each of n sub-networks sees its own '
-                "n-th. The objective is the same on average, and sub-networks cost the share of what they cost else."
-            )
-        },
+        help='Share of the batch that a sub-network sees, in (0, 1]; "split": each of n sub-networks sees its own '
+        "n-th. The objective is the same on average, and sub-networks cost the share of what they cost else.",
     )
 
     def __post_init__(self) -> None:
@@ -197,14 +170,17 @@ class SubnetSampler(SubnetSettings):
     and not touching the global random numbers, with nothing to store for resuming. Without `resolutions` images are
     left as they are.
 
-        subnets = SubnetSampler(min_width=0.8, resolutions=[32, 28, 24]).sample(step=0)
-
     Args:
         {fields}
         seed: any integer.
 
     Raises:
         ValueError: a setting is out of its range.
+
+    Examples:
+        >>> subnets = SubnetSampler(min_width=0.8, resolutions=[32, 28, 24]).sample(step=0)
+        >>> len(subnets), min(subnet.width for subnet in subnets)
+        (3, 0.8)
     """
 
     seed: int = 0

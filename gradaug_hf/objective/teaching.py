@@ -9,11 +9,6 @@ from gradaug_hf.objective.logits import logits_of
 def check_teacher(teacher: nn.Module, model: nn.Module, subnet_target: str) -> None:
     """Make sure that sub-networks can learn the prediction of another model.
 
-    Args:
-        teacher: the other model.
-        model: the model that is trained.
-        subnet_target: what sub-networks learn.
-
     Raises:
         ValueError: it is no model, shares layers with the one that is trained, or is never asked.
     """
@@ -31,11 +26,6 @@ def check_teacher(teacher: nn.Module, model: nn.Module, subnet_target: str) -> N
 @torch.no_grad()
 def taught(teacher: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
     """Return the logits of a teacher, brought to the images' device and to evaluation mode.
-
-    Args:
-        teacher: takes the images by position.
-        images: (N, C, H, W), whole ones.
-        num_classes: that the trained model states; None if it states none.
 
     Raises:
         ValueError: it has another number of classes.

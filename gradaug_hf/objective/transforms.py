@@ -13,7 +13,12 @@ ImageTransform = Callable[[Tensor], Tensor]
 
 
 class RandomQuarterTurn(nn.Module):
-    """Turn a batch of images by 0, 90, 180 or 270 degrees, all alike, as GradAug does with their size."""
+    """Turn a batch of images by 0, 90, 180 or 270 degrees, all alike, as GradAug does with their size.
+
+    Examples:
+        >>> RandomQuarterTurn()(images).shape
+        torch.Size([4, 3, 64, 64])
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn images (..., H, W); those that are not square may come out as (..., W, H)."""

@@ -132,13 +132,7 @@ def as_metadata(metadata: Mapping[str, Any]) -> CardMetadata:
 
 
 def write_model_card(folder: Path, facts: ModelFacts, metadata: CardMetadata) -> None:
-    """Write `README.md` into the folder of a saved model, unless there is one whose comment was removed.
-
-    Args:
-        folder: with the saved model.
-        facts: what is known of it.
-        metadata: what its author says; wins over the facts.
-    """
+    """Write `README.md` into the folder of a saved model, unless there is one whose comment was removed."""
     if not may_be_written(folder / CARD):
         return
     name = metadata.model_name or facts.name

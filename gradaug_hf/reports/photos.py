@@ -24,13 +24,7 @@ MOST_COUNTS, MOST_NAMES = 20, 60
 
 
 def plot_photos(photos: Sequence[np.ndarray | PIL.Image.Image], captions: Sequence[str], title: str) -> Figure:
-    """Plot photos in rows of four, each with its caption.
-
-    Args:
-        photos: (H, W, 3) in 0..1, or images of Pillow.
-        captions: one for each, of one or two lines.
-        title: above all of them.
-    """
+    """Plot photos in rows of four, each with its caption."""
     rows = max(1, math.ceil(len(photos) / COLUMNS))
     figure = _figure(figsize=(2.6 * COLUMNS, 0.4 + 3.0 * rows))
     figure.suptitle(title)
@@ -44,11 +38,7 @@ def plot_photos(photos: Sequence[np.ndarray | PIL.Image.Image], captions: Sequen
 
 
 def plot_confusion(predictions: Predictions) -> Figure:
-    """Plot the confusion matrix: in each row the images of one class, darker where more of them got a prediction.
-
-    Args:
-        predictions: on labelled images.
-    """
+    """Plot the confusion matrix: in each row the images of one class, darker where more of them got a prediction."""
     counts = confusion_matrix(predictions)
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     classes = len(counts)

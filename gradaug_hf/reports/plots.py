@@ -94,12 +94,7 @@ def _last_widths(measured: Sequence[Evaluation]) -> list[Evaluation]:
 
 
 def draw_curves(history: Sequence[Entry], measured: Sequence[Evaluation]) -> Figure:
-    """Plot the parts of the loss, and the accuracies of the full network, over the epochs.
-
-    Args:
-        history: `trainer.state.log_history`.
-        measured: its evaluations.
-    """
+    """Plot the parts of the loss, and the accuracies of the full network, over the epochs."""
     log = training_log(history)
     full = [e for e in measured if e.width == 1]
     with_shares = [e for e in full if shares(e.metrics)]
@@ -126,11 +121,7 @@ def draw_curves(history: Sequence[Entry], measured: Sequence[Evaluation]) -> Fig
 
 
 def draw_widths(measured: Sequence[Evaluation]) -> Figure:
-    """Plot accuracies against the width multiplier.
-
-    Args:
-        measured: evaluations of one model at several widths.
-    """
+    """Plot accuracies against the width multiplier."""
     figure = _figure(figsize=(6, 4))
     axes = figure.add_subplot(
         title=f"accuracy against width, after {measured[0].step} steps", xlabel="width multiplier", ylabel="%"
@@ -174,12 +165,7 @@ def draw_batch(batch: SeenBatch) -> Figure:
 
 
 def plot_comparison(groups: Sequence[Sequence[Run]], file: Path) -> None:
-    """Plot top-1 accuracy of each seed of each group, with mean and sample deviation, a panel for each dataset.
-
-    Args:
-        groups: Runs that differ in their seed.
-        file: PNG file to write.
-    """
+    """Plot top-1 accuracy of each seed of each group, with mean and sample deviation, a panel for each dataset."""
 
     def label(runs: Sequence[Run]) -> str:
         return f"{runs[0].result.method}, {runs[0].model}, {runs[0].result.steps} steps"
@@ -215,13 +201,7 @@ def plot_spreads(labels: Sequence[str], panels: Mapping[str, Sequence[Sequence[f
 
 
 def plot_curves(results: Sequence[Result], file: Path, title: str) -> None:
-    """Plot top-1 accuracy against the share of the training, a curve for each run.
-
-    Args:
-        results: Results of at most five runs.
-        file: PNG file to write.
-        title: Title of the plot.
-    """
+    """Plot top-1 accuracy against the share of the training, a curve for each run."""
     figure = _figure(figsize=(7, 4.5))
     axes = figure.add_subplot(title=title, xlabel="share of the training steps (%)", ylabel="top-1 accuracy (%)")
     _draw_lines(
@@ -245,12 +225,7 @@ def _figure(**settings: Any) -> Figure:
 
 
 def line_style(index: int, total: int) -> dict[str, str]:
-    """Return lightness, line and marker that tell a curve from others without colour.
-
-    Args:
-        index: of the curve.
-        total: number of curves.
-    """
+    """Return lightness, line and marker that tell a curve from others without colour."""
     return {
         "color": str(0.6 * index / max(1, total - 1)),
         "linestyle": LINE_STYLES[index % len(LINE_STYLES)],

@@ -56,13 +56,7 @@ class ClassResult:
 
 
 def predictions_of(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Predictions:
-    """Return predictions as probabilities.
-
-    Args:
-        logits: (N, classes).
-        labels: class indices (N,).
-        names: of the classes.
-    """
+    """Return predictions as probabilities."""
     exponentials = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     return Predictions(exponentials / exponentials.sum(1, keepdims=True), labels, names)
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradaug_hf.slimming.patching import SlimModule, at_width
+from gradaug_hf.slimming.patching import SlimModule
+from gradaug_hf.slimming.widths import at_width
 
 
 @contextmanager
@@ -25,6 +26,10 @@ def recalibrate_batchnorm(model: nn.Module, width: float, batches: Iterable[torc
 
     Raises:
         ValueError: the width is out of range, the model is not slimmable, or there is no batch.
+
+    Examples:
+        >>> with recalibrate_batchnorm(make_slimmable(model), 0.5, [images]):
+        ...     logits = model.eval()(images)
     """
     norms = [m for m in model.modules() if isinstance(m, SlimModule) and isinstance(m, _BatchNorm)]
     norms = [norm for norm in norms if norm._buffers.get("running_mean") is not None]

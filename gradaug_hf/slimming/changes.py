@@ -36,13 +36,7 @@ def unmark(module: nn.Module) -> None:
 
 
 def find_change(model: nn.Module, state: Any, num_modules: int) -> str | None:
-    """Return what is no longer as it was when a model was marked, or None.
-
-    Args:
-        model: the module that was marked.
-        state: the state that it was marked with.
-        num_modules: the number of modules that were marked.
-    """
+    """Return what is no longer as it was when a model was marked, or None."""
     modules = list(_walk(model))
     if len(modules) == num_modules and all(_is_as_marked(module, state) for module in modules):
         return None

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gradaug_hf.slimming.meta import copy_without_hooks, example_images, example_sizes, meta_copy
-from gradaug_hf.slimming.patching import WidthState, check_unchanged, patch, slices_of, unpatch
+from gradaug_hf.slimming.patching import WidthState, patch, slices_of, unpatch
 from gradaug_hf.slimming.shortcuts import Shortcut, run_shortcut
+from gradaug_hf.slimming.widths import check_unchanged
 from gradaug_hf.utils.randomness import seeded
 
 DROP_PATH = re.compile(r"(.*_)?drop_path\d*")
@@ -64,6 +65,10 @@ def make_droppable(model: nn.Module, *, input_size: int | Sequence[int] | None =
 
     Raises:
         ValueError: no block can be dropped, or `input_size` is not positive.
+
+    Examples:
+        >>> model = make_droppable(timm.create_model("test_vit"))
+        >>> subnets = SubnetSampler(subnet_mode="depth").sample(step=0)
     """
     check_unchanged(model)
     shortcuts, refused = find_shortcuts(model, input_size)

@@ -5,8 +5,9 @@ import copy
 import torch
 from torch import nn
 
-from gradaug_hf.slimming.patching import Slices, SlimModule, check_width, slices_of, unpatch, width_state
+from gradaug_hf.slimming.patching import Slices, SlimModule, slices_of, unpatch
 from gradaug_hf.slimming.patterns import Width, pattern_size, take_pattern
+from gradaug_hf.slimming.widths import check_width, width_state
 
 
 def extract_subnet(model: nn.Module, width: float) -> nn.Module:
@@ -23,6 +24,11 @@ def extract_subnet(model: nn.Module, width: float) -> nn.Module:
 
     Raises:
         ValueError: the width is out of range, or the model is not slimmable.
+
+    Examples:
+        >>> narrow = extract_subnet(make_slimmable(model), 0.5)
+        >>> sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in model.parameters())
+        True
     """
     width = check_width(width)
     state = width_state(model)

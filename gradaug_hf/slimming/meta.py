@@ -23,9 +23,6 @@ LIBRARIES = ("torch.nn.", "timm.", "transformers.")
 def meta_copy(model: nn.Module) -> nn.Module:
     """Copy the structure of a model to the meta device, without its values, a user's hooks and slicing.
 
-    Args:
-        model: any module; it is left as it is.
-
     Returns:
         A copy whose parameters and buffers have shapes and dtypes, but no values.
     """

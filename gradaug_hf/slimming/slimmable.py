@@ -10,17 +10,10 @@ from gradaug_hf.slimming.analysis.planning import Plan
 from gradaug_hf.slimming.analysis.proof import prove
 from gradaug_hf.slimming.analysis.tracing import Trace
 from gradaug_hf.slimming.meta import example_images, example_sizes, foreign_hooks, meta_copy
-from gradaug_hf.slimming.patching import (
-    Slices,
-    WidthState,
-    num_droppable_blocks,
-    patch,
-    shortcuts_of,
-    unpatch,
-    width_state,
-)
+from gradaug_hf.slimming.patching import Slices, WidthState, patch, shortcuts_of, unpatch
 from gradaug_hf.slimming.patterns import Width
 from gradaug_hf.slimming.report import SlicingReport, make_report
+from gradaug_hf.slimming.widths import num_droppable_blocks, width_state
 
 # Two images, so that a batch norm over one position still has something to normalise.
 TRACED_BATCH = 2
@@ -47,6 +40,11 @@ def make_slimmable(
 
     Raises:
         ValueError: `input_size` or `width_divisor` is not positive.
+
+    Examples:
+        >>> model = make_slimmable(timm.create_model("test_resnet"))
+        >>> with at_width(model, 0.5):
+        ...     logits = model(images)
     """
     if not isinstance(width_divisor, int) or width_divisor < 1:
         raise ValueError(f"width_divisor is {width_divisor!r}; it must be a positive integer")
@@ -90,6 +88,10 @@ def slicing_report(model: nn.Module) -> SlicingReport:
 
     Raises:
         ValueError: the model is not slimmable, or was changed since.
+
+    Examples:
+        >>> slicing_report(make_slimmable(model)).sliced_macs > 0.9
+        True
     """
     width_state(model)
     return next(vars(module)["_slicing_report"] for module in model.modules() if "_slicing_report" in vars(module))

@@ -38,12 +38,7 @@ class ReportCallback(TrainerCallback):
         self._elsewhere += entries
 
     def evaluations(self, state: TrainerState, names: Sequence[str] = ()) -> list[Evaluation]:
-        """Return the evaluations on `eval_dataset` so far.
-
-        Args:
-            state: of the Trainer.
-            names: of the evaluation sets, where there are several.
-        """
+        """Return the evaluations on `eval_dataset` so far."""
         own = [entry for entry in state.log_history if not any(entry is other for other in self._elsewhere)]
         return evaluations(own, names)
 

@@ -51,14 +51,7 @@ def model_facts(trainer: Trainer) -> ModelFacts:
 def subnet_facts(
     args: GradAugConfig, sampler: SubnetSampler, transform: ImageTransform | None, teacher: nn.Module | None = None
 ) -> Iterable[tuple[str, str]]:
-    """Yield names and values of the settings of the sub-networks.
-
-    Args:
-        args: the settings of the training.
-        sampler: samples the sub-networks; one that is no SubnetSampler is named by its class alone.
-        transform: changes the images of a sub-network before they are resized.
-        teacher: another model that the sub-networks learned from.
-    """
+    """Yield names and values of the settings of the sub-networks."""
     if type(sampler) is SubnetSampler:
         yield "sub-networks of a step", f"{sampler.num_subnets}"
         if sampler.subnet_interval > 1:

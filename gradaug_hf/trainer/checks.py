@@ -1,8 +1,7 @@
 """Checks of the output folder, of how the processes were launched, and of labels, each before any long work."""
 
 import tempfile
-import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from transformers import DataCollator, PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from gradaug_hf.data.collator import as_int64
-from gradaug_hf.objective.losses import SUM_TOLERANCE
 from gradaug_hf.objective.problems import MULTI_LABEL, SINGLE_LABEL, Problem
 from gradaug_hf.objective.teaching import check_teacher as check_taught
 from gradaug_hf.trainer.batches import IMAGES
@@ -48,10 +46,6 @@ def check_writable(output_dir: str) -> None:
 def check_launch(args: GradAugConfig, deepspeed: bool) -> None:
     """Make sure that the processes and the optimiser bear several backward passes in a step.
 
-    Args:
-        args: the settings.
-        deepspeed: whether DeepSpeed is in use.
-
     Raises:
         ValueError: they do not; says what to do.
     """
@@ -76,10 +70,6 @@ def check_launch(args: GradAugConfig, deepspeed: bool) -> None:
 def check_even_batches(args: GradAugConfig, dataset: Any) -> None:
     """Make sure that all processes have the same number of batches.
 
-    Args:
-        args: the settings.
-        dataset: to train on; the batches of a stream are always even.
-
     Raises:
         ValueError: one has fewer, for which the others would wait for ever.
     """
@@ -94,17 +84,14 @@ def check_even_batches(args: GradAugConfig, dataset: Any) -> None:
         )
 
 
-def check_columns(args: GradAugConfig, datasets: Mapping[str, Any]) -> None:
+def check_columns(args: GradAugConfig, train_dataset: Any, eval_dataset: Any) -> None:
     """Make sure that no column is removed that a dataset makes its images of.
-
-    Args:
-        args: the settings.
-        datasets: by their names.
 
     Raises:
         ValueError: `remove_unused_columns` is True, and the images of a dataset come from its transform.
     """
-    for name, dataset in datasets.items():
+    evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    for name, dataset in {"train_dataset": train_dataset, **evaluated}.items():
         columns = getattr(dataset, "column_names", None)
         if args.remove_unused_columns and isinstance(columns, list) and IMAGES not in columns:
             raise ValueError(
@@ -137,29 +124,6 @@ def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
             'activation checkpointing computes layers anew in the backward; set subnet_backward="sequential", with '
             "which each pass still has its width then"
         )
-
-
-def learns_one_class(model: nn.Module, labels: Tensor) -> bool:
-    """Return True if a model of transformers states that float labels are the probabilities of one class each.
-
-    Its own loss takes them for several classes, and that of `problem_type="single_label_classification"` takes none. A
-    first batch of probabilities is warned of where nothing is stated.
-
-    Args:
-        model: to train without sub-networks.
-        labels: float.
-    """
-    if not isinstance(model, PreTrainedModel) or labels.ndim != 2 or labels.shape[1] < 2:
-        return False
-    stated = getattr(model.config, "problem_type", None)  # set by the loss of the first batch, if it was not
-    if stated is None and ((labels.sum(dim=1) - 1).abs() <= SUM_TOLERANCE).all():
-        warnings.warn(
-            f"the labels of a batch are probabilities, but problem_type of this {type(model).__name__} is not set: "
-            "without sub-networks its own loss takes them for several independent classes. For the cross-entropy "
-            'that GradAug has, set config.problem_type="single_label_classification"',
-            stacklevel=4,
-        )
-    return stated == "single_label_classification"
 
 
 def check_teacher(teacher: nn.Module, model: nn.Module, args: GradAugConfig) -> None:

@@ -24,9 +24,6 @@ def compile_statically(accelerator: Accelerator) -> None:
 def check_compilable(sampler: SubnetSampler) -> None:
     """Make sure that the sub-networks of a training are few enough to compile each.
 
-    Args:
-        sampler: samples the sub-networks; one that is no SubnetSampler is not looked into.
-
     Raises:
         ValueError: widths are continuous, or blocks are dropped at random.
     """
@@ -61,10 +58,6 @@ def number_of_graphs(sampler: SubnetSampler, args: GradAugConfig) -> int:
 
     A graph is for one width, one resolution, one batch size, and either training or evaluation. Unless
     `dataloader_drop_last` is set, the last batch of an epoch may have another size, in training and in evaluation.
-
-    Args:
-        sampler: samples the sub-networks, of a finite number of widths.
-        args: the settings.
     """
     resolutions = sampler.resolutions or default_resolutions(7)  # as many as of any side
     sizes = 1 if sampler.subnet_share == 1 else 2  # parts of a batch that does not divide differ by an image

@@ -1,10 +1,11 @@
 """GradAugConfig: the settings of GradAugTrainer."""
 
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.objective.objective import ObjectiveSettings
 from gradaug_hf.trainer.ranges import check_ranges, check_side
@@ -25,90 +26,63 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
     `ddp_find_unused_parameters=False` and `ddp_broadcast_buffers=False`. A fourth is `logging_nan_inf_filter=False`: a
     loss that is not finite ends the training, and to look at it in each step would make an accelerator wait.
 
-        args = GradAugConfig("out", num_subnets=3, min_width=0.9, resolutions=[224, 192, 160, 128])
-
     Args:
         {fields}
 
     Raises:
         ValueError: a field is out of its range, or `accelerate launch --cpu` started one process of several.
+
+    Examples:
+        >>> args = GradAugConfig("out", num_subnets=3, min_width=0.9, resolutions=[224, 192, 160, 128])
     """
 
-    width_divisor: int = field(
+    width_divisor: int = HfArg(
         default=1,
-        metadata={
-            "help": (
-                "Channel counts are rounded to the nearest multiple of it, at least 1; 1 is exact to the paper, "
-                "8 suits tensor cores."
-            )
-        },
+        help="Channel counts are rounded to the nearest multiple of it, at least 1; 1 is exact to the paper, 8 "
+        "suits tensor cores.",
     )
-    channels_last: bool = field(
-        default=False,
-        metadata={"help": "Whether the model's weights lie in channels-last memory, which makes convolutions faster."},
+    channels_last: bool = HfArg(
+        default=False, help="Whether the model's weights lie in channels-last memory, which makes convolutions faster."
     )
-    subnet_backward: SubnetBackward = field(
+    subnet_backward: SubnetBackward = HfArg(
         default="sequential",
-        metadata={
-            "help": (
-                '"sequential" runs the backward of each pass before the next one, in the memory of plain '
-                'training; "joint" runs one for all of them.'
-            )
-        },
+        help='"sequential" runs the backward of each pass before the next one, in the memory of plain training; '
+        '"joint" runs one for all of them.',
     )
-    sync_batchnorm: bool = field(
+    sync_batchnorm: bool = HfArg(
         default=False,
-        metadata={
-            "help": (
-                "Whether batch norm takes its statistics from the whole batch of all processes, in sub-networks too."
-            )
-        },
+        help="Whether batch norm takes its statistics from the whole batch of all processes, in sub-networks too.",
     )
-    mixup_alpha: float = field(
-        default=0.0,
-        metadata={"help": "Parameter of Mixup's beta distribution, at least 0; 0 turns Mixup off."},
+    mixup_alpha: float = HfArg(
+        default=0.0, help="Parameter of Mixup's beta distribution, at least 0; 0 turns Mixup off."
     )
-    cutmix_alpha: float = field(
-        default=0.0,
-        metadata={"help": "Parameter of CutMix's beta distribution, at least 0; 0 turns CutMix off."},
+    cutmix_alpha: float = HfArg(
+        default=0.0, help="Parameter of CutMix's beta distribution, at least 0; 0 turns CutMix off."
     )
-    mix_prob: float = field(
-        default=1.0,
-        metadata={"help": "Probability with which a batch is mixed, in [0, 1]."},
-    )
-    eval_widths: list[float] = field(
+    mix_prob: float = HfArg(default=1.0, help="Probability with which a batch is mixed, in [0, 1].")
+    eval_widths: list[float] = HfArg(
         default_factory=list,
-        metadata={
-            "help": (
-                "Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in (0, 1]."
-            )
-        },
+        help="Width multipliers at which evaluate() measures as well, with recalibrated batch norm; each in (0, 1].",
     )
-    seed_train_data: bool = field(
+    seed_train_data: bool = HfArg(
         default=True,
-        metadata={
-            "help": (
-                "Whether the random numbers that a map-style training set takes from Python, NumPy and torch are a "
-                "function of seed, epoch and index, so that a training can be resumed exactly."
-            )
-        },
+        help="Whether the random numbers that a map-style training set takes from Python, NumPy and torch are a "
+        "function of seed, epoch and index, so that a training can be resumed exactly.",
     )
-    ignore_config_change: bool = field(
-        default=False,
-        metadata={"help": "Whether to resume from a checkpoint that was trained with other settings."},
+    ignore_config_change: bool = HfArg(
+        default=False, help="Whether to resume from a checkpoint that was trained with other settings."
     )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Whether to log other losses in place of ones that are not finite, looked at in each step."},
+    logging_nan_inf_filter: bool = HfArg(
+        default=False, help="Whether to log other losses in place of ones that are not finite, looked at in each step."
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Whether to remove columns that the model's forward does not name."}
+    remove_unused_columns: bool = HfArg(
+        default=False, help="Whether to remove columns that the model's forward does not name."
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Passed to DistributedDataParallel; every pass uses every parameter."}
+    ddp_find_unused_parameters: bool | None = HfArg(
+        default=False, help="Passed to DistributedDataParallel; every pass uses every parameter."
     )
-    ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "Passed to DistributedDataParallel; each step has several forward passes."}
+    ddp_broadcast_buffers: bool | None = HfArg(
+        default=False, help="Passed to DistributedDataParallel; each step has several forward passes."
     )
 
     def __post_init__(self) -> None:

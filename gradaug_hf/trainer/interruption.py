@@ -164,7 +164,7 @@ class Interruption(TrainerCallback):
 
     # ---- after the training ----
 
-    def end_process(self, message: str) -> None:
+    def end_process(self, state: TrainerState, last_checkpoint: str) -> None:
         """Do what the signal would have done, if one has ended the training.
 
         Raises:
@@ -174,7 +174,12 @@ class Interruption(TrainerCallback):
         if self.signal is None:
             return
         if self._is_first:
-            print(f"\n{self.signal.name}: {message}", file=sys.stderr, flush=True)
+            message = (
+                f"{self.signal.name}: training stopped after step {state.global_step} of {state.max_steps}, and "
+                f"{last_checkpoint}. To go on: trainer.train(resume_from_checkpoint=True), or a recipe's command line "
+                "with --resume_from_checkpoint last"
+            )
+            print(f"\n{message}", file=sys.stderr, flush=True)
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.signal)

@@ -47,11 +47,6 @@ class LossWatch(TrainerCallback):
     def add(self, step: int, losses: Sequence[Tensor], subnets: Sequence[Subnet] = ()) -> None:
         """Watch the losses of a batch, and look at those that have arrived.
 
-        Args:
-            step: number of the optimiser step, as it will be logged.
-            losses: of the full network and of each sub-network, scalars on one device.
-            subnets: the sub-networks.
-
         Raises:
             NonFiniteLossError: of this or an earlier step.
         """

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from gradaug_hf.objective.logits import logits_of
 from gradaug_hf.objective.objective import GradAug, Pass
 from gradaug_hf.objective.transforms import check_images
+from gradaug_hf.trainer.batches import IMAGES, LABELS
 
-FullLoss = Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], tuple[Tensor, Any]]
+FullLoss = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Any]]
 
 
 class OwnLossGradAug(GradAug):
@@ -17,8 +18,7 @@ class OwnLossGradAug(GradAug):
 
     Args:
         model: as for GradAug.
-        full_loss: returns the loss of the full network, a scalar, and its output with logits (N, classes), from the
-            model, images, labels and further inputs.
+        full_loss: `full_loss` of a GradAugTrainer.
         settings: of GradAug.
     """
 
@@ -28,5 +28,21 @@ class OwnLossGradAug(GradAug):
 
     def _full_pass(self, images: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Pass:
         check_images(images)
-        loss, output = self._full_loss(self.model, images, labels, inputs)
+        loss, output = loss_and_output(self._full_loss, self.model, {IMAGES: images, LABELS: labels, **inputs})
         return Pass(loss, logits_of(output, len(labels), self.num_classes).detach())
+
+
+def loss_and_output(full_loss: FullLoss, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Return the full network's loss of a batch and its output.
+
+    Raises:
+        ValueError: `full_loss` returned something else.
+    """
+    found = full_loss(model, batch)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        owner = type(getattr(full_loss, "__self__", full_loss)).__name__
+        raise ValueError(
+            f"{owner}.full_loss returned a {type(found).__name__}; expected a tuple of the loss and the output, whose "
+            "logits the sub-networks learn"
+        )
+    return found

@@ -24,11 +24,6 @@ def lay_out(model: nn.Module, args: GradAugConfig) -> None:
 def make_subnets_possible(model: nn.Module, args: GradAugConfig, mode: str) -> None:
     """Make a model slimmable and droppable, as its sub-networks need it, and warn below half sliced.
 
-    Args:
-        model: changed in place.
-        args: the settings.
-        mode: `subnet_mode` of the sub-networks.
-
     Raises:
         ValueError: the model has no blocks or patches to leave out.
     """

@@ -57,10 +57,6 @@ def check_ranges(args: TrainingArguments, kind: type[TrainingArguments]) -> None
 def check_side(name: str, side: Any) -> None:
     """Make sure that images of a side can be held in memory.
 
-    Args:
-        name: of the setting.
-        side: in pixels.
-
     Raises:
         ValueError: it is larger than 4096.
     """

@@ -25,7 +25,7 @@ from gradaug_hf.trainer.checkpoints import (
     read_state,
     write_state,
 )
-from gradaug_hf.trainer.metrics import RunningMeans
+from gradaug_hf.trainer.running_means import RunningMeans
 from gradaug_hf.utils.randomness import random_states_kept
 
 
@@ -185,12 +185,7 @@ class ProgressCallback(TrainerCallback):
         self._epoch_is_over = True
 
     def complete_checkpoint(self, checkpoint: Path, settings: Mapping[str, Any]) -> None:
-        """Write settings and progress into a checkpoint of the Trainer; on all processes.
-
-        Args:
-            checkpoint: its folder.
-            settings: those that have to be the same when the training is resumed, by name.
-        """
+        """Write settings and progress into a checkpoint of the Trainer; on all processes."""
         trainer = self._trainer
         processes = gather_object([self._sums()])
         if trainer.args.should_save:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gradaug_hf.hub.configs import timm_network
 from gradaug_hf.slimming.depth import residual_blocks
-from gradaug_hf.slimming.patching import accept_wrappers
+from gradaug_hf.slimming.widths import accept_wrappers
 from gradaug_hf.trainer.checkpoints import ResumeError
 from gradaug_hf.trainer.config import GradAugConfig
 

@@ -1,11 +1,9 @@
 """GradAugTrainer: the Trainer of transformers with the GradAug objective."""
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +44,14 @@ from gradaug_hf.hub.configs import (
 from gradaug_hf.hub.networks import image_processor, network_to_train
 from gradaug_hf.hub.pushing import make_branch, push_errors
 from gradaug_hf.objective.logits import logits_of, num_classes_of
-from gradaug_hf.objective.mixing import BatchMixer
-from gradaug_hf.objective.objective import GradAug, ObjectiveSettings, Pass
+from gradaug_hf.objective.objective import Pass
 from gradaug_hf.objective.problems import criterion_of, problem_of
-from gradaug_hf.objective.resolutions import ResolutionTrial
-from gradaug_hf.objective.sampling import Subnet, SubnetSampler
+from gradaug_hf.objective.sampling import SubnetSampler
 from gradaug_hf.objective.transforms import ImageTransform
 from gradaug_hf.reports.history import Evaluation
 from gradaug_hf.reports.model_card import ModelFacts, as_metadata, write_model_card
-from gradaug_hf.reports.plots import IMAGES_SHOWN, NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
-from gradaug_hf.slimming.patching import num_droppable_blocks
+from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, PLOTS, can_plot, plot_training
+from gradaug_hf.slimming.widths import num_droppable_blocks
 from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, name_images, split_batch
 from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback, SpeedCallback
 from gradaug_hf.trainer.card_facts import model_facts
@@ -68,22 +64,21 @@ from gradaug_hf.trainer.checkpoints import (
 )
 from gradaug_hf.trainer.checks import (
     LabelCheckingCollator,
-    check_checkpointing,
     check_columns,
     check_even_batches,
     check_launch,
     check_output_dir,
     check_teacher,
-    check_train_dataset,
-    learns_one_class,
 )
 from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.trainer.interruption import Interruption
 from gradaug_hf.trainer.lock import locked
 from gradaug_hf.trainer.loss_watch import LossWatch, NonFiniteLossError
-from gradaug_hf.trainer.own_loss import OwnLossGradAug
-from gradaug_hf.trainer.preparation import lay_out, leave_out_anything, make_subnets_possible
+from gradaug_hf.trainer.mixing import TrainingMixer
+from gradaug_hf.trainer.own_loss import loss_and_output
+from gradaug_hf.trainer.plain_loss import PlainLoss
+from gradaug_hf.trainer.preparation import lay_out
 from gradaug_hf.trainer.resuming import (
     ProgressCallback,
     checkpoint_to_resume,
@@ -102,9 +97,9 @@ from gradaug_hf.trainer.sharding import (
     stores_parts,
 )
 from gradaug_hf.trainer.streams import stream_loader
+from gradaug_hf.trainer.subnets import TrainingSubnets
 from gradaug_hf.trainer.width_evaluation import evaluate_at_width
-from gradaug_hf.utils.randomness import random_states_kept
-from gradaug_hf.utils.settings import taken_from
+from gradaug_hf.utils.attributes import replaced
 
 # The label that a Trainer counts as no item of a batch.
 IGNORED = -100
@@ -132,18 +127,12 @@ class GradAugTrainer(Trainer):
             `user/name@revision`, or the folder of one, which is loaded with its image processor. Or the name of a
             timm model, which is made anew for the classes that the dataset names.
         args: the settings; for a plain `TrainingArguments` the defaults of `GradAugConfig` hold.
-        data_collator: as in `Trainer`, like all arguments up to `preprocess_logits_for_metrics`.
+        data_collator: as in `Trainer`, like all others that are not named here.
         train_dataset: with `args.seed_train_data`, the random numbers that a map-style dataset takes from Python,
             NumPy and torch to read an image are a function of seed, epoch and index.
-        eval_dataset: of `Trainer`.
         processing_class: the image processor, which is saved with the model.
-        model_init: of `Trainer`.
         compute_loss_func: of `Trainer`; the loss of the full network. Sub-networks learn its prediction.
         compute_metrics: of `Trainer`, `topk_accuracy` or `mean_average_precision` for example.
-        callbacks: of `Trainer`.
-        optimizers: of `Trainer`.
-        optimizer_cls_and_kwargs: of `Trainer`.
-        preprocess_logits_for_metrics: of `Trainer`.
         subnet_sampler: samples the sub-networks; what `args` says about them then has no effect.
         subnet_transform: maps images (N, C, H, W) to those that a sub-network sees before they are resized, for
             example `RandomQuarterTurn` or a `torchvision.transforms.v2` module; the random numbers that it takes from
@@ -157,9 +146,14 @@ class GradAugTrainer(Trainer):
         ValueError: the settings do not fit each other, the model, or how the processes were launched,
             `args.output_dir` cannot be written, or `model` cannot be loaded.
         PushError: `args.push_to_hub` is True, and the Hub refuses or cannot be reached.
+
+    Examples:
+        >>> args = GradAugConfig("out", min_width=0.9, resolutions=[64, 56, 48], max_steps=1)
+        >>> trainer = GradAugTrainer(model, args, train_dataset=photos, compute_metrics=topk_accuracy)
+        >>> trainer.train()  # doctest: +SKIP
     """
 
-    _objective_class: type[GradAug] = GradAug
+    _subnets_class = TrainingSubnets
 
     def __init__(
         self,
@@ -195,20 +189,17 @@ class GradAugTrainer(Trainer):
         checkpoint = model if isinstance(model, str) else None
         if checkpoint:
             model = network_to_train(checkpoint, train_dataset, eval_dataset)
-        self._subnet_sampler = subnet_sampler
         self.subnet_transform = subnet_transform
         self.teacher = teacher
-        self._resolution_trial: ResolutionTrial | None = None
-        self._resolutions: list[int] | None = None
-        self._objective: GradAug | None = None
+        self._subnets = self._subnets_class(args, subnet_sampler, subnet_transform, teacher)
+        self._mixer: TrainingMixer | None = None
         self._step_stack: ExitStack | None = None
-        self._mixer: BatchMixer | None = None
-        self._mixed_batches = (-1, 0)  # step, and number of the batch within it that was mixed last
         self._partial_folder: Path | None = None  # while a checkpoint is written
         self._fingerprint: str | None = None  # of the training set
         self._loss_was_computed = False
         self._evaluated_size: tuple[int, ...] | None = None  # height and width of the images
-        with _label_smoothing_set_aside(args, model):
+        was_set_aside = not isinstance(model, PreTrainedModel)  # the Trainer asks any other one for a config
+        with replaced(args, label_smoothing_factor=0.0) if was_set_aside else nullcontext():
             super().__init__(
                 model,
                 args,
@@ -237,30 +228,33 @@ class GradAugTrainer(Trainer):
             self.add_callback(callback)
         if checkpoint and self.processing_class is None:
             self.processing_class = image_processor(checkpoint)
-        self._network_has_loss = bool(find_labels(type(self.model)))
-        self._is_plain = self._is_trainers_own()
-        was_set_aside = not isinstance(model, PreTrainedModel)
-        if (
-            args.label_smoothing_factor > 0
-            and was_set_aside
-            and (self._is_plain or isinstance(self.model, PreTrainedModel))
-        ):
+        self._plain = PlainLoss(
+            args,
+            model_has_loss=bool(find_labels(type(self.model))),
+            compute_loss_func=compute_loss_func,
+            has_own_full_loss=self._has_own_full_loss,
+            has_own_compute_loss=type(self).compute_loss is not GradAugTrainer.compute_loss,
+        )
+        self._is_plain = self._plain.is_trainers(self.model)
+        smooths = args.label_smoothing_factor > 0 and (self._is_plain or isinstance(self.model, PreTrainedModel))
+        if was_set_aside and smooths:
             self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
-        if not (self._network_has_loss or self._is_plain):
+        if not (self._plain.model_has_loss or self._is_plain):
             self.label_names = args.label_names or [LABELS]
             self._signature_columns = [IMAGES, "label", "label_ids", *self.label_names]
         if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
-            self._mixer = self._make_mixer()
+            self._mixer = TrainingMixer(self.model, args)
         if args.problem_type is not None:
             problem_of(self.model, args.problem_type)
         if teacher is not None:
             check_teacher(teacher, self.model, args)
         if not self._is_plain:
             self._use_own_loss()
-            evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-            check_columns(args, {"train_dataset": train_dataset, **evaluated})
+            check_columns(args, train_dataset, eval_dataset)
         network = timm_network(self.model)
-        if network is not None and (reason := why_not_rebuilt(network)):
+        with self._as_saved():
+            reason = None if network is None else why_not_rebuilt(network)
+        if reason is not None:
             name = type(network).__name__
             warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
         keep_contiguous(args, self.accelerator)
@@ -274,28 +268,10 @@ class GradAugTrainer(Trainer):
                 check_compilable(self.subnet_sampler)
                 compile_statically(self.accelerator)
             if self.model_init is None and self.train_dataset is not None:
-                self._prepare_network(self.model)
+                self._subnets.prepare(self.model, self.train_dataset, self.data_collator)
         if is_sharded(self.accelerator):
             plan_sharding(self.accelerator, self.model, args.num_subnets)
             self.add_callback(ShardingCallback())
-
-    def _is_trainers_own(self, inputs: Mapping[str, Any] | None = None) -> bool:
-        """Return True if the loss is `Trainer`'s, or a user's, as it is without sub-networks and mixing.
-
-        A classifier of images without a loss of its own, such as a timm model, gets cross-entropy even then.
-
-        Args:
-            inputs: a batch, which can show that it is no classifier of images; None before there is one.
-        """
-        args = self.args
-        if args.num_subnets > 0 or args.mixup_alpha > 0 or args.cutmix_alpha > 0 or self._has_own_full_loss:
-            return False
-        if inputs is None:
-            is_another = type(self).compute_loss is not GradAugTrainer.compute_loss
-        else:
-            is_another = IMAGES not in inputs
-        is_users = self.compute_loss_func is not None and timm_network(self.model) is None
-        return self._network_has_loss or is_users or is_another
 
     def _use_own_loss(self) -> None:
         problem = problem_of(self.model, self.args.problem_type)
@@ -303,15 +279,6 @@ class GradAugTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self.model_accepts_loss_kwargs = False
         self.data_collator = LabelCheckingCollator(self.data_collator, num_classes_of(self.model), problem)
-
-    def _make_mixer(self) -> BatchMixer:
-        num_classes = num_classes_of(self.model)
-        if num_classes is None:
-            raise ValueError(
-                f"mixup_alpha or cutmix_alpha is on, but {type(self.model).__name__} has neither num_classes nor "
-                "config.num_labels"
-            )
-        return BatchMixer(num_classes, self.args.mixup_alpha, self.args.cutmix_alpha, self.args.mix_prob)
 
     # ---- the model and its sub-networks ----
 
@@ -334,17 +301,19 @@ class GradAugTrainer(Trainer):
             CheckpointError: a checkpoint cannot be written, or another training writes to `args.output_dir`.
             KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; SIGTERM ends the process with status 143.
         """
-        self._mixed_batches = (-1, 0)
-        self._objective = None  # model and settings may be others than in an earlier training
+        if self._mixer is not None:
+            self._mixer.begin()
+        self._subnets.objective = None  # model and settings may be others than in an earlier training
         self._loss_was_computed = False
-        if self.args.num_subnets > 0 and self.model_init is None and self._resolution_trial is None:
-            self._prepare_network(self.model)
+        if self.args.num_subnets > 0 and self.model_init is None and self._subnets.trial is None:
+            self._subnets.prepare(self.model, self.train_dataset, self.data_collator)
         check_even_batches(self.args, self.train_dataset)
         self._fingerprint = dataset_fingerprint(self.train_dataset)
         own_files = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        folder = checkpoint_to_resume(
-            resume_from_checkpoint, self.args, self.settings(), self.model, own_files, has_fixed_schedule(self)
-        )
+        with self._as_saved():
+            folder = checkpoint_to_resume(
+                resume_from_checkpoint, self.args, self.settings(), self.model, own_files, has_fixed_schedule(self)
+            )
         if folder is not None and is_sharded(self.accelerator):
             check_parts(Path(folder), self.accelerator)
         self._progress.begin(folder)
@@ -362,11 +331,7 @@ class GradAugTrainer(Trainer):
             if isinstance(error, NonFiniteLossError):
                 raise NonFiniteLossError(f"{error}; {describe_last(run_dir)}") from error
             raise
-        self._interruption.end_process(
-            f"training stopped after step {self.state.global_step} of {self.state.max_steps}, and "
-            f"{describe_last(run_dir)}. To go on: trainer.train(resume_from_checkpoint=True), or a "
-            "recipe's command line with --resume_from_checkpoint last"
-        )
+        self._interruption.end_process(self.state, describe_last(run_dir))
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -379,68 +344,8 @@ class GradAugTrainer(Trainer):
             problem_of(network, self.args.problem_type)
         lay_out(network, self.args)
         if self.args.num_subnets > 0:
-            self._prepare_network(network)
+            self._subnets.prepare(network, self.train_dataset, self.data_collator)
         return network
-
-    def _prepare_network(self, network: nn.Module) -> None:
-        """Make a model slimmable, and settle its sub-networks before any long work."""
-        check_train_dataset(self.train_dataset)
-        check_checkpointing(network, self.args)
-        make_subnets_possible(network, self.args, self._subnet_mode)
-        self._resolution_trial = ResolutionTrial(network)
-        if self.train_dataset is None or isinstance(self.train_dataset, IterableDataset):
-            self._resolution_trial.check(self._given_resolutions)
-            return
-        with random_states_kept():
-            batch = self.data_collator([self.train_dataset[0]] * 2)  # some collators need an even number
-        self._settle_resolutions(network, split_batch(batch)[0])
-
-    @property
-    def _given_resolutions(self) -> list[int]:
-        return list(getattr(self._subnet_sampler or self.args, "resolutions", None) or [])
-
-    def _settle_resolutions(self, network: nn.Module, images: Any) -> None:
-        """Choose the resolutions of a model's sub-networks, for images of the shape of these."""
-        side = self._side(images)
-        trial = self._resolution_trial
-        if isinstance(images, Tensor):  # those of a detector differ in shape
-            trial = trial.for_shape(images.shape[2:])
-        trial.check(self._given_resolutions)
-        if self._subnet_sampler is not None:
-            self._resolutions = []
-            return
-        self._resolutions = self.args.resolutions or trial.default(side)
-        is_whole = set(self._resolutions) == {side} and self.subnet_transform is None
-        if is_whole and not leave_out_anything(network, self.args):
-            raise ValueError(
-                f"GradAug would do nothing: every sub-network is all of {type(network).__name__}, and resolutions "
-                f"is {self._resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
-            )
-
-    def _side(self, images: Any) -> int:
-        """Return the shorter side in pixels of a batch of images."""
-        return min(images.shape[2:])
-
-    @property
-    def _subnet_mode(self) -> str:
-        return getattr(self._subnet_sampler or self.args, "subnet_mode", "width")
-
-    def _make_objective(self, model: nn.Module, images: Tensor) -> GradAug:
-        if self._resolutions is None:  # the training set is a stream, of which this is the first batch
-            self._settle_resolutions(self.model, images)
-        objective = self._objective_class
-        if self._has_own_full_loss or self.compute_loss_func is not None:
-            objective = partial(OwnLossGradAug, full_loss=self._loss_of_full_pass)
-        return objective(
-            model,
-            sampler=self._subnet_sampler,
-            transform=self.subnet_transform,
-            teacher=self.teacher,
-            label_smoothing=self.args.label_smoothing_factor,
-            seed=self.args.seed,
-            total_steps=self.state.max_steps,
-            **taken_from(ObjectiveSettings, self.args) | {"resolutions": self._resolutions or None},
-        )
 
     # ---- the data ----
 
@@ -472,9 +377,7 @@ class GradAugTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """`Trainer.training_step`; the last sub-network stays in place until its backward is over."""
-        with ExitStack() as stack:
-            stack.callback(setattr, self, "_step_stack", None)
-            self._step_stack = stack
+        with ExitStack() as stack, replaced(self, _step_stack=stack):
             loss = super().training_step(*args, **kwargs)
         if self.args.num_subnets > 0 and not self._loss_was_computed:
             self._loss_was_computed = True  # warn once
@@ -499,17 +402,19 @@ class GradAugTrainer(Trainer):
         """
         self._loss_was_computed = True
         if model.training and self._mixer is not None:
-            inputs = self._mix(inputs)
+            inputs = self._mixer(inputs, self.state.global_step)
         if self.args.num_subnets == 0 or not model.training:
             found = self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
             if model.training and not (self._is_plain and self.args.logging_nan_inf_filter):
                 self._loss_watch.add(self.state.global_step + 1, [found[0] if return_outputs else found])
             return found
         images, labels, others = split_batch(inputs)
-        if self._objective is None:
-            self._objective = self._make_objective(model, images)
-        subnets = self._objective.sampler.sample(self.state.global_step)
-        passes = self._objective.passes(images, labels, subnets, step=self.state.global_step, **others)
+        objective = self._subnets.objective
+        if objective is None:
+            full_loss = self.full_loss if self._plain.is_given else None
+            objective = self._subnets.begin(model, self.model, images, self.state.max_steps, full_loss)
+        subnets = objective.sampler.sample(self.state.global_step)
+        passes = objective.passes(images, labels, subnets, step=self.state.global_step, **others)
         if self.args.subnet_backward == "sequential" and self._step_stack is not None:
             done = self._run_sequentially(model, passes, len(subnets))
         else:
@@ -545,17 +450,6 @@ class GradAugTrainer(Trainer):
         problem = problem_of(self.model, self.args.problem_type)
         return criterion_of(problem, label_smoothing=self.args.label_smoothing_factor)(logits, labels), logits
 
-    def _loss_of_full_pass(
-        self, model: nn.Module, images: Tensor, labels: Tensor, others: dict[str, Any]
-    ) -> tuple[Tensor, Any]:
-        found = self.full_loss(model, {IMAGES: images, LABELS: labels, **others})
-        if not (isinstance(found, tuple) and len(found) == 2):
-            raise ValueError(
-                f"{type(self).__name__}.full_loss returned a {type(found).__name__}; expected a tuple of the loss and "
-                "the output, whose logits the sub-networks learn"
-            )
-        return found
-
     @property
     def _has_own_full_loss(self) -> bool:
         return type(self).full_loss is not GradAugTrainer.full_loss
@@ -571,29 +465,13 @@ class GradAugTrainer(Trainer):
             done.append(replace(early, loss=early.loss.detach()))
         return [*done, next(passes)]
 
-    def _mix(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Mix a batch, as a function of the seed, the step, the batch within the step and the rank."""
-        step, batch = self._mixed_batches
-        batch = batch + 1 if step == self.state.global_step else 0
-        self._mixed_batches = (self.state.global_step, batch)
-        generator = random.Random(f"{self.args.seed} {self.state.global_step} {batch} {self.args.process_index}")
-        images, labels, others = split_batch(inputs)
-        images, labels = self._mixer(images, labels, generator.getrandbits(32))
-        return {IMAGES: images, LABELS: labels, **others}
-
     def _plain_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
     ) -> Tensor | tuple[Tensor, Any]:
-        soft_labels = isinstance(inputs.get(LABELS), Tensor) and inputs[LABELS].is_floating_point()
-        is_trainers = self._is_trainers_own(inputs)
-        if is_trainers and soft_labels and IMAGES in inputs and self.compute_loss_func is None:
-            is_trainers = not learns_one_class(self.model, inputs[LABELS])
-        is_users = self._has_own_full_loss or self.compute_loss_func is not None
-        is_models_own = self._network_has_loss and not soft_labels and not is_users
-        if is_trainers or is_models_own:
+        if self._plain.is_left_to_trainer(self.model, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        images, labels, others = split_batch(inputs)
-        loss, output = self._loss_of_full_pass(model, images, labels, others)
+        labels = split_batch(inputs)[1]
+        loss, output = loss_and_output(self.full_loss, model, inputs)
         logits = logits_of(output, len(labels), num_classes_of(self.model))
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
@@ -608,7 +486,8 @@ class GradAugTrainer(Trainer):
         inputs = as_evaluated(inputs, model, self.args)
         if isinstance(images := inputs.get(IMAGES), Tensor) and images.ndim == 4:
             self._evaluated_size = tuple(images.shape[2:])
-        if self._is_trainers_own(inputs) or self._network_has_loss or inputs.get(LABELS) is not None:
+        has_loss = self._plain.is_trainers(self.model, inputs) or self._plain.model_has_loss
+        if has_loss or inputs.get(LABELS) is not None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -645,31 +524,15 @@ class GradAugTrainer(Trainer):
     @property
     def subnet_sampler(self) -> SubnetSampler:
         """The sampler of the sub-networks."""
-        if self._objective is not None:
-            return self._objective.sampler
-        resolutions = self._resolutions or self.args.resolutions
-        return self._subnet_sampler or SubnetSampler.from_settings(self.args, resolutions=resolutions)
+        return self._subnets.sampler
 
     def _record(self, passes: list[Pass], images: Tensor) -> None:
-        full, *others = passes
-        self._loss_watch.add(self.state.global_step + 1, [p.loss for p in passes], [p.subnet for p in others])
-        means = self._progress.means
-        means.add(loss_full=full.loss.detach())
-        if others:
-            means.add(loss_subnets=sum(p.loss.detach() for p in others))
-        num_blocks = num_droppable_blocks(self.model)
-        if self._report.seen is None and others:
-            self._report.seen = self._see(images, [p.subnet for p in others])
-        for p in others:
-            side = p.subnet.resolution or self._side(images)
-            means.add(subnet_width=p.subnet.width, subnet_resolution=side)
-            if num_blocks:
-                means.add(subnet_depth=1 - len(p.dropped) / num_blocks)
-
-    def _see(self, images: Tensor, subnets: list[Subnet]) -> SeenBatch | None:
-        """Return the images to plot, or None to skip the plot."""
-        num_blocks = num_droppable_blocks(self.model)
-        return SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self.subnet_transform, num_blocks)
+        subnets = [p.subnet for p in passes[1:]]
+        self._loss_watch.add(self.state.global_step + 1, [p.loss for p in passes], subnets)
+        side, num_blocks = self._subnets.side(images), num_droppable_blocks(self.model)
+        self._progress.means.add_passes(passes, side, num_blocks)
+        if self._report.seen is None and subnets:
+            self._report.seen = self._subnets.seen(images, subnets, num_blocks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training.
@@ -728,7 +591,7 @@ class GradAugTrainer(Trainer):
     def settings(self) -> dict[str, Any]:
         """Return the settings that have to be the same when a training is resumed, by name."""
         own = {
-            "subnet_sampler": self._subnet_sampler,
+            "subnet_sampler": self._subnets.given_sampler,
             "subnet_transform": self.subnet_transform,
             "teacher": self.teacher,
         }
@@ -757,19 +620,14 @@ class GradAugTrainer(Trainer):
         self._loss_watch.finish()
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        push, self.args.push_to_hub = self.args.push_to_hub, False  # what is pushed has to stay in its place
-        try:
-            with written_whole(run_dir) as folder:
-                self._partial_folder = folder
-                super()._save_checkpoint(model, trial)
-                if self.state.best_global_step == self.state.global_step:
-                    self.state.best_model_checkpoint = str(run_dir / name)
-                self._progress.complete_checkpoint(folder / name, self.settings())
-                place_once(folder / name, run_dir / name, self.accelerator)
-        finally:
-            self._partial_folder = None
-            self.args.push_to_hub = push
-        if push:
+        not_pushed = replaced(self.args, push_to_hub=False)  # before it is in its place
+        with not_pushed, written_whole(run_dir) as folder, replaced(self, _partial_folder=folder):
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(run_dir / name)
+            self._progress.complete_checkpoint(folder / name, self.settings())
+            place_once(folder / name, run_dir / name, self.accelerator)
+        if self.args.push_to_hub:
             self._push_from_checkpoint(str(run_dir / name))
         if self.args.should_save:
             best = self.state.best_model_checkpoint
@@ -810,7 +668,7 @@ class GradAugTrainer(Trainer):
             return super()._save(output_dir, state_dict)
         state_dict = model.state_dict() if state_dict is None else state_dict
         prefix = "" if network is model else f"{model.base_model_prefix}."
-        with self._saving(network):
+        with replaced(self, model=network, processing_class=None):  # the weights alone, not what wraps them
             super()._save(output_dir, plain_state({k.removeprefix(prefix): v for k, v in state_dict.items()}))
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
@@ -818,14 +676,9 @@ class GradAugTrainer(Trainer):
             save_configs(model, folder, names, self.processing_class, self.args.problem_type)
 
     @contextmanager
-    def _saving(self, network: nn.Module) -> Iterator[None]:
-        """Have `Trainer` save the weights of a timm model alone, rather than what wraps it."""
-        kept = self.model, self.processing_class
-        self.model, self.processing_class = network, None
-        try:
-            yield
-        finally:
-            self.model, self.processing_class = kept
+    def _as_saved(self) -> Iterator[None]:
+        """Give the model for a while the form in which it is saved, which a subclass may change."""
+        yield
 
     # ---- the Hub ----
 
@@ -862,17 +715,3 @@ class GradAugTrainer(Trainer):
             make_branch(self.args, self.hub_model_id, revision, token)
         with push_errors(self.args, self.hub_model_id, "was not pushed to", revision):
             return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
-
-
-@contextmanager
-def _label_smoothing_set_aside(args: TrainingArguments, model: nn.Module | None) -> Iterator[None]:
-    """Hide label smoothing, for which Trainer's constructor asks any model for the config of a PreTrainedModel."""
-    if isinstance(model, PreTrainedModel):
-        yield
-        return
-    factor = args.label_smoothing_factor
-    args.label_smoothing_factor = 0.0
-    try:
-        yield
-    finally:
-        args.label_smoothing_factor = factor

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer
 
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm
-from gradaug_hf.slimming.patching import is_slimmable
+from gradaug_hf.slimming.widths import is_slimmable
 from gradaug_hf.trainer.batches import as_evaluated, images_of
 from gradaug_hf.utils.randomness import random_states_kept, seed_everything
 
@@ -23,13 +23,6 @@ def evaluate_at_width(
     trainer: Trainer, width: float, eval_dataset: Any, ignore_keys: list[str] | None, prefix: str
 ) -> dict[str, float]:
     """Return the metrics of a trainer's model at a width.
-
-    Args:
-        trainer: a GradAugTrainer; its model is made slimmable if it is not yet.
-        width: width multiplier, in (0, 1].
-        eval_dataset: the images to evaluate on.
-        ignore_keys: as in `Trainer.evaluate`.
-        prefix: of the metrics' names.
 
     Raises:
         ValueError: the trainer has no `train_dataset`.

@@ -30,9 +30,6 @@ class BriefParser(ArgumentParser):
     def refuse(self, unknown: Sequence[str]) -> None:
         """End the process if there are words that no flag takes.
 
-        Args:
-            unknown: these words.
-
         Raises:
             SystemExit: there are some.
         """

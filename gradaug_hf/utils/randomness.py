@@ -39,11 +39,7 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global random numbers of Python, NumPy and torch on the CPU.
-
-    Args:
-        seed: at least 0.
-    """
+    """Seed the global random numbers of Python, NumPy and torch on the CPU."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)

@@ -14,21 +14,12 @@ PLACE = "    {fields}"
 
 
 def taken_from(kind: type, source: object) -> dict[str, Any]:
-    """Return the values that an object has for the fields of a dataclass, by name.
-
-    Args:
-        kind: the dataclass.
-        source: has an attribute of the name of each field.
-    """
+    """Return the values that an object has for the fields of a dataclass, by name."""
     return {f.name: getattr(source, f.name) for f in fields(kind)}
 
 
 def spelled_by(kind: type) -> Callable[[Function], Function]:
-    """Return a decorator that names the fields of a dataclass in a signature, in place of its `**settings`.
-
-    Args:
-        kind: the dataclass; fields that the function names itself are left out.
-    """
+    """Return a decorator that names the fields of a dataclass in a signature, in place of its `**settings`."""
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)

@@ -187,7 +187,7 @@ def test_without_subnetworks_training_is_that_of_torchvisions_losses(data, tmp_p
 def test_the_objective_has_the_settings_of_the_trainer(data, tmp_path):
     args = settings(tmp_path, subnet_interval=2, width_levels=3, max_width=0.9, kl_weight=WEIGHT, seed=3)
     trainer = DetectionTrainer(make_detector(), args, train_dataset=data)
-    gradaug = trainer._make_objective(trainer.model, make_batch(data)[0])
+    gradaug = trainer._subnets.begin(trainer.model, trainer.model, make_batch(data)[0], total_steps=1, full_loss=None)
     assert isinstance(gradaug, DetectionGradAug)
     sampler = gradaug.sampler
     assert (sampler.subnet_interval, sampler.width_levels, sampler.max_width, sampler.seed) == (2, 3, 0.9, 3)
@@ -237,7 +237,7 @@ def test_a_transform_of_images_alone_is_refused(data, tmp_path):
 
 def test_the_default_resolutions_are_shares_of_the_detectors_side(data, tmp_path):
     trainer = DetectionTrainer(make_detector(), settings(tmp_path), train_dataset=data)
-    assert trainer._resolutions == [64, 55, 46, 37]
+    assert trainer.subnet_sampler.resolutions == [64, 55, 46, 37]
 
 
 def test_evaluation_is_that_of_pycocotools_on_its_detections(write_coco, tmp_path):

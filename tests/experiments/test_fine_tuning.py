@@ -1,5 +1,7 @@
 import csv
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,8 +12,12 @@ import timm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from gradaug_hf.cli import main
+from gradaug_hf.experiments.arguments import as_flags
+from gradaug_hf.experiments.fine_tuning import make_plan
+from gradaug_hf.experiments.fine_tuning_arguments import parse
 from tests.helpers.checkpoints import save_network
 
+ROOT = Path(__file__).parents[2]
 COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "red": (200, 60, 60)}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 QUICK = "--num_train_epochs 1 --batch_size 8 --use_cpu --dataloader_num_workers 0 --disable_tqdm true --report_to none"
@@ -73,6 +79,81 @@ def test_preview_writes_examples_and_stops(monkeypatch, capsys, tmp_path, photos
     out = fine_tune(monkeypatch, tmp_path, backbone, f"--dataset_name {photos} --image_size 32 --preview")
     assert [str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()] == ["plots/examples.png"]
     assert "examples.png: look whether the labels are right" in capsys.readouterr().out
+
+
+def plan_of(folder: Path, model: str, photos: str, flags: str):
+    line = f"--model {model} --dataset_name {photos} --output_dir {folder} {QUICK} --compare {flags}"
+    args, config, comparison = parse(line.split())
+    return make_plan(args, config, comparison)
+
+
+def test_gradaug_is_compared_with_plain_training_as_long_and_at_equal_compute(tmp_path, photos, backbone):
+    flags = "--image_size 56 --num_train_epochs 10 --min_width 0.8 --seed 5 --seeds 2 --labels 8 24"
+    plan = plan_of(tmp_path, backbone, photos, flags)
+    # 1 + (1 + (6/7)² + (5/7)² + (4/7)²) / 4 times (0.64 + 2 (0.64 + 0.8 + 1) / 3) = 2.47
+    assert list(plan.rows) == ["plain", "plain, 25 epochs", "GradAug"]
+    assert plan.others == {"plain": "plain training", "plain, 25 epochs": "plain training of equal compute"}
+    assert (plan.row, plan.images) == ("GradAug", 6)
+    runs = {(run.row, run.column, run.seed): dict(run.settings) for run in plan.runs()}
+    assert len(runs) == 3 * 2 * 2
+    ours, longer = (runs[row, "8 labels", 6] for row in ("GradAug", "plain, 25 epochs"))
+    own = {"max_train_samples": 8, "eval_strategy": "no", "min_width": 0.8, "num_train_epochs": 10, "seed": 6}
+    assert own.items() <= ours.items() and "num_subnets" not in ours
+    assert (longer["num_subnets"], longer["num_train_epochs"]) == (0, 25) and "min_width" not in longer
+    assert all(parse(as_flags({**settings, "output_dir": "out"})) for settings in runs.values())
+
+
+def test_equal_compute_is_that_of_the_resolutions_that_the_model_takes(tmp_path, photos):
+    ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
+    flags = "--image_size 32 --num_train_epochs 10 --num_subnets 1"
+    with pytest.warns(UserWarning, match="takes images of 32 pixels alone"):
+        plan = plan_of(tmp_path / "out", str(tmp_path / "vit"), photos, flags)
+    assert "plain, 18 epochs" in plan.rows  # 1 + 0.9²
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--labels 100", "labels holds 100, but there are 24 images to train on"),
+        ("--labels 8 4", "batch_size is 8, but there are 4 images"),
+        ("--auto_augment strong", "auto_augment is 'strong', which timm cannot read"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_the_first_run(tmp_path, photos, backbone, flags, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(tmp_path, backbone, photos, f"--image_size 32 {flags}")
+
+
+@pytest.mark.slow
+def test_a_comparison_trains_each_run_in_a_process_of_its_own_and_ends_with_a_verdict(
+    monkeypatch, capfd, tmp_path, photos, backbone
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    flags = f"--dataset_name {photos} --image_size 32 --compare --seeds 1 --launch {shlex.quote(sys.executable)}"
+    out = fine_tune(monkeypatch, tmp_path, backbone, flags)
+    printed = capfd.readouterr().out
+    table = (out / "table.md").read_text()
+    assert table in printed and "3 runs, 0 of them finished before" in printed
+    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")] == [
+        "", "plain", "plain, 3 epochs", "GradAug", "", "GradAug over plain", "GradAug over plain, 3 epochs",
+    ]  # fmt: skip
+    assert re.search(
+        r"GradAug gains .* points over plain .* equal compute with one seed: not told apart; 6 evaluation images",
+        table,
+    )
+    records = json.loads((out / "summary.json").read_text())
+    assert [(r["row"], r["seed"], r["steps"]) for r in records] == [
+        ("plain", 42, 3),
+        ("plain, 3 epochs", 42, 9),
+        ("GradAug", 42, 3),
+    ]
+    card = (out / "GradAug-seed42" / "README.md").read_text()
+    assert "gradaug fine-tune --" in card and "--seed 42" in card
+    assert (out / "summary.png").is_file() and (out / "plain-seed42" / "classes.csv").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    fine_tune(monkeypatch, tmp_path, backbone, flags)
+    assert "3 runs, 3 of them finished before" in capfd.readouterr().out
 
 
 def test_two_folders_are_trained_and_evaluated_on_as_they_are(monkeypatch, capsys, tmp_path, photos, backbone):

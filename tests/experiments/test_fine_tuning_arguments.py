@@ -15,12 +15,12 @@ LINE = "--model backbone --dataset_name photos --use_cpu"
     ],
 )
 def test_learning_rate_is_in_proportion_to_the_batch_unless_given(flags: str, expected: float):
-    _, config = parse(f"{LINE} {flags}".split())
+    _, config, _ = parse(f"{LINE} {flags}".split())
     assert config.learning_rate == pytest.approx(expected)
 
 
 def test_defaults_are_those_of_fine_tuning():
-    args, config = parse(LINE.split())
+    args, config, _ = parse(LINE.split())
     assert (config.optim, config.lr_scheduler_type, config.warmup_steps) == ("adamw_torch", "cosine", 0.1)
     assert (config.num_subnets, config.min_width, config.label_smoothing_factor) == (3, 0.9, 0.1)
     assert (args.layer_decay, args.batch_size, args.freeze, args.method) == (0.75, 32, "none", "gradaug")
@@ -30,18 +30,28 @@ def test_names_of_transformers_example_are_taken():
     line = (
         "--model_name_or_path m --train_dir a --validation_dir b --image_column_name i --label_column_name l --use_cpu"
     )
-    args, _ = parse(line.split())
+    args, *_ = parse(line.split())
     found = (args.model, args.train_dir, args.validation_dir, args.image_column, args.label_column)
     assert found == ("m", "a", "b", "i", "l")
 
 
 def test_output_folder_names_model_data_and_seed():
-    _, config = parse(["--model", "timm/resnet50.a1_in1k", "--dataset_name", "my/photos", "--seed", "3", "--use_cpu"])
-    assert config.output_dir == "outputs/resnet50.a1_in1k-photos-seed3"
+    line = "--model timm/resnet50.a1_in1k --dataset_name my/photos --seed 3 --use_cpu"
+    assert parse(line.split())[1].output_dir == "outputs/resnet50.a1_in1k-photos-seed3"
+    assert parse(f"{line} --compare".split())[1].output_dir == "outputs/resnet50.a1_in1k-photos-compared"
+
+
+def test_runs_of_a_comparison_share_the_settings_that_are_given():
+    flags = "--compare --seeds 5 --seed 1 --output_dir out --launch python --min_width 0.8 --num_train_epochs 3"
+    _, config, comparison = parse(f"{LINE} {flags}".split())
+    assert comparison.settings == {
+        "model": "backbone", "dataset_name": "photos", "use_cpu": True, "min_width": 0.8, "num_train_epochs": 3.0,
+    }  # fmt: skip
+    assert (comparison.seeds, comparison.launch, config.seed) == (5, "python", 1)
 
 
 def test_a_frozen_backbone_has_no_sub_networks():
-    args, config = parse(f"{LINE} --freeze backbone".split())
+    args, config, _ = parse(f"{LINE} --freeze backbone".split())
     assert (config.num_subnets, args.method) == (0, "plain")
 
 
@@ -61,6 +71,22 @@ def test_a_frozen_backbone_has_no_sub_networks():
         (f"{LINE} --random_erasing -1", "random_erasing is -1.0; it must be in [0, 1]"),
         (f"{LINE} --image_size 0", "image_size is 0; it must be at least 1"),
         (f"{LINE} --max_train_samples 0", "max_train_samples is 0; it must be at least 1"),
+        (f"{LINE} --lora_rank 0", "lora_rank is 0; it must be at least 1"),
+        (f"{LINE} --lora_rank 4 --freeze backbone", "lora_rank is 4; it must be left out with freeze 'backbone'"),
+        (f"{LINE} --seeds 5", "seeds is 5 without compare, which it is for; add --compare"),
+        (f"{LINE} --labels 5", "labels is [5] without compare"),
+        (f"{LINE} --compare --seeds 0", "seeds is 0; it must be at least 1"),
+        (f"{LINE} --compare --labels 10 0", "labels is [10, 0]; it must be a list of numbers of at least 1"),
+        (f"{LINE} --compare --labels 10 --max_train_samples 9", "labels and max_train_samples are both given"),
+        (f"{LINE} --compare --num_subnets 0", "num_subnets is 0, which trains without sub-networks, and compare is"),
+        (
+            f"{LINE} --compare --freeze backbone",
+            "freeze is 'backbone', which trains without sub-networks, and compare",
+        ),
+        (f"{LINE} --compare --resume_from_checkpoint last", "resume_from_checkpoint is 'last', which concerns one"),
+        (f"{LINE} --compare --preview", "preview is True, which concerns one training, and compare is True"),
+        (f"{LINE} --compare --push_to_hub", "push_to_hub is True, which concerns one training"),
+        (f"{LINE} --compare --overwrite_output_dir", "overwrite_output_dir is True, which concerns one training"),
     ],
 )
 def test_what_is_out_of_range_or_contradicts_is_refused_by_name(line: str, message: str):

@@ -146,7 +146,7 @@ def test_table_shows_means_deviations_and_gains_over_the_first_row(recipe, tmp_p
     assert table in capsys.readouterr().out
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]] == [
         ["plain", "2", "51.00 ± 1.41", "", "20", "1.00"],
-        ["ours", "2", "61.00 ± 1.41", "10.00 ± 0.00", "20", "2.70"],
+        ["ours", "2", "61.00 ± 1.41", "+10.00 ± 0.00", "20", "2.70"],
     ]
     records = json.loads((tmp_path / "runs" / "summary.json").read_text())
     assert [(r["row"], r["seed"], r["top1"]) for r in records] == [

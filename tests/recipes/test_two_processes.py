@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
+from safetensors.torch import load_file
 
+from gradaug_hf.cli import main
+from tests.helpers.checkpoints import save_images, save_network
 from tests.recipes.conftest import QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -58,3 +62,32 @@ def test_quickstart_trains_in_two_processes(tmp_path):
     assert [(run["method"], run["steps"]) for run in runs] == [("plain", 1), ("gradaug", 1)]
     assert printed.count("| gradaug ") == 1
     assert printed.count("in a new process: top-1") == 1
+
+
+@pytest.mark.slow
+def test_fine_tuning_in_two_processes_is_that_of_one(tmp_path, monkeypatch, capsys):
+    photos = save_images(tmp_path / "photos", 8, num_classes=2)
+    for file in sorted((tmp_path / "photos" / "train" / "class1").iterdir())[:4]:
+        file.unlink()  # 12 are left, of which the classes have weights 0.75 and 1.5
+    flags = (
+        f"--model {save_network(tmp_path / 'vit', 0, 5, 'test_vit')} --dataset_name {photos} --image_size 32 "
+        "--batch_size 4 --num_train_epochs 2 --optim sgd --learning_rate 0.1 --ema_decay 0.5 --class_weights balanced "
+        "--use_cpu --dataloader_num_workers 0 --resolutions 32 16 --min_width 0.5 --output_dir"
+    )
+    printed = launch("fine_tune", f"{flags} {tmp_path / 'two'}")
+    assert printed.count("wrote the model and results.json") == printed.count("wrote classes.csv") == 1
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "fine_tune.py", raising=False)
+    main(["fine-tune", *flags.split(), str(tmp_path / "one")])
+    for file in ("model.safetensors", "checkpoint-6/model.safetensors", "checkpoint-6/ema.safetensors"):
+        found, expected = (load_file(tmp_path / run / file) for run in ("two", "one"))
+        for name, tensor in expected.items():
+            torch.testing.assert_close(
+                found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    averaged, trained = (
+        load_file(tmp_path / "two" / file) for file in ("model.safetensors", "checkpoint-6/model.safetensors")
+    )
+    assert not torch.equal(averaged["head.weight"], trained["head.weight"])
+    runs = {run: json.loads((tmp_path / run / "results.json").read_text())["runs"][0] for run in ("one", "two")}
+    assert runs["one"]["top1"] == runs["two"]["top1"] and runs["two"]["steps"] == 6
+    assert (tmp_path / "one" / "classes.csv").read_text() == (tmp_path / "two" / "classes.csv").read_text()

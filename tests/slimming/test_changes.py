@@ -23,7 +23,7 @@ from gradaug_hf.slimming import (
     unpatch,
 )
 from gradaug_hf.slimming.depth import make_droppable
-from gradaug_hf.slimming.patching import is_slimmable, num_droppable_blocks
+from gradaug_hf.slimming.widths import is_slimmable, num_droppable_blocks
 
 WIDTH = 0.5
 

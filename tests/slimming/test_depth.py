@@ -21,7 +21,7 @@ from gradaug_hf.slimming import (
     subnet_pass,
 )
 from gradaug_hf.slimming.depth import find_shortcuts, make_droppable
-from gradaug_hf.slimming.patching import num_droppable_blocks
+from gradaug_hf.slimming.widths import num_droppable_blocks
 from tests.helpers.residual_network import gradients_by_hand, make_network, narrow_forward, resize_by_hand
 
 BLOCKS = ["block1", "block2", "block3"]

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradaug_hf.slimming import make_slimmable, slicing_report
-from gradaug_hf.slimming.patching import subnet_pass
 from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm, CpuSyncBatchNormAct, synchronise_batchnorm
+from gradaug_hf.slimming.widths import subnet_pass
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.trainer import GradAugTrainer
 

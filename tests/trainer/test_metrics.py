@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
-from gradaug_hf.trainer.metrics import RunningMeans, mean_average_precision, topk_accuracy
+from gradaug_hf.trainer.metrics import mean_average_precision, topk_accuracy
+from gradaug_hf.trainer.running_means import RunningMeans
 
 
 def test_top1_and_top5_count_the_labels_among_the_largest_logits():

@@ -1,7 +1,7 @@
 """Arguments, data, models and accuracy of the recipes that evaluate trained models."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from datasets import DatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.data.decoding import with_pixels
 from gradaug_hf.data.loading import check_one_class, class_names, load_image_data, take_images
@@ -43,25 +44,19 @@ class EvaluationArguments(DataArguments):
         ValueError: a field is out of its range.
     """
 
-    model: list[str] = field(
-        metadata={
-            "help": (
-                "Trained models: Hub ids or folders of timm or transformers, or names of timm's pretrained ones. "
-                "May be given several times."
-            ),
-            "action": "extend",
-        }
+    model: list[str] = HfArg(
+        help="Trained models: Hub ids or folders of timm or transformers, or names of timm's pretrained ones. May "
+        "be given several times.",
+        metadata={"action": "extend"},
     )
-    dataset_name: str = field(
-        metadata={"help": "Hub id, parquet file, folder of parquet files, or folder of images sorted by class."}
+    dataset_name: str = HfArg(
+        help="Hub id, parquet file, folder of parquet files, or folder of images sorted by class."
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the images in pixels; by default that of the models."}
-    )
-    batch_size: int = field(default=50, metadata={"help": "Images in a batch, on each process."})
-    num_workers: int = field(default=2, metadata={"help": "Processes that read images, for each process."})
-    seed: int = field(default=0, metadata={"help": "Seed of images and corruptions."})
-    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder for everything that is written."})
+    image_size: int | None = HfArg(default=None, help="Side of the images in pixels; by default that of the models.")
+    batch_size: int = HfArg(default=50, help="Images in a batch, on each process.")
+    num_workers: int = HfArg(default=2, help="Processes that read images, for each process.")
+    seed: int = HfArg(default=0, help="Seed of images and corruptions.")
+    output_dir: str = HfArg(default="outputs/evaluation", help="Folder for everything that is written.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,11 +73,6 @@ class EvaluationArguments(DataArguments):
 
 def parse_evaluation(kind: type[Arguments], description: str | None, argv: Sequence[str]) -> Arguments:
     """Return the arguments of a run.
-
-    Args:
-        kind: dataclass of the arguments.
-        description: shown by --help.
-        argv: flags.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -123,19 +113,11 @@ class Evaluation:
             model.to(self.accelerator.device)
 
     def images(self, split: str) -> Dataset:
-        """Return examples of `pixel_values`, a uint8 tensor (3, side, side), and `labels`, an int.
-
-        Args:
-            split: `train` or `eval`.
-        """
+        """Return examples of `pixel_values`, a uint8 tensor (3, side, side), and `labels`, an int."""
         return with_pixels(self.data[split], pixel_transform(self.side))
 
     def measurements(self, name: str, **settings: Any) -> Measurements:
         """Return the measurements kept in a file of the output folder.
-
-        Args:
-            name: of the file.
-            settings: on which the measurements depend beside those of `EvaluationArguments`.
 
         Raises:
             ValueError: the file holds measurements with other settings.
@@ -151,12 +133,7 @@ class Evaluation:
         )
 
     def batches(self, images: Dataset, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this process's batches of pixels (N, 3, side, side) in 0..1 and labels (N,), with a progress bar.
-
-        Args:
-            images: examples of `pixel_values` and `labels`.
-            description: shown by the bar.
-        """
+        """Yield this process's batches of pixels (N, 3, side, side) in 0..1 and labels (N,), with a progress bar."""
         loader = DataLoader(images, self.args.batch_size, num_workers=self.args.num_workers)
         loader = self.accelerator.prepare_data_loader(loader)
         for batch in tqdm(loader, description, leave=False, disable=not self.accelerator.is_main_process):
@@ -170,13 +147,7 @@ class Evaluation:
     def accuracies(
         self, models: Mapping[str, nn.Module], images: Dataset, description: str
     ) -> dict[str, tuple[float, float | None]]:
-        """Measure top-1 and, with more than five classes, top-5 accuracy in 0..1 of models that see the same pixels.
-
-        Args:
-            models: of pixels in 0..1, by name.
-            images: examples of `pixel_values` and `labels`.
-            description: shown by the progress bar.
-        """
+        """Measure top-1 and, with more than five classes, top-5 accuracy of models that see the same pixels."""
         hits: dict[str, list[Tensor]] = {name: [] for name in models}
         for pixels, labels in self.batches(images, description):
             for name, model in models.items():
@@ -222,10 +193,6 @@ def _common_side(models: Mapping[str, PixelNetwork]) -> int:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return the short name of each model or dataset for tables and plots: a folder's last part if that is unique.
-
-    Args:
-        names: folders or Hub ids, all different.
-    """
+    """Return the short name of each model or dataset for tables and plots: a folder's last part if that is unique."""
     short = [Path(name).resolve().name if Path(name).exists() else name for name in names]
     return {name: own if short.count(own) == 1 else name for name, own in zip(names, short, strict=True)}

@@ -25,9 +25,6 @@ WITH_SEED = ("impulse_noise", "glass_blur")
 def check_corruptions(side: int) -> None:
     """Make sure that images can be corrupted, and compile what the library compiles, before workers are forked.
 
-    Args:
-        side: of the images in pixels.
-
     Raises:
         ValueError: the library is not there, or the images are too small for it.
     """

@@ -53,22 +53,13 @@ class Measurements:
         return [model for model in self.weights if name not in self.of(model)]
 
     def add(self, name: str, values: Mapping[str, Any]) -> None:
-        """Keep a measurement of some models.
-
-        Args:
-            name: of the measurement.
-            values: model -> what JSON can hold.
-        """
+        """Keep a measurement of some models."""
         for model, value in values.items():
             self.of(model)[name] = value
         self.write()
 
     def write(self, **summary: Any) -> None:
-        """Write the file anew, in one piece.
-
-        Args:
-            summary: what else to write to it, by name.
-        """
+        """Write the file anew, in one piece."""
         if not self._writes:
             return
         content = {**run_context(self.settings, self.device), "models": self._models, **summary}

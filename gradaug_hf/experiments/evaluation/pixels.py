@@ -40,10 +40,6 @@ class PixelNetwork(nn.Module):
 def load_pixel_network(model: str, num_classes: int) -> PixelNetwork:
     """Load a trained model to evaluate: on pixels, in eval mode and float32, without gradients of its parameters.
 
-    Args:
-        model: as for `gradaug_hf.hub.networks.load_network`.
-        num_classes: of the dataset.
-
     Raises:
         ValueError: there is no such model, it has another number of classes, or does not say how its images are
             normalised.
@@ -67,9 +63,6 @@ def pixel_transform(side: int) -> Transform:
     """Make ImageNet-C's transform: the short side resized to 8/7 of `side`, then the centre, a square of `side`.
 
     Up to 96 pixels the short side is resized to `side` itself.
-
-    Args:
-        side: of the square in pixels.
 
     Returns:
         Function of an RGB image that returns a uint8 tensor (3, side, side).

@@ -54,11 +54,7 @@ def corruption_condition(name: str, severity: int) -> str:
 
 
 def corruption_errors(errors: Errors) -> dict[str, float]:
-    """Return the top-1 error in 0..1 of each corruption, averaged over its severities.
-
-    Args:
-        errors: name of the condition -> top-1 error in 0..1.
-    """
+    """Return the top-1 error in 0..1 of each corruption, averaged over its severities."""
     return {
         name: sum(errors[corruption_condition(name, severity)] for severity in SEVERITIES) / len(SEVERITIES)
         for name in CORRUPTIONS
@@ -73,10 +69,6 @@ def mean_error(errors: Errors) -> float:
 def mean_corruption_error(errors: Errors, baseline: Errors) -> float | None:
     """Return the mCE of arXiv 1903.12261: each corruption's errors over those of a baseline, averaged over them.
 
-    Args:
-        errors: of the model: name of the condition -> top-1 error in 0..1.
-        baseline: of the baseline.
-
     Returns:
         1 for a model as robust as the baseline; None where the baseline makes no error under a corruption.
     """
@@ -89,14 +81,7 @@ def mean_corruption_error(errors: Errors, baseline: Errors) -> float | None:
 def robustness_table(
     errors: Mapping[str, Errors], epsilons: Sequence[float], corruptions: bool, baseline: str | None
 ) -> str:
-    """Return errors of models side by side as a Markdown table.
-
-    Args:
-        errors: model -> name of the condition -> top-1 error in 0..1.
-        epsilons: of the fast gradient sign method.
-        corruptions: whether the models were measured under the corruptions.
-        baseline: the model that mCE is relative to; None leaves it out.
-    """
+    """Return errors of models side by side as a Markdown table."""
 
     def row(label: str, values: Sequence[float | None]) -> list[str]:
         return [label, *("-" if value is None else f"{100 * value:.2f}" for value in values)]
@@ -120,13 +105,6 @@ def plot_robustness(
     """Plot the errors of models side by side: against epsilon, against severity, and of each corruption.
 
     Networks differ in line style, marker and lightness, so that colour need not be seen.
-
-    Args:
-        errors: model -> name of the condition -> top-1 error in 0..1.
-        epsilons: of the fast gradient sign method.
-        corruptions: whether the models were measured under the corruptions.
-        file: PNG file to write.
-        title: Title of the plot.
     """
     from matplotlib.figure import Figure
 

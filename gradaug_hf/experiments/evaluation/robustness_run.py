@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.data.decoding import UnreadableImageError
 from gradaug_hf.experiments.evaluation.comparison import (
@@ -37,17 +38,15 @@ JSON, PLOT = "robustness.json", "robustness.png"
 
 @dataclass(kw_only=True)
 class RobustnessArguments(EvaluationArguments):
-    baseline: str | None = field(
-        default=None, metadata={"help": "Model that the mean corruption error is relative to; default: none is."}
+    baseline: str | None = HfArg(
+        default=None, help="Model that the mean corruption error is relative to; default: none is."
     )
-    epsilon: list[float] = field(
+    epsilon: list[float] = HfArg(
         default_factory=lambda: [0.002, 0.004, 0.008, 0.016, 0.032],
-        metadata={"help": "How far FGSM moves each pixel, of pixels in 0..1."},
+        help="How far FGSM moves each pixel, of pixels in 0..1.",
     )
-    corruptions: bool = field(
-        default=True, metadata={"help": "Whether to measure the 15 corruptions at their 5 severities."}
-    )
-    output_dir: str = field(default="outputs/robustness", metadata={"help": "Folder for everything that is written."})
+    corruptions: bool = HfArg(default=True, help="Whether to measure the 15 corruptions at their 5 severities.")
+    output_dir: str = HfArg(default="outputs/robustness", help="Folder for everything that is written.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,11 +55,7 @@ class RobustnessArguments(EvaluationArguments):
 
 
 def main(description: str | None = None) -> None:
-    """Measure the errors of trained models under attacks and corruptions.
-
-    Args:
-        description: shown by `--help`, above the flags.
-    """
+    """Measure the errors of trained models under attacks and corruptions."""
     with errors_as_messages(OSError, ValueError):
         join_processes()
         args = parse_evaluation(RobustnessArguments, description, sys.argv[1:])

@@ -43,10 +43,6 @@ def cpu_latency(model: nn.Module, side: int) -> tuple[float, float]:
     """Return median and interquartile range of the time of one image on one CPU thread, in milliseconds.
 
     It is the time that the thread computes, which on an idle machine is the latency; other work does not add to it.
-
-    Args:
-        model: on the CPU, in eval mode.
-        side: of the image (1, 3, side, side) in pixels.
     """
     images = torch.rand(1, 3, side, side)
     timer = Timer("model(images)", timer=thread_time, globals={"model": model, "images": images})
@@ -55,11 +51,7 @@ def cpu_latency(model: nn.Module, side: int) -> tuple[float, float]:
 
 
 def widths_side_by_side(results: Mapping[str, Mapping[float, WidthResult]]) -> str:
-    """Return results as a Markdown table, those of a width below each other.
-
-    Args:
-        results: model -> width -> what it came to; all models have the same widths.
-    """
+    """Return results as a Markdown table, those of a width below each other."""
     header = ("model", "width", "top-1 %", "top-5 %", "multiply-adds (M)", "parameters (k)", "ms per image")
     rows = [
         (
@@ -81,11 +73,6 @@ def plot_widths(results: Mapping[str, Mapping[float, WidthResult]], file: Path, 
     """Plot top-1 accuracy against width, multiply-adds, parameters and latency, a curve for each model.
 
     Curves differ in line style, marker and lightness, so that colour need not be seen.
-
-    Args:
-        results: model -> width -> what it came to.
-        file: PNG file to write.
-        title: Title of the plot.
     """
     from matplotlib.figure import Figure
 

@@ -4,11 +4,12 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.data.decoding import UnreadableImageError, with_pixels
 from gradaug_hf.data.loading import take_images
@@ -36,19 +37,15 @@ CALIBRATION_BATCH = 128
 
 @dataclass(kw_only=True)
 class WidthArguments(EvaluationArguments):
-    widths: list[float] = field(
+    widths: list[float] = HfArg(
         default_factory=lambda: [1.0, 0.9, 0.8, 0.7, 0.6, 0.5],
-        metadata={"help": "Width multipliers to evaluate at, each in (0, 1]."},
+        help="Width multipliers to evaluate at, each in (0, 1].",
     )
-    width_divisor: int = field(
-        default=1, metadata={"help": "Numbers of channels are rounded to the nearest multiple of it."}
+    width_divisor: int = HfArg(default=1, help="Numbers of channels are rounded to the nearest multiple of it.")
+    export: float | None = HfArg(
+        default=None, help="Width multiplier at which the sub-network of each model is written."
     )
-    export: float | None = field(
-        default=None, metadata={"help": "Width multiplier at which the sub-network of each model is written."}
-    )
-    output_dir: str = field(
-        default="outputs/subnet_widths", metadata={"help": "Folder for everything that is written."}
-    )
+    output_dir: str = HfArg(default="outputs/subnet_widths", help="Folder for everything that is written.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,11 +55,7 @@ class WidthArguments(EvaluationArguments):
 
 
 def main(description: str | None = None) -> None:
-    """Measure the sub-networks of trained models at several widths.
-
-    Args:
-        description: shown by `--help`, above the flags.
-    """
+    """Measure the sub-networks of trained models at several widths."""
     with errors_as_messages(OSError, ValueError):
         join_processes()
         args = parse_evaluation(WidthArguments, description, sys.argv[1:])

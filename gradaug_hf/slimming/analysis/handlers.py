@@ -1,7 +1,6 @@
 """Derive the axes of an ATen operation's result from those of its arguments: one small handler for each kind."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from timm import layers
@@ -21,7 +20,7 @@ from gradaug_hf.slimming.analysis.axes import (
     tie,
     unflatten,
 )
-from gradaug_hf.slimming.analysis.tracing import Axes, Call, Product, Trace, refuse, register_layer, tensors_in
+from gradaug_hf.slimming.analysis.tracing import Axes, Call, Trace, tensors_in
 
 aten = torch.ops.aten
 Handler = Callable[[Trace, Call], None]
@@ -51,18 +50,20 @@ def operations(*names: str) -> list[torch._ops.OpOverloadPacket]:
     return [getattr(aten, name) for name in names if hasattr(aten, name)]
 
 
-def _set_out(trace: Trace, call: Call, *axes: Axis) -> None:
+def set_out(trace: Trace, call: Call, *axes: Axis) -> None:
+    """Give an operation's only result its axes."""
     trace.set_axes(tensors_in(call.out)[0], axes)
 
 
-def _fix_others(trace: Trace, call: Call, kept: Sequence[int], axes: Axes, why: str) -> None:
+def fix_others(trace: Trace, call: Call, kept: Sequence[int], axes: Axes, why: str) -> None:
     """Keep all dimensions whole but the named ones."""
     for dim, axis in enumerate(axes):
         if dim not in kept:
             fix(axis, f"{why} ({call.reason})")
 
 
-def _fresh_like(size: int) -> Axis:
+def free_axis(size: int) -> Axis:
+    """Return an axis that is tied to nothing yet."""
     return axis_of(Unit(size))
 
 
@@ -103,13 +104,13 @@ handles(
 @handles(*operations("copy_"))
 def copy(trace: Trace, call: Call) -> None:
     target, source = call.args[:2]
-    _set_out(trace, call, *join(trace, call, [target, source], target.shape))
+    set_out(trace, call, *join(trace, call, [target, source], target.shape))
 
 
 @handles(*operations("empty", "zeros", "ones", "full", "arange", "rand", "randn", "scalar_tensor", "linspace", "eye"))
 def factory(trace: Trace, call: Call) -> None:
     """Keep channels whole that meet a tensor made from numbers."""
-    _set_out(trace, call, *(fixed(size, f"a constant of {call.reason}") for size in call.out.shape))
+    set_out(trace, call, *(fixed(size, f"a constant of {call.reason}") for size in call.out.shape))
 
 
 handles(*operations("new_empty", "new_zeros", "new_ones", "new_full"))(factory)
@@ -124,7 +125,7 @@ def view(trace: Trace, call: Call) -> None:
     axes, shape = list(trace.axes(source)), list(call.out.shape)
     viewed = regroup(axes, list(source.shape), shape, f"viewed in another shape by {call.reason}")
     trace.bind_sizes(call, viewed)
-    _set_out(trace, call, *viewed)
+    set_out(trace, call, *viewed)
 
 
 def regroup(axes: list[Axis], shape: list[int], new_shape: list[int], reason: str) -> list[Axis]:
@@ -156,7 +157,7 @@ def regroup(axes: list[Axis], shape: list[int], new_shape: list[int], reason: st
 @handles(*operations("permute"))
 def permute(trace: Trace, call: Call) -> None:
     axes = trace.axes(call.args[0])
-    _set_out(trace, call, *(axes[dim] for dim in call.args[1]))
+    set_out(trace, call, *(axes[dim] for dim in call.args[1]))
 
 
 @handles(*operations("transpose", "t", "transpose_"))
@@ -165,14 +166,14 @@ def transpose(trace: Trace, call: Call) -> None:
     if axes:
         first, second = call.args[1:3] if len(call.args) > 1 else (0, len(axes) - 1)
         axes[first], axes[second] = axes[second], axes[first]
-    _set_out(trace, call, *axes)
+    set_out(trace, call, *axes)
 
 
 @handles(*operations("unsqueeze", "unsqueeze_"))
 def unsqueeze(trace: Trace, call: Call) -> None:
     axes = list(trace.axes(call.args[0]))
     axes.insert(call.args[1] % (len(axes) + 1), fixed(1))
-    _set_out(trace, call, *axes)
+    set_out(trace, call, *axes)
 
 
 @handles(*operations("squeeze", "squeeze_"))
@@ -181,14 +182,14 @@ def squeeze(trace: Trace, call: Call) -> None:
     dims = call.args[1] if len(call.args) > 1 else range(source.ndim)
     dims = [dims] if isinstance(dims, int) else dims
     gone = {dim % source.ndim for dim in dims if source.shape[dim] == 1}
-    _set_out(trace, call, *(axis for dim, axis in enumerate(trace.axes(source)) if dim not in gone))
+    set_out(trace, call, *(axis for dim, axis in enumerate(trace.axes(source)) if dim not in gone))
 
 
 @handles(*operations("expand", "repeat"))
 def expand(trace: Trace, call: Call) -> None:
     source = call.args[0]
     axes = (*[fixed(1)] * (call.out.ndim - source.ndim), *trace.axes(source))
-    _set_out(
+    set_out(
         trace,
         call,
         *(
@@ -209,7 +210,7 @@ def cat(trace: Trace, call: Call) -> None:
     for axes in each[1:]:
         for other in set(range(call.out.ndim)) - {dim}:
             tie(each[0][other], axes[other], f"meets something whole in {call.reason}")
-    _set_out(trace, call, *each[0][:dim], concat([axes[dim] for axes in each]), *each[0][dim + 1 :])
+    set_out(trace, call, *each[0][:dim], concat([axes[dim] for axes in each]), *each[0][dim + 1 :])
 
 
 @handles(*operations("stack"))
@@ -217,7 +218,7 @@ def stack(trace: Trace, call: Call) -> None:
     tensors = call.args[0]
     axes = list(join(trace, call, tensors, tensors[0].shape))
     axes.insert(call.arg(1, "dim", 0) % call.out.ndim, fixed(len(tensors)))
-    _set_out(trace, call, *axes)
+    set_out(trace, call, *axes)
 
 
 @handles(*operations("select", "unbind"))
@@ -247,7 +248,7 @@ def take_slice(trace: Trace, call: Call) -> None:
         pieces = split(axes[dim], [n for n in sizes if n], f"cut by {call.reason}")
         trace.bind_sizes(call, [*pieces, axes[dim]])
         axes[dim] = pieces[1 if start else 0] if kept else fixed(0)
-    _set_out(trace, call, *axes)
+    set_out(trace, call, *axes)
 
 
 @handles(*operations("split", "split_with_sizes", "chunk"))
@@ -268,12 +269,12 @@ def index(trace: Trace, call: Call) -> None:
     source, indices = call.args
     axes = trace.axes(source)
     looked_up = [dim for dim, idx in enumerate(indices) if idx is not None]
-    _fix_others(trace, call, [dim for dim in range(source.ndim) if dim not in looked_up], axes, "looked up")
+    fix_others(trace, call, [dim for dim in range(source.ndim) if dim not in looked_up], axes, "looked up")
     consecutive = looked_up == list(range(looked_up[0], looked_up[-1] + 1))
     rest = [axis for dim, axis in enumerate(axes) if dim not in looked_up]
     new = [fixed(size) for size in torch.broadcast_shapes(*(indices[dim].shape for dim in looked_up))]
     at = looked_up[0] if consecutive else 0
-    _set_out(trace, call, *rest[:at], *new, *rest[at:])
+    set_out(trace, call, *rest[:at], *new, *rest[at:])
 
 
 @handles(*operations("constant_pad_nd"))
@@ -292,8 +293,8 @@ def pad(trace: Trace, call: Call) -> None:
             fix(axis, f"padded with a number by {call.reason}")
         elif sum(map(len, axis)) > 1:
             fix(axis, f"padded behind several pieces by {call.reason}")
-        axes[dim] = _fresh_like(call.out.shape[dim]) if free_units([axis]) else fixed(call.out.shape[dim])
-    _set_out(trace, call, *axes)
+        axes[dim] = free_axis(call.out.shape[dim]) if free_units([axis]) else fixed(call.out.shape[dim])
+    set_out(trace, call, *axes)
 
 
 # Reductions and space ------------------------------------------------------------------------------------------------
@@ -319,7 +320,7 @@ def reduce(trace: Trace, call: Call) -> None:
     gone = {dim % source.ndim for dim in dims} if source.ndim else set()
     axes = trace.axes(source)
     if not isinstance(call.module, NORMS_OVER_CHANNELS):
-        _fix_others(trace, call, [dim for dim in range(source.ndim) if dim not in gone], axes, "reduced over channels")
+        fix_others(trace, call, [dim for dim in range(source.ndim) if dim not in gone], axes, "reduced over channels")
     for result in tensors_in(call.out):
         keepdim = result.ndim == source.ndim
         kept = [fixed(1) if dim in gone else axis for dim, axis in enumerate(axes) if keepdim or dim not in gone]
@@ -349,7 +350,7 @@ def spatial(trace: Trace, call: Call) -> None:
     """Pool, resize or pad the last dimensions, as many as the operation's name says."""
     axes = trace.axes(call.args[0])
     space = 1 if "1d" in call.name else 2
-    _fix_others(trace, call, range(len(axes) - space), axes, "pooled or resized over channels")
+    fix_others(trace, call, range(len(axes) - space), axes, "pooled or resized over channels")
     for result in tensors_in(call.out):
         trace.set_axes(result, (*axes[:-space], *(fixed(size) for size in result.shape[-space:])))
 
@@ -358,9 +359,9 @@ def spatial(trace: Trace, call: Call) -> None:
 def unfold(trace: Trace, call: Call) -> None:
     """Make columns of windows: each channel becomes the positions of the window."""
     axes = trace.axes(call.args[0])
-    _fix_others(trace, call, (0, 1), axes, "unfolded")
+    fix_others(trace, call, (0, 1), axes, "unfolded")
     positions = fixed(call.out.shape[1] // axis_size(axes[1]))
-    _set_out(trace, call, axes[0], product([axes[1], positions]), fixed(call.out.shape[2]))
+    set_out(trace, call, axes[0], product([axes[1], positions]), fixed(call.out.shape[2]))
 
 
 @handles(*operations("col2im"))
@@ -369,184 +370,4 @@ def fold(trace: Trace, call: Call) -> None:
     channels = call.out.shape[1]
     inner = unflatten(axes[1], [channels, axis_size(axes[1]) // channels], f"folded by {call.reason}")
     fix(inner[1], f"folded by {call.reason}")
-    _set_out(trace, call, axes[0], inner[0], *(fixed(size) for size in call.out.shape[2:]))
-
-
-# Layers --------------------------------------------------------------------------------------------------------------
-
-
-@handles(*operations("convolution"))
-def convolution(trace: Trace, call: Call) -> None:
-    source, weight, bias = call.args[:3]
-    transposed, groups = call.args[6], call.args[8]
-    if transposed and groups > 1:
-        return refuse(trace, call, "a transposed convolution with groups is not followed")
-    axes, weight_axes = trace.axes(source), trace.axes(weight)
-    _fix_others(trace, call, (0, 1), axes, "convolved over")
-    _fix_others(trace, call, (0, 1), weight_axes, "")
-    if transposed:
-        weight_axes = (weight_axes[1], weight_axes[0], *weight_axes[2:])
-    if groups == 1:
-        tie(axes[1], weight_axes[1], call.reason)
-    else:
-        _tie_groups(trace, call, axes[1], weight_axes, groups)
-    if bias is not None:
-        tie(trace.axes(bias)[0], weight_axes[0], call.reason)
-    trace.bind(call.module, "in_channels", axes[1])
-    trace.bind(call.module, "out_channels", weight_axes[0])
-    _set_out(trace, call, axes[0], weight_axes[0], *(fixed(size) for size in call.out.shape[2:]))
-    space = source.shape[2:] if transposed else call.out.shape[2:]
-    sizes = [fixed(size) for size in (*space, *weight.shape[2:])]
-    trace.products.append(Product(call.module_name, [axes[0], weight_axes[0], weight_axes[1], *sizes]))
-
-
-def _tie_groups(trace: Trace, call: Call, channels: Axis, weight_axes: Axes, groups: int) -> None:
-    """Tie a depthwise convolution's outputs to its inputs; keep the same positions in every group of another one."""
-    out_size, group_size = axis_size(weight_axes[0]), axis_size(weight_axes[1])
-    if group_size == 1:
-        multiplier = fixed(out_size // groups, "channels that share an input of a depthwise convolution")
-        tie(weight_axes[0], product([channels, multiplier]), call.reason)
-        trace.bind(call.module, "groups", channels)
-        return
-    whole = fixed(groups, "groups of a convolution")
-    tie(channels, product([whole, weight_axes[1]]), call.reason)
-    tie(weight_axes[0], product([whole, _fresh_like(out_size // groups)]), call.reason)
-
-
-@handles(*operations("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"))
-def batch_norm(trace: Trace, call: Call) -> None:
-    axes = trace.axes(call.args[0])
-    for tensor in call.args[1:5]:
-        if isinstance(tensor, torch.Tensor):
-            tie(axes[1], trace.axes(tensor)[0], call.reason)
-    trace.bind(call.module, "num_features", axes[1])
-    result, *statistics = tensors_in(call.out)
-    trace.set_axes(result, axes)
-    for statistic in statistics:
-        trace.set_axes(statistic, (axes[1],) if statistic.numel() else (fixed(0),))
-
-
-@handles(*operations("_weight_norm_interface"))
-def weight_norm(trace: Trace, call: Call) -> None:
-    """Slice the dimension of a weight that its norm is not taken over; keep the others whole."""
-    weight, gain = call.args[:2]
-    dim = call.arg(2, "dim", 0) % weight.ndim
-    axes = trace.axes(weight)
-    _fix_others(trace, call, (dim,), axes, "its norm is taken")
-    tie(axes[dim], trace.axes(gain)[dim], call.reason)
-    for result in tensors_in(call.out):
-        trace.set_axes(
-            result,
-            tuple(
-                axis if axis_size(axis) == size else fixed(size) for axis, size in zip(axes, result.shape, strict=True)
-            ),
-        )
-
-
-@handles(*operations("embedding"))
-def embedding(trace: Trace, call: Call) -> None:
-    """Look up rows of a table, which stay; the channels in them pass through."""
-    weight, indices = call.args[:2]
-    rows, channels = trace.axes(weight)
-    fix(rows, f"rows that are looked up by {call.reason}")
-    trace.bind(call.module, "embedding_dim", channels)
-    _set_out(trace, call, *trace.axes(indices), channels)
-
-
-@handles(*operations("native_layer_norm", "_fused_rms_norm"))
-def layer_norm(trace: Trace, call: Call) -> None:
-    """Take layer and RMS norms over the kept channels."""
-    source, shape = call.args[:2]
-    axes = trace.axes(source)
-    for tensor in call.args[2:4]:
-        if isinstance(tensor, torch.Tensor):
-            for axis, other in zip(axes[-len(shape) :], trace.axes(tensor), strict=True):
-                tie(axis, other, call.reason)
-    trace.bind(call.module, "normalized_shape", *axes[-len(shape) :])
-    result, *statistics = tensors_in(call.out)
-    trace.set_axes(result, axes)
-    for statistic in statistics:
-        trace.set_axes(statistic, (*axes[: -len(shape)], *[fixed(1)] * len(shape))[: statistic.ndim])
-
-
-@handles(*operations("native_group_norm"))
-def group_norm(trace: Trace, call: Call) -> None:
-    """Keep the same positions in every group, or with one channel a group the first groups."""
-    source, weight, bias = call.args[:3]
-    groups = call.args[6]
-    axes = trace.axes(source)
-    size = source.shape[1] // groups
-    if size > 1:
-        tie(axes[1], product([fixed(groups, "groups of a norm"), _fresh_like(size)]), call.reason)
-    else:
-        trace.bind(call.module, "num_groups", axes[1])
-    for tensor in (weight, bias):
-        if tensor is not None:
-            tie(axes[1], trace.axes(tensor)[0], call.reason)
-    trace.bind(call.module, "num_channels", axes[1])
-    result, *statistics = tensors_in(call.out)
-    trace.set_axes(result, axes)
-    for statistic in statistics:
-        trace.set_axes(statistic, (axes[0], axes[1] if size == 1 else fixed(groups)))
-
-
-@handles(*operations("mm", "addmm", "bmm", "baddbmm"))
-def matrix_product(trace: Trace, call: Call) -> None:
-    added, (left, right) = call.args[:-2], call.args[-2:]
-    left_axes, right_axes = trace.axes(left), trace.axes(right)
-    for a, b in zip(left_axes[:-2], right_axes[:-2], strict=True):
-        tie(a, b, call.reason)
-    tie(left_axes[-1], right_axes[-2], call.reason)
-    axes = (*left_axes[:-1], right_axes[-1])
-    trace.set_axes(call.out, axes)
-    for tensor in added:
-        join(trace, call, [call.out, tensor], call.out.shape)
-    trace.bind(call.module, "in_features", left_axes[-1])
-    trace.bind(call.module, "out_features", right_axes[-1])
-    trace.products.append(Product(call.module_name, [*axes, left_axes[-1]]))
-
-
-@register_layer(nn.RNNBase)
-def recurrent(trace: Trace, layer: nn.RNNBase, *inputs_and_output: Any) -> None:
-    """Keep LSTMs and their kin whole: their kernels take a list of weights that is made when they are built."""
-    reason = "a recurrent layer"
-    sequences, out = inputs_and_output[0], inputs_and_output[-1][0]
-    weights = list(layer.parameters())
-    for axis in (axis for tensor in (sequences, *weights) for axis in trace.axes(tensor)):
-        fix(axis, reason)
-    for tensor in tensors_in(inputs_and_output[-1]):
-        trace.set_axes(tensor, tuple(fixed(size, reason) for size in tensor.shape))
-    steps = fixed(out.numel() // out.shape[-1])
-    for matrix in (weight for weight in weights if weight.ndim == 2):
-        trace.products.append(Product(trace.name_of(layer), [steps, *trace.axes(matrix)]))
-
-
-@register_layer(nn.MultiheadAttention)
-def multihead_attention(trace: Trace, layer: nn.MultiheadAttention, *inputs_and_output: Any) -> None:
-    """Slice whole heads, also of what goes in and comes out: the forward takes their number from that size."""
-    sources, (out, *weights) = inputs_and_output[:3], inputs_and_output[-1]
-    reason = "an attention with keys or values of another size"
-    channels = trace.axes(sources[0])[-1]
-    heads, positions = unflatten(channels, [layer.num_heads, layer.head_dim], "heads of an attention")
-    fix(positions, "positions of a head")
-    if not layer._qkv_same_embed_dim:
-        fix(channels, reason)
-    for axis in (axis for tensor in (*sources, *layer.parameters()) for axis in trace.axes(tensor)):
-        if axis_size(axis) == layer.embed_dim:
-            tie(axis, channels, "meets something whole in an attention")
-        elif axis_size(axis) == 3 * layer.embed_dim:  # query, key and value behind each other
-            tie(axis, product([fixed(3), channels]), "meets something whole in an attention")
-        else:
-            fix(axis, reason)
-    for name in ("embed_dim", "kdim", "vdim"):
-        trace.bind(layer, name, channels)
-    trace.bind(layer, "num_heads", heads)
-    for name in ("in_features", "out_features"):
-        trace.bind(layer.out_proj, name, channels)
-    queries, keys = trace.axes(sources[0])[:-1], trace.axes(sources[1])[-2 if layer.batch_first else 0]
-    trace.set_axes(out, (*queries, channels))
-    for tensor in tensors_in(weights):
-        trace.set_axes(tensor, tuple(fixed(size, "weights of an attention") for size in tensor.shape))
-    for source in (*sources, sources[0]):  # the fourth projection is that of the output
-        trace.products.append(Product(trace.name_of(layer), [*trace.axes(source)[:-1], channels, channels]))
-    trace.products.extend([Product(trace.name_of(layer), [*queries, keys, channels])] * 2)
+    set_out(trace, call, axes[0], inner[0], *(fixed(size) for size in call.out.shape[2:]))

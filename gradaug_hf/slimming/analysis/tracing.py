@@ -98,6 +98,12 @@ def register_layer(cls: type[nn.Module]) -> Callable[[LayerHandler], LayerHandle
 
     Raises:
         TypeError: `cls` is not a module class.
+
+    Examples:
+        >>> @register_layer(Scale)  # a layer of your own, with a weight for each channel
+        ... def scale(trace, layer, images, output):
+        ...     trace.tie(trace.axes(layer.weight)[0], trace.axes(images)[1])
+        ...     trace.set_axes(output, trace.axes(images))
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_layer takes a subclass of torch.nn.Module, not {cls!r}")
@@ -177,6 +183,8 @@ class Trace(TorchDispatchMode):
                 if id(tensor) not in self._axes:
                     whole = "a table of indices or positions" if _is_table(module, name) else None
                     new = tuple(axis_of(Unit(size, whole)) for size in tensor.shape)
+                    if "lora_A" in module_name.split("."):  # so that merging changes no sub-network
+                        fix(new[0], "the rank of an adapter")
                     self.set_axes(tensor, self.stored.get(key, new))
                 self.stored[key] = self._axes[id(tensor)]
 

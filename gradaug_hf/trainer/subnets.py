@@ -1,0 +1,123 @@
+"""The sub-networks of a training: what they leave out and see is settled before any long work."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import DataCollator
+
+from gradaug_hf.objective.objective import GradAug, ObjectiveSettings
+from gradaug_hf.objective.resolutions import ResolutionTrial
+from gradaug_hf.objective.sampling import Subnet, SubnetSampler
+from gradaug_hf.objective.transforms import ImageTransform
+from gradaug_hf.reports.plots import IMAGES_SHOWN, SeenBatch
+from gradaug_hf.trainer.batches import split_batch
+from gradaug_hf.trainer.checks import check_checkpointing, check_train_dataset
+from gradaug_hf.trainer.config import GradAugConfig
+from gradaug_hf.trainer.own_loss import FullLoss, OwnLossGradAug
+from gradaug_hf.trainer.preparation import leave_out_anything, make_subnets_possible
+from gradaug_hf.utils.randomness import random_states_kept
+from gradaug_hf.utils.settings import taken_from
+
+
+class TrainingSubnets:
+    """Prepare a model for its sub-networks, and make the objective that trains them.
+
+    Args:
+        args: the settings.
+        sampler: samples the sub-networks; None: as the settings say.
+        transform: changes the images of a sub-network before they are resized.
+        teacher: another model that the sub-networks learn from.
+    """
+
+    objective_class: type[GradAug] = GradAug
+
+    def __init__(
+        self,
+        args: GradAugConfig,
+        sampler: SubnetSampler | None = None,
+        transform: ImageTransform | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.args = args
+        self.given_sampler = sampler
+        self.transform = transform
+        self.teacher = teacher
+        self.objective: GradAug | None = None  # of the training under way
+        self.resolutions: list[int] | None = None  # None until they are settled
+        self.trial: ResolutionTrial | None = None  # of the model that was prepared
+
+    @property
+    def sampler(self) -> SubnetSampler:
+        """The sampler of the sub-networks."""
+        if self.objective is not None:
+            return self.objective.sampler
+        resolutions = self.resolutions or self.args.resolutions
+        return self.given_sampler or SubnetSampler.from_settings(self.args, resolutions=resolutions)
+
+    def prepare(self, model: nn.Module, dataset: Any, collate: DataCollator) -> None:
+        """Make a model slimmable and droppable, as its sub-networks need it, and settle their resolutions.
+
+        Raises:
+            ValueError: the settings, the model and the images do not fit each other.
+        """
+        check_train_dataset(dataset)
+        check_checkpointing(model, self.args)
+        mode = getattr(self.given_sampler or self.args, "subnet_mode", "width")
+        make_subnets_possible(model, self.args, mode)
+        self.trial = ResolutionTrial(model)
+        if dataset is None or isinstance(dataset, IterableDataset):
+            self.trial.check(self._given_resolutions)
+            return
+        with random_states_kept():
+            batch = collate([dataset[0]] * 2)  # some collators need an even number
+        self._settle_resolutions(model, split_batch(batch)[0])
+
+    @property
+    def _given_resolutions(self) -> list[int]:
+        return list(getattr(self.given_sampler or self.args, "resolutions", None) or [])
+
+    def _settle_resolutions(self, model: nn.Module, images: Any) -> None:
+        side, trial = self.side(images), self.trial
+        if isinstance(images, Tensor):  # those of a detector differ in shape
+            trial = trial.for_shape(images.shape[2:])
+        trial.check(self._given_resolutions)
+        if self.given_sampler is not None:
+            self.resolutions = []
+            return
+        self.resolutions = self.args.resolutions or trial.default(side)
+        is_whole = set(self.resolutions) == {side} and self.transform is None
+        if is_whole and not leave_out_anything(model, self.args):
+            raise ValueError(
+                f"GradAug would do nothing: every sub-network is all of {type(model).__name__}, and resolutions "
+                f"is {self.resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
+            )
+
+    def begin(
+        self, model: nn.Module, network: nn.Module, images: Any, total_steps: int, full_loss: FullLoss | None
+    ) -> GradAug:
+        """Return the objective of a training; `network` is the model without its wrappers, `images` a first batch."""
+        if self.resolutions is None:
+            self._settle_resolutions(network, images)
+        kind = self.objective_class if full_loss is None else partial(OwnLossGradAug, full_loss=full_loss)
+        self.objective = kind(
+            model,
+            sampler=self.given_sampler,
+            transform=self.transform,
+            teacher=self.teacher,
+            label_smoothing=self.args.label_smoothing_factor,
+            seed=self.args.seed,
+            total_steps=total_steps,
+            **taken_from(ObjectiveSettings, self.args) | {"resolutions": self.resolutions or None},
+        )
+        return self.objective
+
+    def side(self, images: Any) -> int:
+        """Return the shorter side in pixels of a batch of images."""
+        return min(images.shape[2:])
+
+    def seen(self, images: Any, subnets: Sequence[Subnet], num_blocks: int) -> SeenBatch | None:
+        """Return the batch to plot, or None to skip the plot."""
+        return SeenBatch(images[:IMAGES_SHOWN].cpu(), subnets, self.transform, num_blocks)
