@@ -6,11 +6,11 @@ Processes meet over gloo on the CPU, or over NCCL with a GPU each. Every row is 
 step that makes the optimiser's state and a second one that is measured. Columns, in MiB for the first process:
 
 - kept: its part of weights and optimiser state, which stay from step to step.
-- peak: the most that the second step took, on a GPU of torch's allocator, on the CPU resident memory beyond that of the
-  process before it made the model.
+- peak: the most that the second step took, on a GPU of torch's allocator, on the CPU resident memory beyond that of
+  the process before it made the model.
 
-With FSDP2 blocks are divided one by one, and gathered anew for the backward. "held" has gradients whole on each process
-till the last pass, "each" divides those of each pass.
+With FSDP2 blocks are divided one by one, and gathered anew for the backward. "held" has gradients whole on each
+process till the last pass, "each" divides those of each pass.
 """
 
 import argparse
@@ -40,6 +40,8 @@ ROWS = [
     ("FSDP2", "GradAug, held"),
     ("FSDP2", "GradAug, each"),
 ]
+# A process that is forked need not import everything anew, but cannot use CUDA where its parent does.
+START = "spawn" if torch.cuda.is_available() else "fork"
 
 
 def main() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
     for count in args.processes:
         for row in ROWS:
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(measure, (count, row, args, folder), nprocs=count)
+                mp.start_processes(measure, (count, row, args, folder), count, start_method=START)
                 kept, peak = torch.load(Path(folder) / "found.pt")
             print(f"| {args.model} | {count} | {row[0]} | {row[1]} | {kept:,.0f} | {peak:,.0f} |", flush=True)
 
