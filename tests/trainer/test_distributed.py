@@ -264,10 +264,12 @@ def test_a_process_that_dies_ends_the_launch_with_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_train_like_two_processes_of_one(tmp_path, two_processes):
-    write_run(tmp_path)
+def test_two_machines_with_two_processes_each_train_like_one_process(tmp_path):
+    """Two launches, as on two machines, by the file for two with eight each."""
+    network, flags = "plain", f"{SETTINGS} --subnet_mode width+depth"
+    (tmp_path / "runs.json").write_text(json.dumps({"run": (network, f"{flags} {QUARTER}")}))
     port = str(free_port())
-    command = [*LAUNCH[:-1], "recipes/accelerate/gpu_2x8.yaml", "--num_processes", "2", "--main_process_port", port]
+    command = [*LAUNCH[:-1], "recipes/accelerate/gpu_2x8.yaml", "--num_processes", "4", "--main_process_port", port]
     machines = [
         subprocess.Popen(
             [*command, "--main_process_ip", "127.0.0.1", "--machine_rank", rank, SCRIPT, str(tmp_path)],
@@ -282,8 +284,9 @@ def test_two_machines_train_like_two_processes_of_one(tmp_path, two_processes):
         for machine in machines:
             machine.kill()
             machine.wait()
-    for rank, expected in enumerate(two_processes["both_accumulated"]):
-        assert_close(torch.load(tmp_path / f"run-rank{rank}.pt", weights_only=True)["weights"], expected["weights"])
+    ranks = [torch.load(tmp_path / f"run-rank{rank}.pt", weights_only=True) for rank in range(4)]
+    assert [rank["processes"] for rank in ranks] == [4] * 4
+    assert_equal_to_one_process(tmp_path / "alone", network, flags, ranks)
 
 
 def train_with_deepspeed(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
