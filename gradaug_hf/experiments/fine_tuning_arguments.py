@@ -93,8 +93,10 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
         help="Factor of the learning rate from each layer to the one before it, in (0, 1]; the classifier has all "
         "of it, and 1 gives it to all layers.",
     )
-    freeze: Literal["none", "backbone"] = HfArg(
-        default="none", help='Part that is not trained; "backbone" trains the classifier alone, without sub-networks.'
+    freeze: Literal["none", "batch_norm", "backbone"] = HfArg(
+        default="batch_norm",
+        help='Part that is not trained; "batch_norm": the statistics of batch norm, which the pretrained model '
+        'measured on more images, "backbone": all but the classifier, and without sub-networks.',
     )
     lora_rank: int | None = HfArg(
         default=None,
@@ -134,8 +136,10 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
         self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)")
         for name in ("hflip", "random_erasing"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        self._check("lora_rank", self.lora_rank is None or self.freeze == "none", "left out with freeze 'backbone'")
-        for name, choices in (("freeze", ("none", "backbone")), ("class_weights", ("none", "balanced"))):
+        self._check(
+            "lora_rank", self.lora_rank is None or self.freeze != "backbone", "left out with freeze 'backbone'"
+        )
+        for name, choices in (("freeze", ("none", "batch_norm", "backbone")), ("class_weights", ("none", "balanced"))):
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
 
     def _check_source(self) -> None:
