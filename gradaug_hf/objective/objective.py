@@ -167,7 +167,7 @@ class GradAug:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes that the model states, also after it got another classifier."""
+        """Return the number of classes that the model states, also after it got another classifier."""
         return num_classes_of(self.model.module if isinstance(self.model, DistributedDataParallel) else self.model)
 
     def loss(self, images: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
