@@ -4,7 +4,8 @@
     python .ci/environments.py lowest newest    # in .environments/lowest and .environments/newest
     python .ci/environments.py --record         # in all, with the table in docs/installation.md
 
-uv takes the Pythons on the PATH; those of pyenv with `PYENV_VERSION=3.10.13:3.11.7:3.12.1:3.13.0`, for example.
+uv takes the Pythons of pyenv and those on the PATH, and downloads others. The exit status is 1 if a test failed, 3 if
+an environment cannot be made here.
 """
 
 import argparse
@@ -22,14 +23,14 @@ BEGIN, END = "<!-- environments: begin -->\n", "<!-- environments: end -->"
 # Python, and what uv is told of the versions; `lowest` has the floors of setup.cfg.
 ENVIRONMENTS = {
     "lowest": ("3.10", "--resolution lowest-direct"),
-    "2.7": ("3.10", "torch==2.7.* transformers==5.7.* accelerate==1.8.* datasets==4.0.* numpy==2.0.* pillow==11.*"),
+    "2.7": ("3.11", "torch==2.7.* transformers==5.7.* accelerate==1.8.* datasets==4.0.* numpy==2.0.* pillow==11.*"),
     "2.8": ("3.12", "torch==2.8.* transformers==5.10.* accelerate==1.10.* datasets==4.2.* numpy==2.0.* pillow==11.*"),
-    "2.10": ("3.13", "torch==2.10.* transformers==5.20.* accelerate==1.13.* datasets==4.8.* numpy==2.3.*"),
-    "2.13": ("3.11", "torch==2.13.* transformers==5.16.* accelerate==1.12.* datasets==4.5.* numpy==2.2.*"),
+    "2.10": ("3.12", "torch==2.10.* transformers==5.20.* accelerate==1.13.* datasets==4.8.* numpy==2.3.*"),
+    "2.13": ("3.13", "torch==2.13.* transformers==5.16.* accelerate==1.12.* datasets==4.5.* numpy==2.2.*"),
     "newest": ("3.13", "--prerelease allow --upgrade"),
 }
 PACKAGES = ("torch", "transformers", "timm", "accelerate", "datasets", "numpy", "pillow", "huggingface_hub")
-# The objective, slicing, the trainer, a folder that timm and transformers load, resuming, and two processes.
+# The objective, slicing, the trainer, a folder that timm and transformers load, resuming, two processes, compiling.
 TESTS = (
     "tests/objective/test_objective.py",
     "tests/slimming/test_slimmable.py",
@@ -37,6 +38,8 @@ TESTS = (
     "tests/trainer/test_resuming.py::test_a_killed_training_ends_as_if_it_had_not_been",
     "tests/hub/test_configs.py::test_what_the_trainer_saves_loads_in_timm_and_transformers",
     "tests/trainer/test_distributed.py::test_two_processes_train_like_one_with_the_whole_batch",
+    "tests/trainer/test_distributed.py::test_two_processes_compile_each_subnetwork_once_and_train_as_uncompiled",
+    "tests/trainer/test_compilation.py::test_training_and_evaluation_at_each_width_are_graphs_of_their_own_and_right",
 )
 
 
@@ -50,7 +53,11 @@ def main() -> int:
         parser.error(f"NAME is {', '.join(sorted(unknown))}; accepted are {', '.join(ENVIRONMENTS)}")
     rows = {}
     for name in args.names or ENVIRONMENTS:
-        python = install(args.folder / name, *ENVIRONMENTS[name])
+        try:
+            python = install(args.folder / name, *ENVIRONMENTS[name])
+        except subprocess.CalledProcessError as error:
+            print(f"{name} cannot be installed here: {error}", file=sys.stderr)
+            return 3
         rows[name] = versions(python) | test(python, args.folder / name / "tests.xml")
         print(name, json.dumps(rows[name]), flush=True)
         if args.record:
@@ -61,7 +68,9 @@ def main() -> int:
 def install(folder: Path, python: str, wanted: str) -> Path:
     """Make an environment with this package in it, and return its Python."""
     uv = [sys.executable, "-m", "uv"]
-    subprocess.run([*uv, "venv", "--quiet", "--allow-existing", "--python", python, folder], check=True)
+    found = [str(path) for path in sorted(Path.home().glob(".pyenv/versions/*/bin"))]
+    environ = {**os.environ, "PATH": os.pathsep.join([*found, os.environ["PATH"]])}
+    subprocess.run([*uv, "venv", "--quiet", "--allow-existing", "--python", python, folder], env=environ, check=True)
     interpreter = folder / "bin" / "python"
     arguments = ["--python", interpreter, *wanted.split(), "-e", ".[test]"]
     subprocess.run([*uv, "pip", "install", "--quiet", *arguments], cwd=ROOT, check=True)

@@ -125,6 +125,8 @@ def standard_columns(splits: DatasetDict, image_column: str, label_column: str) 
         raise ValueError(
             f"the dataset has one class, {names[0]!r}, in column {label_column!r}; two or more are needed"
         )
+    if splits["train"].features["image"] == Value("large_binary"):
+        splits = splits.cast_column("image", Value("binary"))  # no images for datasets up to 4.5
     splits = splits.cast_column("image", Image(decode=False))
     return DatasetDict({name: split.add_column("row", np.arange(len(split))) for name, split in splits.items()})
 

@@ -9,7 +9,7 @@ its width is set. A residual block's subclass gives its shortcut while the block
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradaug_hf.slimming.buffers import BufferGuard
 from gradaug_hf.slimming.changes import mark, unmark
-from gradaug_hf.slimming.patterns import Pattern, Width, pattern_size, take_patterns
+from gradaug_hf.slimming.gradients import can_add_directly, direct_slice
+from gradaug_hf.slimming.patterns import Cut, Pattern, Width, pattern_size
 from gradaug_hf.slimming.shortcuts import Shortcut, run_shortcut, with_zero_gradients
 from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
 
 # What a patched model itself carries; the report only once it was made slimmable.
 MODEL_ATTRIBUTES = ("_width_state", "_slicing_report")
-MODULE_ATTRIBUTES = ("_slices", "_state", "_overrides", "_subnet_caches", "_subnet_buffers", "_shortcut")
+MODULE_ATTRIBUTES = ("_slices", "_state", "_full", "_overrides", "_subnet_caches", "_subnet_buffers", "_shortcut")
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -37,8 +38,8 @@ class WidthState:
         width: the width of the sliced ones.
         subnet_pass: True while the training pass of a sub-network is under way.
         dropped: indices of the residual blocks that are dropped.
+        direct: True while the backward of a pass may add the gradients of slices to the parameters' in place.
         num_blocks: number of residual blocks that can be dropped.
-        num_modules: number of modules of the model when it was patched.
         own_buffers: for each module whose forward writes to buffers, those of the sub-network whose width is set.
         guard: of the model's other buffers.
     """
@@ -46,21 +47,23 @@ class WidthState:
     width: Width = field(default_factory=Width)
     subnet_pass: bool = False
     dropped: frozenset[int] = frozenset()
+    direct: bool = False
     num_blocks: int = 0
-    num_modules: int = 0
     own_buffers: list[dict[str, "OwnBuffer"]] = field(default_factory=list)
     guard: BufferGuard = field(default_factory=lambda: BufferGuard([]))
 
-    def set(self, width: Width, subnet_pass: bool = False, dropped: Collection[int] = ()) -> None:
+    def set(
+        self, width: Width, subnet_pass: bool = False, dropped: Collection[int] = (), direct: bool = False
+    ) -> None:
         """Switch to another sub-network, or to the full model."""
-        self.width, self.subnet_pass, self.dropped = width, subnet_pass, frozenset(dropped)
+        self.width, self.subnet_pass, self.dropped, self.direct = width, subnet_pass, frozenset(dropped), direct
         for buffers in self.own_buffers:
             buffers.clear()
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Restore the sub-network that is set now when the context ends, also after an exception."""
-        before = self.width, self.subnet_pass, self.dropped
+        before = self.width, self.subnet_pass, self.dropped, self.direct
         try:
             yield
         finally:
@@ -88,6 +91,11 @@ class Slices:
     attributes: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
     caches: frozenset[str] = frozenset()
+
+    @cached_property
+    def cuts(self) -> dict[str, Cut]:
+        """The patterns of tensors, prepared for the passes."""
+        return {name: Cut.of(patterns) for name, patterns in self.tensors.items()}
 
 
 class OwnBuffer(NamedTuple):
@@ -118,6 +126,7 @@ class SlimModule(nn.Module):
 
     _slices: Slices
     _state: WidthState
+    _full: dict[str, Any]
     _overrides: dict[str, Any]
     _subnet_caches: dict[str, tuple[Width, dict]]
     _subnet_buffers: dict[str, OwnBuffer]
@@ -274,10 +283,13 @@ def _tensor_property(name: str) -> property:
 
 
 def _kept_part(module: SlimModule, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    width = module._state.width
-    if width.multiplier < 1 and name in module._slices.tensors:
-        return take_patterns(tensor, module._slices.tensors[name], width)
-    return tensor
+    state = module._state
+    cut = module._slices.cuts.get(name) if state.width.multiplier < 1 else None
+    if cut is None:
+        return tensor
+    if state.direct and not cut.others and can_add_directly(tensor):
+        return direct_slice(tensor, cut, state.width)
+    return cut.take(tensor, state.width)
 
 
 def _own_buffer(module: SlimModule, name: str, source: torch.Tensor) -> Any:
@@ -302,14 +314,14 @@ def _buffer_setter(base: type[nn.Module], written: tuple[str, ...]) -> Callable[
 
 def _attribute_property(name: str) -> property:
     def get(self: SlimModule) -> int | tuple[int, ...] | list[int]:
-        value = self.__dict__[name]
+        value = self._full[name]
         width = self._state.width
         if width.multiplier >= 1:
             return value
         sizes = tuple(pattern_size(pattern, width) for pattern in self._slices.attributes[name])
         return type(value)(sizes) if isinstance(value, (tuple, list)) else sizes[0]
 
-    return property(get, _set_in_dict(name))
+    return property(get, _setter(name))
 
 
 def _cache_property(name: str) -> property:
@@ -318,22 +330,20 @@ def _cache_property(name: str) -> property:
     def get(self: SlimModule) -> dict:
         width = self._state.width
         if width.multiplier >= 1:
-            return self.__dict__[name]
+            return self._full[name]
         if name not in self._subnet_caches or self._subnet_caches[name][0] is not width:
             self._subnet_caches[name] = width, {}
         return self._subnet_caches[name][1]
 
     def set_value(self: SlimModule, value: dict) -> None:
         self._subnet_caches.pop(name, None)
-        self.__dict__[name] = value
+        self.__dict__[name] = self._full[name] = value
 
     return property(get, set_value)
 
 
 def _override_property(name: str) -> property:
-    return property(
-        lambda self: self._overrides[name] if name in self._overrides else self.__dict__[name], _set_in_dict(name)
-    )
+    return property(lambda self: (self._overrides if name in self._overrides else self._full)[name], _setter(name))
 
 
 def _tracking_property() -> property:
@@ -341,15 +351,15 @@ def _tracking_property() -> property:
 
     def get(self: SlimModule) -> bool:
         if self._overrides or not (self.training and self._state.is_subnet):
-            return self.__dict__["track_running_stats"]
+            return self._full["track_running_stats"]
         return False
 
-    return property(get, _set_in_dict("track_running_stats"))
+    return property(get, _setter("track_running_stats"))
 
 
-def _set_in_dict(name: str) -> Any:
-    def set_value(self: nn.Module, value: Any) -> None:
-        self.__dict__[name] = value
+def _setter(name: str) -> Callable[[SlimModule, Any], None]:
+    def set_value(self: SlimModule, value: Any) -> None:
+        self.__dict__[name] = self._full[name] = value
 
     return set_value
 
@@ -374,13 +384,15 @@ def patch(
         names = (tuple(sorted(each)) for each in (own.tensors, own.attributes, own.caches, own.written))
         module.__class__ = _slim_class(kind, type(module), *names)
         module._slices, module._state, module._overrides = own, state, {}
+        # What properties read: in older versions of torch, compiled code takes `self.__dict__[name]` for `self.name`.
+        module._full = {name: vars(module)[name] for name in vars(module) if name in vars(type(module))}
         module._subnet_caches, module._subnet_buffers = {}, {}
         if own.written:
             state.own_buffers.append(module._subnet_buffers)
         if name in shortcuts:
             module._shortcut = shortcuts[name]
     state.num_blocks = len(shortcuts)
-    state.num_modules = mark(network, state)
+    mark(network, state)
     state.guard = BufferGuard.of(network)
     network._width_state = state
 
@@ -401,14 +413,15 @@ def unpatch(model: nn.Module) -> nn.Module:
     Parameters, buffers and outputs of the full model stay as they are. Tools that go by the class of a layer
     (`torch.jit.script`, dynamic quantisation) need the plain classes.
 
-        unpatch(model)
-        scripted = torch.jit.script(model)
-
     Args:
         model: any module; one that was not patched is left as it is.
 
     Returns:
         The same model.
+
+    Examples:
+        >>> type(unpatch(make_slimmable(model)).bn1)
+        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
     for module in model.modules():
         _unpatch_module(module)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from gradaug_hf.objective.resolutions import default_resolutions
 from gradaug_hf.objective.sampling import SubnetSampler, drops_blocks, drops_channels
 from gradaug_hf.trainer.config import GradAugConfig
-from gradaug_hf.utils.compat import recompile_limits
+from gradaug_hf.utils.compat import compiles_stale_graphs, recompile_limits
 
 
 def compile_statically(accelerator: Accelerator) -> None:
@@ -22,11 +22,16 @@ def compile_statically(accelerator: Accelerator) -> None:
 
 
 def check_compilable(sampler: SubnetSampler) -> None:
-    """Make sure that the sub-networks of a training are few enough to compile each.
+    """Make sure that the sub-networks of a training are few enough to compile each, and told apart.
 
     Raises:
-        ValueError: widths are continuous, or blocks are dropped at random.
+        ValueError: widths are continuous, blocks are dropped at random, or graphs are taken for each other.
     """
+    if compiles_stale_graphs():
+        raise ValueError(
+            f"torch_compile with torch {torch.__version__} on Python 3.13.0 runs graphs of other widths, without an "
+            "error; use another Python, such as 3.13.1, or torch 2.12 or newer, or leave out torch_compile"
+        )
     if not isinstance(sampler, SubnetSampler):
         return
     if drops_blocks(sampler.subnet_mode):
@@ -86,5 +91,6 @@ def compiling(sampler: SubnetSampler, args: GradAugConfig) -> Iterator[None]:
         graphs = number_of_graphs(sampler, args)
         for name in limits:
             setattr(config, name, max(getattr(config, name), graphs))
-    with config.patch(**{fails: True}):
+    # torch 2.6 makes a symbol of the width, as of any float, even where shapes are static.
+    with config.patch(**{fails: True, "specialize_float": True}):
         yield

@@ -1,5 +1,6 @@
 """Differences between the versions of other packages that this one works with."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,16 @@ def recompile_limits() -> tuple[str, str, str]:
     if hasattr(torch._dynamo.config, "recompile_limit"):
         return "recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit"
     return "cache_size_limit", "accumulated_cache_size_limit", "fail_on_cache_limit_hit"
+
+
+def compiles_stale_graphs() -> bool:
+    """Return whether torch.compile takes a graph of other values, of attributes that changed since, for the right one.
+
+    torch 2.9 to 2.11 go by the versions of `__dict__`, which Python 3.13.0 does not keep
+    (https://github.com/python/cpython/issues/125608).
+    """
+    by_versions = getattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", False)
+    return by_versions and sys.version_info[:3] == (3, 13, 0)
 
 
 def cpu_capabilities() -> Mapping[str, Any]:

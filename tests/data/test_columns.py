@@ -39,6 +39,8 @@ def write(folder: Path, labels: list, label_type: pa.DataType, image_type: pa.Da
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
 def test_strings_of_every_kind_become_classes_in_alphabetical_order(tmp_path, kind):
+    if kind == pa.string_view():
+        pytest.importorskip("datasets", "4.2", reason="datasets has no string views up to 4.0")
     data = load_image_data(write(tmp_path, ["cat", "ant", "bee", "ant"], kind))
     assert class_names(data) == ["ant", "bee", "cat"]
     assert list(data["train"]["label"]) == [2, 0, 1, 0]

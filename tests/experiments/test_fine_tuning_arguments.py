@@ -23,7 +23,7 @@ def test_defaults_are_those_of_fine_tuning():
     args, config, _ = parse(LINE.split())
     assert (config.optim, config.lr_scheduler_type, config.warmup_steps) == ("adamw_torch", "cosine", 0.1)
     assert (config.num_subnets, config.min_width, config.label_smoothing_factor) == (3, 0.9, 0.1)
-    assert (args.layer_decay, args.batch_size, args.freeze, args.method) == (0.75, 32, "none", "gradaug")
+    assert (args.layer_decay, args.batch_size, args.freeze, args.method) == (0.75, 32, "batch_norm", "gradaug")
 
 
 def test_names_of_transformers_example_are_taken():

@@ -10,11 +10,12 @@ from gradaug_hf.slimming import at_width, make_slimmable
 from gradaug_hf.trainer.compilation import number_of_graphs
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.trainer import GradAugTrainer
-from gradaug_hf.utils.compat import recompile_limits
+from gradaug_hf.utils.compat import compiles_stale_graphs, recompile_limits
 from tests.helpers.residual_network import make_network
 
 CPU = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
 COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+compiles = pytest.mark.skipif(compiles_stale_graphs(), reason="torch_compile is refused with this torch and Python")
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,7 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in model.state_dict().values()]
 
 
+@compiles
 def test_each_width_and_resolution_is_one_graph_without_a_break(tmp_path):
     settings = {"max_steps": 5, "dataloader_drop_last": True, "logging_steps": 5}
     trainer = trainer_of(tmp_path, each_in_turn(), **settings, **COMPILED)
@@ -68,10 +70,11 @@ def test_each_width_and_resolution_is_one_graph_without_a_break(tmp_path):
     # The full network, and 3 widths x 3 resolutions: more than the 8 graphs that torch.compile allows by itself.
     assert counters["stats"]["unique_graphs"] == 1 + 9
     assert counters["graph_break"] == {}
-    assert counters["frames"]["ok"] == counters["frames"]["total"] == 10
+    assert counters["frames"]["ok"] == counters["frames"]["total"]
     trainer.train()
-    trainer.evaluate()  # the Trainer's, of the network itself
     assert counters["stats"]["unique_graphs"] == 10  # none is compiled again
+    trainer.evaluate()  # of the network itself, or with older versions of the compiled one
+    assert counters["stats"]["unique_graphs"] <= 11
 
     plain = trainer_of(tmp_path, each_in_turn(), **settings)
     plain.train()
@@ -81,6 +84,7 @@ def test_each_width_and_resolution_is_one_graph_without_a_break(tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@compiles
 def test_what_would_run_uncompiled_beyond_the_limit_is_an_error(tmp_path):
     class Continuous:
         resolutions = None
@@ -94,6 +98,7 @@ def test_what_would_run_uncompiled_beyond_the_limit_is_an_error(tmp_path):
     assert trainer.state.global_step == 7  # with the full network's graph, 8 of them
 
 
+@compiles
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -107,11 +112,21 @@ def test_sub_networks_without_number_are_refused(tmp_path, settings, message):
         trainer_of(tmp_path, **settings, **COMPILED)
 
 
+def test_graphs_that_are_taken_for_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("gradaug_hf.trainer.compilation.compiles_stale_graphs", lambda: True)
+    with pytest.raises(
+        ValueError, match=r"torch_compile with torch .* on Python 3\.13\.0 runs graphs of other widths"
+    ):
+        trainer_of(tmp_path, width_levels=3, **COMPILED)
+
+
+@compiles
 @pytest.mark.parametrize("settings", [{"num_subnets": 1}, {"max_width": 0.5}, {"num_subnets": 0}])
 def test_a_single_width_needs_no_levels(tmp_path, settings):
     trainer_of(tmp_path, **settings, **COMPILED)
 
 
+@compiles
 def test_a_compiled_network_of_a_loop_of_ones_own_takes_its_widths(tmp_path):
     model = make_slimmable(network(), input_size=16)
     twin = make_slimmable(network(), input_size=16)
@@ -123,6 +138,7 @@ def test_a_compiled_network_of_a_loop_of_ones_own_takes_its_widths(tmp_path):
     assert counters["graph_break"] == {}
 
 
+@compiles
 def test_training_and_evaluation_at_each_width_are_graphs_of_their_own_and_right():
     model = make_slimmable(network(), input_size=16)
     compiled = torch.compile(model, backend="eager", dynamic=False)
@@ -140,6 +156,7 @@ def test_training_and_evaluation_at_each_width_are_graphs_of_their_own_and_right
     assert counters["graph_break"] == {}
 
 
+@compiles
 def test_evaluation_without_training_is_compiled(tmp_path):
     trainer_of(tmp_path, each_in_turn(), **COMPILED).evaluate()
     assert counters["stats"]["unique_graphs"] == 1

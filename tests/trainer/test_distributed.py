@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gradaug_hf.objective.sampling import SubnetSampler
+from gradaug_hf.utils.compat import compiles_stale_graphs
 from tests.helpers.residual_network import gradients_by_hand
-from tests.helpers.small_training import free_port
+from tests.helpers.small_training import free_port, start_ranks, status_of
+from tests.helpers.train_in_processes import main as train_runs
 from tests.helpers.train_in_processes import train, with_batchnorm
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +49,8 @@ BY_HAND_RUNS = {
     "split": ("batchnorm", f"{BY_HAND} --subnet_images split", HALF),
 }
 LEVELS = f"{BY_HAND} --width_levels 3 --resolutions 16 12 8"
-COMPILED_RUNS = {
-    "levels": ("batchnorm", LEVELS, HALF),
-    "compiled": ("batchnorm", f"{LEVELS} --torch_compile --torch_compile_backend eager", HALF),
-}
+LEVELS_RUN = {"levels": ("batchnorm", LEVELS, HALF)}
+COMPILED_RUN = {"compiled": ("batchnorm", f"{LEVELS} --torch_compile --torch_compile_backend eager", HALF)}
 MIXED_RUN = {"mixed": ("plain", f"{SETTINGS} --subnet_mode depth --mixup_alpha 1", HALF)}
 
 
@@ -82,7 +82,7 @@ def train_in_two_processes(folder: Path, runs: dict[str, tuple[str, str, str]]) 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> dict[str, list[dict]]:
     folder = tmp_path_factory.mktemp("two")
-    return train_in_two_processes(folder, {**EQUAL_TO_ONE_PROCESS, **BY_HAND_RUNS, **COMPILED_RUNS, **MIXED_RUN})
+    return train_in_two_processes(folder, {**EQUAL_TO_ONE_PROCESS, **BY_HAND_RUNS, **LEVELS_RUN, **MIXED_RUN})
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +125,18 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", [*EQUAL_TO_ONE_PROCESS, *BY_HAND_RUNS, *COMPILED_RUNS])
+@pytest.mark.parametrize("name", [*EQUAL_TO_ONE_PROCESS, *BY_HAND_RUNS, *LEVELS_RUN])
 def test_gradients_cross_the_processes_once_in_a_step(name, two_processes):
     for rank in two_processes[name]:
         assert rank["reductions"] == len(rank["gradients"])  # they fit one bucket
 
 
-def test_two_processes_compile_each_subnetwork_once_and_train_as_uncompiled(two_processes):
-    for rank, uncompiled in zip(two_processes["compiled"], two_processes["levels"], strict=True):
+@pytest.mark.skipif(compiles_stale_graphs(), reason="torch_compile is refused with this torch and Python")
+def test_two_processes_compile_each_subnetwork_once_and_train_as_uncompiled(tmp_path, two_processes):
+    compiled = train_in_two_processes(tmp_path, COMPILED_RUN)["compiled"]
+    for rank, uncompiled in zip(compiled, two_processes["levels"], strict=True):
         assert uncompiled["graphs"] == 0
+        assert rank["reductions"] == len(rank["gradients"])
         assert rank["graphs"] == 1 + rank["subnets"] > 8  # torch.compile by itself stops at 8
         for found, expected in zip(rank["gradients"], uncompiled["gradients"], strict=True):
             assert_close(found, expected)
@@ -238,31 +241,16 @@ def write_run(folder: Path) -> None:
     (folder / "runs.json").write_text(json.dumps({"run": (network, f"{flags} {batch}")}))
 
 
-def test_a_process_that_dies_ends_the_other_with_an_error_within_a_minute(tmp_path):
+def test_a_process_that_dies_ends_the_other_with_an_error_within_a_minute(tmp_path, monkeypatch, capfd):
     """Without a launcher that watches both, as on two machines."""
     write_run(tmp_path)
-    port = str(free_port())
-    ranks = []
-    for rank in ("0", "1"):
-        meeting = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        command = [sys.executable, SCRIPT, str(tmp_path)]
-        environ = environment(**meeting, DYING_RANK="1")
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True))
-    try:
-        assert ranks[1].wait(timeout=400) == -9
-        _, printed = ranks[0].communicate(timeout=60)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
-    assert ranks[0].returncode == 1
-    assert "RuntimeError" in printed
+    monkeypatch.setenv("DYING_RANK", "1")
+    left, dying = start_ranks(lambda: train_runs(tmp_path), free_port())
+    assert status_of(dying) == -9
+    died = time.monotonic()
+    assert status_of(left) == 1
+    assert time.monotonic() - died < 60
+    assert "RuntimeError" in capfd.readouterr().err
     assert not list(tmp_path.glob("*.pt"))
 
 

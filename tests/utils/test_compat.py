@@ -11,7 +11,13 @@ import torch
 from setuptools.config.setupcfg import read_configuration
 
 from gradaug_hf import GradAugConfig
-from gradaug_hf.utils.compat import ACTIVATION_CHECKPOINTING, cpu_capabilities, has_static_graph, recompile_limits
+from gradaug_hf.utils.compat import (
+    ACTIVATION_CHECKPOINTING,
+    compiles_stale_graphs,
+    cpu_capabilities,
+    has_static_graph,
+    recompile_limits,
+)
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ROOT / "docs" / "environments.json"
@@ -40,6 +46,19 @@ def test_a_static_graph_is_seen():
 def test_the_limits_of_recompilation_are_settings_of_torch():
     *limits, fails = recompile_limits()
     assert [type(getattr(torch._dynamo.config, name)) for name in (*limits, fails)] == [int, int, bool]
+
+
+@pytest.mark.parametrize(
+    ("by_versions", "python", "stale"),
+    [(True, (3, 13, 0), True), (True, (3, 13, 1), False), (False, (3, 13, 0), False), (None, (3, 13, 0), False)],
+)
+def test_graphs_are_stale_by_versions_of_dictionaries_that_python_does_not_keep(
+    monkeypatch, by_versions, python, stale
+):
+    found = {} if by_versions is None else {"use_recursive_dict_tags_for_guards": by_versions}
+    monkeypatch.setattr(torch, "_dynamo", SimpleNamespace(config=SimpleNamespace(**found)))
+    monkeypatch.setattr("sys.version_info", (*python, "final", 0))
+    assert compiles_stale_graphs() is stale
 
 
 def test_the_capabilities_of_the_processor_are_asked_one_by_one_where_torch_has_no_list(monkeypatch):
