@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -184,3 +185,20 @@ def test_numbers_of_classes_without_names_ask_for_a_map(tmp_path):
                 str(tmp_path / "one.parquet"), eval_split="train", class_map=str(folder / "classes.txt")
             )["train"]
         )
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_shards_are_streamed_by_their_hub_id(hub, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    folder = write_shards(tmp_path, [3, 4], kind)
+    stated = {"train-0000.tar": 3, "train-0001.tar": 4, "validation-0000.tar": 3}
+    files = {"all": {"filenames": list(stated), "shard_lengths": list(stated.values())}}
+    (folder / "_info.json").write_text(json.dumps({"splits": files}))
+    api = HfApi()
+    api.create_repo("me/shards", repo_type="dataset")
+    api.upload_folder(repo_id="me/shards", repo_type="dataset", folder_path=folder)
+    split = stream_image_data("me/shards", class_map=str(folder / "classes.txt"))["train"]
+    assert shard_lengths(split) == [3, 4]
+    stream = ShardedStream(split, [3, 4], number, batch_size=4, seed=1, buffer_size=1)
+    assert sorted(int(red) for batch in epoch_of(stream, 0) for red, *_ in batch) == list(range(7))
