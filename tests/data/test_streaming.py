@@ -89,6 +89,17 @@ def test_a_stream_goes_on_amid_an_epoch_as_if_it_had_not_been_left(tmp_path, wor
         assert epoch_of(stream, workers, 4) == following
 
 
+def test_an_undivided_stream_is_the_same_in_all_processes_wherever_they_are(tmp_path):
+    folder = write_shards(tmp_path, UNEVEN)
+    streams = [stream_of(folder, rank, 2) for rank in range(2)]
+    streams[0].skip(0, 2)
+    streams[1].set_epoch(3)
+    first, second = (list(stream.undivided()) for stream in streams)
+    reds = [[example["pixel_values"][0].item() for example in each] for each in (first, second)]
+    assert reds[0] == reds[1]
+    assert sorted(reds[0]) == list(range(sum(UNEVEN)))
+
+
 def test_what_was_seen_is_neither_decoded_nor_transformed(tmp_path):
     decoded = []
     stream = stream_of(write_shards(tmp_path, UNEVEN))
