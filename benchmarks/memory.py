@@ -2,11 +2,11 @@
 
     python benchmarks/memory.py --model vit_base_patch16_224 --batch_size 2 --processes 1 2
 
-Processes meet over gloo on the CPU, or over NCCL with a GPU each. Every row is a start of its own: AdamW, float32, one
-step that makes the optimiser's state and a second one that is measured. Columns, in MiB for the first process:
+Processes meet over gloo on the CPU, or over NCCL with a GPU each. Every row is a start of its own: AdamW, whose state
+is there already, and a step in float32. Columns, in MiB for the first process:
 
 - kept: its part of weights and optimiser state, which stay from step to step.
-- peak: the most that the second step took, on a GPU of torch's allocator, on the CPU resident memory beyond that of
+- peak: the most that the step took, on a GPU of torch's allocator, on the CPU resident memory beyond that of
   the process before it made the model.
 
 With FSDP2 blocks are divided one by one, and gathered anew for the backward. "held" has gradients whole on each
@@ -75,7 +75,8 @@ def measure(rank: int, count: int, row: tuple[str, str], args: argparse.Namespac
     wrapped = wrap(model, row[0])
     optimizer = torch.optim.AdamW(wrapped.parameters())
     step = plain_step if row[1] == "plain" else gradaug_step(wrapped, row, args.num_subnets)
-    step(wrapped, images, labels)
+    for parameter in wrapped.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
     with PeakMemory(device) as peak:

@@ -10,6 +10,7 @@ amid an epoch without decoding what it has seen.
 import random
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import accumulate, islice
 from typing import Any
 
@@ -26,6 +27,8 @@ from gradaug_hf.utils.randomness import random_states_kept, seed_everything
 ROWS = 16
 # In place of an image that a resumed training has seen.
 SEEN = None
+# An epoch, and batches of it.
+NOTHING_SKIPPED = (-1, 0)
 
 
 class ShardedStream(DatasetWrapper, IterableDataset):
@@ -64,7 +67,7 @@ class ShardedStream(DatasetWrapper, IterableDataset):
         self._length = -(-sum(lengths) // world_size)
         self._start = rank * self._length
         self._seeds = Seeds(seed)
-        self._skipped = torch.tensor([-1, 0]).share_memory_()  # epoch, and batches of it
+        self._skipped = torch.tensor(NOTHING_SKIPPED).share_memory_()
 
     def __len__(self) -> int:
         """Return the number of images that this process has in an epoch; the last process may see some twice."""
@@ -82,6 +85,13 @@ class ShardedStream(DatasetWrapper, IterableDataset):
             batches: that this process has been trained on in it.
         """
         self._skipped.copy_(torch.tensor([epoch, batches]))
+
+    def undivided(self) -> "ShardedStream":
+        """Return the first epoch as one process alone reads it, from its beginning."""
+        whole = copy(self)
+        whole._start, whole._length = 0, sum(self._lengths)
+        whole._seeds, whole._skipped = Seeds(self._seed), torch.tensor(NOTHING_SKIPPED)
+        return whole
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()

@@ -31,7 +31,7 @@ SUBNET_TARGETS = get_args(SubnetTarget)
 # Parts of fewer images make the statistics of batch norm noisy.
 FEW_IMAGES = 16
 # Classes that carry gradients from one process to the others; those of parameters that do have a device mesh.
-WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+WRAPPERS = {"DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
 
 @dataclass(frozen=True)

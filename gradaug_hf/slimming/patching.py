@@ -290,7 +290,7 @@ def _tensor_property(name: str) -> property:
 def _kept_part(module: SlimModule, name: str, tensor: torch.Tensor) -> torch.Tensor:
     state = module._state
     cut = module._cuts.get(name) if state.width.multiplier < 1 else None
-    if cut is None:
+    if cut is None or type(tensor).__name__ == "DTensor":  # not gathered by FSDP2: asked for its dtype or device alone
         return tensor
     if not torch.compiler.is_compiling() and state.direct and not cut.others and can_add_directly(tensor):
         return direct_slice(tensor, cut, state.width)

@@ -87,6 +87,12 @@ def check_sharding(args: GradAugConfig, accelerator: Accelerator, model: nn.Modu
             "fsdp_cpu_ram_efficient_loading is true, with which accelerate divides no model that has buffers or "
             "parameters of its own beside its layers'; set it false"
         )
+    has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if accelerator.mixed_precision != "no" and has_norms:
+        raise ValueError(
+            f"mixed precision is {accelerator.mixed_precision!r}, in which FSDP2 gives batch norm its weights and not "
+            f"its statistics, and {type(model).__name__} has batch norm; leave it out"
+        )
     if plugin.activation_checkpointing and (name := _not_repeatable(model)):
         raise ValueError(
             "fsdp_activation_checkpointing is true, which computes layers again with other random numbers and counts "
@@ -127,16 +133,25 @@ def plan_sharding(accelerator: Accelerator, model: nn.Module, num_subnets: int) 
 
     Args:
         accelerator: of the Trainer; its settings of FSDP2 are completed.
-        model: before it is divided. One of transformers names its blocks itself, unless it wraps one of timm.
+        model: before it is divided.
         num_subnets: of a step; without any the precision stays that of the Trainer.
     """
     plugin = accelerator.state.fsdp_plugin
-    names_blocks = timm_network(model) is None and getattr(model, "_no_split_modules", None)
-    if not (plugin.transformer_cls_names_to_wrap or names_blocks):
-        classes = {type(model.get_submodule(name)).__name__ for name in residual_blocks(model)}
-        plugin.transformer_cls_names_to_wrap = sorted(classes)
+    if not plugin.transformer_cls_names_to_wrap:
+        plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in _blocks(model)})
     if num_subnets > 0 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that a model of transformers names itself, or the residual blocks of another or of timm's."""
+    named = getattr(model, "_no_split_modules", None)
+    if not named or timm_network(model) is not None:
+        return [model.get_submodule(name) for name in residual_blocks(model)]
+    # accelerate divides the embeddings by themselves, and fails where they are in a block.
+    embeddings = model.get_input_embeddings()
+    blocks = [module for module in model.modules() if type(module).__name__ in named]
+    return [block for block in blocks if all(module is not embeddings for module in block.modules())]
 
 
 @contextmanager

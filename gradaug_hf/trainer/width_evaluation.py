@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer
 
+from gradaug_hf.data.streaming import ShardedStream
 from gradaug_hf.slimming import make_slimmable, recalibrate_batchnorm
 from gradaug_hf.slimming.widths import is_slimmable
 from gradaug_hf.trainer.batches import as_evaluated, images_of
@@ -44,6 +45,8 @@ def _calibration_batches(trainer: Trainer) -> Iterator[Tensor]:
     args, images = trainer.args, trainer.train_dataset
     if images is None:
         raise ValueError("eval_widths needs a train_dataset, of which batch norm is recalibrated")
+    if isinstance(images, ShardedStream):
+        images = images.undivided()
     seed_everything(args.seed)  # the images are augmented alike at every evaluation
     if not isinstance(images, IterableDataset):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))

@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -86,6 +87,17 @@ def test_a_stream_goes_on_amid_an_epoch_as_if_it_had_not_been_left(tmp_path, wor
         assert found[batches:] == whole[batches:]
         assert all(example is SEEN for batch in found[:batches] for example in batch)
         assert epoch_of(stream, workers, 4) == following
+
+
+def test_an_undivided_stream_is_the_same_in_all_processes_wherever_they_are(tmp_path):
+    folder = write_shards(tmp_path, UNEVEN)
+    streams = [stream_of(folder, rank, 2) for rank in range(2)]
+    streams[0].skip(0, 2)
+    streams[1].set_epoch(3)
+    first, second = (list(stream.undivided()) for stream in streams)
+    reds = [[example["pixel_values"][0].item() for example in each] for each in (first, second)]
+    assert reds[0] == reds[1]
+    assert sorted(reds[0]) == list(range(sum(UNEVEN)))
 
 
 def test_what_was_seen_is_neither_decoded_nor_transformed(tmp_path):
@@ -184,3 +196,20 @@ def test_numbers_of_classes_without_names_ask_for_a_map(tmp_path):
                 str(tmp_path / "one.parquet"), eval_split="train", class_map=str(folder / "classes.txt")
             )["train"]
         )
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_shards_are_streamed_by_their_hub_id(hub, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", hub.url)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    folder = write_shards(tmp_path, [3, 4], kind)
+    stated = {"train-0000.tar": 3, "train-0001.tar": 4, "validation-0000.tar": 3}
+    files = {"all": {"filenames": list(stated), "shard_lengths": list(stated.values())}}
+    (folder / "_info.json").write_text(json.dumps({"splits": files}))
+    api = HfApi()
+    api.create_repo("me/shards", repo_type="dataset")
+    api.upload_folder(repo_id="me/shards", repo_type="dataset", folder_path=folder)
+    split = stream_image_data("me/shards", class_map=str(folder / "classes.txt"))["train"]
+    assert shard_lengths(split) == [3, 4]
+    stream = ShardedStream(split, [3, 4], number, batch_size=4, seed=1, buffer_size=1)
+    assert sorted(int(red) for batch in epoch_of(stream, 0) for red, *_ in batch) == list(range(7))

@@ -167,11 +167,11 @@ def train_from_last(folder: Path, stop_after: int | None = None, **settings: Any
         torch.save(state, folder / "end.pt")
 
 
-def save_and_push(folder: Path, model: nn.Module) -> None:
+def save_and_push(folder: Path, model: nn.Module, subnet_mode: str = "width+depth") -> None:
     """Train and push, and keep the files that would be uploaded in FOLDER/pushed."""
     HfApi.upload_folder = lambda self, folder_path, **_: shutil.copytree(folder_path, folder / "pushed")
     GradAugTrainer.init_hf_repo = lambda self, *_, **__: setattr(self, "hub_model_id", "me/model")
-    settings = {"save_strategy": "steps", "save_steps": STEPS, "subnet_mode": "width+depth"}
+    settings = {"save_strategy": "steps", "save_steps": STEPS, "subnet_mode": subnet_mode}
     trainer = make_trainer(folder / "out", model, **settings)
     trainer.train()
     trainer.push_to_hub()

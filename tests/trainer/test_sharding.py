@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -9,11 +10,18 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageClassification, TimmWrapperConfig, TimmWrapperForImageClassification
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import (
+    AutoModelForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from gradaug_hf.hub.configs import save_configs
 from gradaug_hf.trainer.config import GradAugConfig
-from gradaug_hf.trainer.sharding import check_sharding, check_version, keep_contiguous
+from gradaug_hf.trainer.sharding import check_sharding, check_version, keep_contiguous, plan_sharding
 from tests.helpers.checkpoints import save_images
 from tests.helpers.sharding import (
     CLASSES,
@@ -77,6 +85,16 @@ def test_divided_parameters_train_as_whole_ones_do_by_every_mode(tmp_path, netwo
     assert_equal(fsdp, ddp)
 
 
+@pytest.mark.slow
+def test_bfloat16_is_as_near_as_its_digits(tmp_path):
+    settings = {"subnet_mode": "width+depth"}
+    assert in_two_processes(lambda: train(tmp_path / "float32", "vit", **settings), fsdp=False) == [0, 0]
+    assert in_two_processes(lambda: train(tmp_path / "bfloat16", "vit", bf16=True, **settings)) == [0, 0]
+    first, second = (torch.load(tmp_path / f"{name}.pt")["gradients"][0] for name in ("bfloat16", "float32"))
+    found, expected = (torch.cat([tensor.flatten() for tensor in each.values()]) for each in (first, second))
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.02
+
+
 OTHERS = {
     "joint": ({}, {"subnet_backward": "joint"}),
     "kept whole after the forward": ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}),
@@ -103,9 +121,10 @@ def settings(tmp_path, **given) -> GradAugConfig:
     return GradAugConfig(str(tmp_path), report_to="none", use_cpu=True, **given)
 
 
-def accelerator(**plugin) -> SimpleNamespace:
+def accelerator(mixed_precision: str = "no", **plugin) -> SimpleNamespace:
     usual = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "activation_checkpointing": False}
-    return SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(**{**usual, **plugin})))
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**{**usual, **plugin}))
+    return SimpleNamespace(state=state, mixed_precision=mixed_precision)
 
 
 def test_what_cannot_be_divided_is_refused_by_name(tmp_path):
@@ -119,6 +138,26 @@ def test_what_cannot_be_divided_is_refused_by_name(tmp_path):
     for message, (given, how) in refused.items():
         with pytest.raises(ValueError, match=message):
             check_sharding(given, how, vit())
+    check_sharding(args, accelerator("bf16"), vit())
+    with pytest.raises(ValueError, match="mixed precision is 'bf16', .* ResNet has batch norm"):
+        check_sharding(args, accelerator("bf16"), resnet())
+
+
+@pytest.mark.parametrize(("num_subnets", "summed_in"), [(0, torch.bfloat16), (1, torch.float32)])
+def test_blocks_are_found_and_the_gradients_of_passes_summed_in_float32(num_subnets, summed_in):
+    policy = MixedPrecisionPolicy(*[torch.bfloat16] * 3)
+    how = accelerator(transformer_cls_names_to_wrap=None, mixed_precision_policy=policy)
+    plan_sharding(how, vit(), num_subnets)
+    plugin = how.state.fsdp_plugin
+    assert plugin.transformer_cls_names_to_wrap == ["Block"]
+    assert (plugin.mixed_precision_policy.param_dtype, plugin.mixed_precision_policy.reduce_dtype) == (
+        torch.bfloat16,
+        summed_in,
+    )
+    for names, model, expected in ((["Mlp"], vit(), ["Mlp"]), (None, of_transformers(), ["ViTLayer"])):
+        how = accelerator(transformer_cls_names_to_wrap=names, mixed_precision_policy=None)
+        plan_sharding(how, model, num_subnets)
+        assert how.state.fsdp_plugin.transformer_cls_names_to_wrap == expected
 
 
 def test_parameters_stay_contiguous(tmp_path):
@@ -220,6 +259,25 @@ def test_every_folder_that_is_saved_or_pushed_loads_in_timm_and_in_transformers(
             by_transformers = AutoModelForImageClassification.from_pretrained(folder).eval()(images).logits
         torch.testing.assert_close(by_timm, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(by_transformers, expected, rtol=0, atol=1e-6)
+
+
+def of_transformers() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return ViTForImageClassification(ViTConfig(image_size=SIDE, patch_size=8, num_labels=CLASSES, **size, **dropout))
+
+
+@pytest.mark.slow
+def test_a_model_of_transformers_is_divided_and_saved_whole(tmp_path):
+    run = lambda: save_and_push(tmp_path, of_transformers(), subnet_mode="width")  # noqa: E731
+    assert in_two_processes(run) == [0, 0]
+    images = torch.stack([row["pixel_values"] for row in rows(of_transformers())])
+    for folder in (tmp_path / "pushed", tmp_path / "out" / f"checkpoint-{STEPS}"):
+        assert json.loads((folder / "config.json").read_text())["architectures"] == ["ViTForImageClassification"]
+        with torch.no_grad():
+            found = AutoModelForImageClassification.from_pretrained(folder).eval()(images).logits
+        torch.testing.assert_close(found, torch.load(tmp_path / "logits.pt"), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
