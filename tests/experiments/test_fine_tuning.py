@@ -2,6 +2,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import timm
+import torch
+from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from gradaug_hf.cli import main
@@ -174,6 +177,20 @@ def test_the_split_follows_from_the_seed(monkeypatch, capsys, tmp_path, photos, 
         return [image["path"] for image in shown[0].eval_dataset.with_format(None)["image"]]
 
     assert evaluated(1) == evaluated(1) != evaluated(2)
+
+
+def test_a_run_of_a_comparison_that_was_interrupted_ends_as_if_it_had_not_been(
+    monkeypatch, tmp_path, photos, backbone
+):
+    flags = f"--dataset_name {photos} --image_size 32 --num_train_epochs 2 --save_total_limit 2 --ema_decay 0.9"
+    out = fine_tune(monkeypatch, tmp_path, backbone, flags)
+    expected = load_file(out / "model.safetensors")
+    for name in ("results.json", "model.safetensors"):
+        (out / name).unlink()
+    shutil.rmtree(out / "checkpoint-6")
+    fine_tune(monkeypatch, tmp_path, backbone, f"{flags} --resume_from_checkpoint last")
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])
