@@ -359,7 +359,8 @@ def _tracking_property() -> property:
 
 def _setter(name: str) -> Callable[[SlimModule, Any], None]:
     def set_value(self: SlimModule, value: Any) -> None:
-        self.__dict__[name] = self._full[name] = value
+        # `_full` is missing in the constructor, which adapters call for a layer of the same class.
+        self.__dict__[name] = self.__dict__.setdefault("_full", {})[name] = value
 
     return set_value
 
