@@ -41,7 +41,7 @@ def test_a_single_run_is_a_view_of_the_tensor():
 
 def test_a_slice_begins_where_its_tensor_does():
     x = torch.arange(20)[8:].view(4, 3)
-    taken = take_patterns(x, ((Kept(1, 4, 1),), (Whole(3),)), Width(0.5))
+    taken = Cut.of(((Kept(1, 4, 1),), (Whole(3),))).take(x, Width(0.5))
     assert taken.tolist() == [[8, 9, 10], [11, 12, 13]]
 
 
