@@ -130,9 +130,7 @@ class EpochCallback(TrainerCallback):
     def __init__(self) -> None:
         self._epoch = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start where a resumed training starts."""
         self._epoch = int(state.epoch or 0)
 

@@ -16,11 +16,7 @@ from gradaug_hf.trainer.config import GradAugConfig
 
 @dataclass
 class DetectionArguments(ScheduleArguments):
-    """Arguments of the detection recipe, beside those of GradAugConfig.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
+    """Arguments of the detection recipe, beside those of GradAugConfig."""
 
     gradaug: bool = HfArg(
         default=False, help="Whether sub-networks of the backbone learn as well, num_subnets in each step."

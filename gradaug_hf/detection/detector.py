@@ -40,11 +40,7 @@ MASK_LAYERS = 4
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """Kind, image sides and sizes of a new detector.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
+    """Kind, image sides and sizes of a new detector."""
 
     detector: str = HfArg(
         default="mask_rcnn",
@@ -85,9 +81,6 @@ class DetectorConfig(DetectorSettings):
         backbone_args: of the architecture's constructor.
         image_mean: of the images that the backbone expects, in 0..1.
         image_std: likewise.
-
-    Raises:
-        ValueError: a field is out of its range.
     """
 
     backbone: str

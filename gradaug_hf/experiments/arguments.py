@@ -4,12 +4,13 @@ import json
 import math
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.experiments.methods import METHODS, check_flags
 from gradaug_hf.experiments.presets import PRESETS, preset_settings
@@ -37,23 +38,15 @@ class CheckedArguments:
 
 @dataclass
 class DataArguments(CheckedArguments):
-    """Columns, splits and number of the images that a recipe loads.
+    """Columns, splits and number of the images that a recipe loads."""
 
-    Raises:
-        ValueError: a field is out of its range.
-    """
-
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub dataset that has several."}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column of images; found if not given."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of classes; found if not given."})
-    train_split: str = field(default="train", metadata={"help": "Split of the training images."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on; by default `validation`, else `test`."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Number of images to evaluate on, sampled with the seed; default: all."}
+    dataset_config_name: str | None = HfArg(default=None, help="Configuration of a Hub dataset that has several.")
+    image_column: str | None = HfArg(default=None, help="Column of images; found if not given.")
+    label_column: str | None = HfArg(default=None, help="Column of classes; found if not given.")
+    train_split: str = HfArg(default="train", help="Split of the training images.")
+    eval_split: str | None = HfArg(default=None, help="Split to evaluate on; by default `validation`, else `test`.")
+    max_eval_samples: int | None = HfArg(
+        default=None, help="Number of images to evaluate on, sampled with the seed; default: all."
     )
 
     def __post_init__(self) -> None:
@@ -72,28 +65,21 @@ class DataArguments(CheckedArguments):
 
 @dataclass
 class ScheduleArguments(CheckedArguments):
-    """Batch and learning rate of a training.
+    """Batch and learning rate of a training."""
 
-    Raises:
-        ValueError: a field is out of its range.
-    """
-
-    batch_size: int = field(
-        default=128,
-        metadata={"help": "Images in an optimiser step, over all processes and accumulated batches."},
+    batch_size: int = HfArg(
+        default=128, help="Images in an optimiser step, over all processes and accumulated batches."
     )
-    warmup_epochs: float = field(
-        default=0.0, metadata={"help": "Epochs in which the learning rate rises linearly to its highest value."}
+    warmup_epochs: float = HfArg(
+        default=0.0, help="Epochs in which the learning rate rises linearly to its highest value."
     )
-    lr_drops: list[float] = field(
+    lr_drops: list[float] = HfArg(
         default_factory=list,
-        metadata={
-            "help": "Shares of the training, in (0, 1), after which the learning rate is a tenth of what it was."
-        },
+        help="Shares of the training, in (0, 1), after which the learning rate is a tenth of what it was.",
     )
 
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Whether to write over the results of another run in output_dir."}
+    overwrite_output_dir: bool = HfArg(
+        default=False, help="Whether to write over the results of another run in output_dir."
     )
 
     def __post_init__(self) -> None:
@@ -104,77 +90,54 @@ class ScheduleArguments(CheckedArguments):
 
 @dataclass
 class ExperimentArguments(ScheduleArguments, DataArguments):
-    """Arguments of a recipe that trains a classifier, beside those of GradAugConfig.
+    """Arguments of a recipe that trains a classifier, beside those of GradAugConfig."""
 
-    Raises:
-        ValueError: a field is out of its range.
-    """
-
-    method: str = field(
+    method: str = HfArg(
         default="gradaug",
-        metadata={"help": "Regularisation to train with; flags that are given win over it.", "choices": list(METHODS)},
+        help="Regularisation to train with; flags that are given win over it.",
+        metadata={"choices": list(METHODS)},
     )
-    preset: str = field(
+    preset: str = HfArg(
         default="exact",
-        metadata={
-            "help": (
-                '"exact" trains with the arithmetic of the paper; "fast" with channels-last memory, bfloat16 where '
-                "the device computes in it, channel counts that are multiples of 8, and five widths. Flags and the "
-                "file win over it."
-            ),
-            "choices": list(PRESETS),
-        },
+        help='"exact" trains with the arithmetic of the paper; "fast" with channels-last memory, bfloat16 where '
+        "the device computes in it, channel counts that are multiples of 8, and five widths. Flags and the file "
+        "win over it.",
+        metadata={"choices": list(PRESETS)},
     )
-    model: str = field(
+    model: str = HfArg(
         default="resnet50",
-        metadata={
-            "help": (
-                "Name of a timm model, which is trained from scratch; or a Hub id, as user/name or "
-                "user/name@revision, or a folder, of timm or transformers, whose weights are loaded."
-            )
-        },
+        help="Name of a timm model, which is trained from scratch; or a Hub id, as user/name or "
+        "user/name@revision, or a folder, of timm or transformers, whose weights are loaded.",
     )
-    drop_path_rate: float | None = field(
-        default=None, metadata={"help": "Probability with which stochastic depth drops the last block."}
+    drop_path_rate: float | None = HfArg(
+        default=None, help="Probability with which stochastic depth drops the last block."
     )
-    drop_block_rate: float | None = field(default=None, metadata={"help": "Probability of DropBlock."})
-    shake_drop_rate: float | None = field(
-        default=None, metadata={"help": "Probability with which ShakeDrop shakes the last block."}
-    )
-    zero_init_last: bool | None = field(
-        default=None, metadata={"help": "Whether the last batch norm of each block starts at zero."}
-    )
-    dataset_name: str = field(
+    drop_block_rate: float | None = HfArg(default=None, help="Probability of DropBlock.")
+    shake_drop_rate: float | None = HfArg(default=None, help="Probability with which ShakeDrop shakes the last block.")
+    zero_init_last: bool | None = HfArg(default=None, help="Whether the last batch norm of each block starts at zero.")
+    dataset_name: str = HfArg(
         default="ILSVRC/imagenet-1k",
-        metadata={
-            "help": "Hub id, parquet file, folder of parquet files, of tar archives or of images sorted by class."
-        },
+        help="Hub id, parquet file, folder of parquet files, of tar archives or of images sorted by class.",
     )
-    class_map: str | None = field(
+    class_map: str | None = HfArg(
         default=None,
-        metadata={
-            "help": (
-                "File with the names of the classes, for datasets that hold their numbers or names alone: text with a "
-                "name on each line, or JSON, a list or an object that numbers them."
-            )
-        },
+        help="File with the names of the classes, for datasets that hold their numbers or names alone: text with a "
+        "name on each line, or JSON, a list or an object that numbers them.",
     )
-    labels_per_class: int | None = field(
-        default=None, metadata={"help": "Training images of each class, sampled with the seed; default: all."}
+    labels_per_class: int | None = HfArg(
+        default=None, help="Training images of each class, sampled with the seed; default: all."
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Number of training images, sampled with the seed; default: all."}
+    max_train_samples: int | None = HfArg(
+        default=None, help="Number of training images, sampled with the seed; default: all."
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "Whether to read the images while training instead of downloading first."}
+    streaming: bool = HfArg(
+        default=False, help="Whether to read the images while training instead of downloading first."
     )
-    skip_bad_images: bool = field(
-        default=False,
-        metadata={"help": "Whether to leave out, and count, images that cannot be decoded instead of stopping."},
+    skip_bad_images: bool = HfArg(
+        default=False, help="Whether to leave out, and count, images that cannot be decoded instead of stopping."
     )
-    subnet_rotation: bool = field(
-        default=False,
-        metadata={"help": "Whether each sub-network sees the images turned by 0, 90, 180 or 270 degrees."},
+    subnet_rotation: bool = HfArg(
+        default=False, help="Whether each sub-network sees the images turned by 0, 90, 180 or 270 degrees."
     )
 
     def __post_init__(self) -> None:

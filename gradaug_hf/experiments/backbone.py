@@ -105,7 +105,9 @@ def freeze_backbone(model: nn.Module) -> None:
         parameter.requires_grad = name in heads
 
 
-def frozen_norms(model: nn.Module) -> list[nn.Module]:
-    """Return the batch norms whose parameters are not trained."""
+def batch_norms(model: nn.Module, only_frozen: bool = False) -> list[nn.Module]:
+    """Return the batch norms of a model, or only those whose parameters are not trained."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not only_frozen:
+        return norms
     return [norm for norm in norms if norm.affine and not norm._parameters["weight"].requires_grad]

@@ -188,6 +188,7 @@ def trainer_arguments(args: FineTuningArguments, config: GradAugConfig) -> dict[
         "layer_decay": args.layer_decay,
         "ema_decay": args.ema_decay,
         "class_weights": weights,
+        "freeze_statistics": args.freeze == "batch_norm",
         "card_metadata": {
             "dataset": args.dataset_name or args.train_dir,
             "dataset_args": args.dataset_config_name,

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers.hf_argparser import HfArg
+
 from gradaug_hf.data.backbone_transforms import AUGMENTATIONS
 from gradaug_hf.experiments.arguments import (
     USAGE,
@@ -26,7 +28,7 @@ DESCRIPTION = (
 BATCH_SIZE = 32
 # Learning rate of a batch of so many images, to which it is in proportion. With a few hundred photos there are few
 # steps, in which a new classifier learns too little at a lower one; layer_decay spares the pretrained layers.
-LEARNING_RATE, BASE_BATCH = 1e-4, 8
+LEARNING_RATE, BASE_BATCH = 1e-4, 4
 FINE_TUNING = SETTINGS | {
     "num_train_epochs": 10,
     "optim": "adamw_torch",
@@ -35,7 +37,7 @@ FINE_TUNING = SETTINGS | {
     "warmup_steps": 0.1,
     "max_grad_norm": 1.0,
     "label_smoothing_factor": 0.1,
-    "num_subnets": 3,
+    "num_subnets": 1,
     "min_width": 0.9,
     "kl_warmup": 1 / 3,
     "channels_last": True,
@@ -50,107 +52,75 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
         ValueError: a field is out of its range, or fields contradict each other.
     """
 
-    model: str = field(
-        metadata={
-            "aliases": ["--model_name_or_path"],
-            "help": (
-                "Model with pretrained weights: name of a timm model, Hub id as user/name or user/name@revision, or "
-                "folder, of timm or transformers."
-            ),
-        },
+    model: str = HfArg(
+        aliases=["--model_name_or_path"],
+        help="Model with pretrained weights: name of a timm model, Hub id as user/name or user/name@revision, or "
+        "folder, of timm or transformers.",
     )
-    dataset_name: str | None = field(
+    dataset_name: str | None = HfArg(
         default=None,
-        metadata={
-            "help": (
-                "Hub id, parquet file, folder of parquet files, or folder of photos sorted by class. A fifth of each "
-                "class is held out for evaluation where there is no other split."
-            )
-        },
+        help="Hub id, parquet file, folder of parquet files, or folder of photos sorted by class. A fifth of each "
+        "class is held out for evaluation where there is no other split.",
     )
-    train_dir: str | None = field(
-        default=None, metadata={"help": "Folder of photos to train on, sorted by class; instead of dataset_name."}
+    train_dir: str | None = HfArg(
+        default=None, help="Folder of photos to train on, sorted by class; instead of dataset_name."
     )
-    validation_dir: str | None = field(
-        default=None, metadata={"help": "Folder of photos to evaluate on, sorted by class, beside train_dir."}
+    validation_dir: str | None = HfArg(
+        default=None, help="Folder of photos to evaluate on, sorted by class, beside train_dir."
     )
-    image_column: str | None = field(
-        default=None,
-        metadata={"aliases": ["--image_column_name"], "help": "Column of images; found if not given."},
+    image_column: str | None = HfArg(
+        default=None, aliases=["--image_column_name"], help="Column of images; found if not given."
     )
-    label_column: str | None = field(
-        default=None,
-        metadata={"aliases": ["--label_column_name"], "help": "Column of classes; found if not given."},
+    label_column: str | None = HfArg(
+        default=None, aliases=["--label_column_name"], help="Column of classes; found if not given."
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Number of training images, sampled with the seed; default: all."}
+    max_train_samples: int | None = HfArg(
+        default=None, help="Number of training images, sampled with the seed; default: all."
     )
-    skip_bad_images: bool = field(
-        default=False,
-        metadata={"help": "Whether to leave out, and count, images that cannot be decoded instead of stopping."},
+    skip_bad_images: bool = HfArg(
+        default=False, help="Whether to leave out, and count, images that cannot be decoded instead of stopping."
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side in pixels of the images; default: that of the pretrained model."}
+    image_size: int | None = HfArg(
+        default=None, help="Side in pixels of the images; default: that of the pretrained model."
     )
-    batch_size: int = field(
+    batch_size: int = HfArg(
         default=BATCH_SIZE,
-        metadata={
-            "help": (
-                "Images in an optimiser step, over all processes and accumulated batches. The learning rate is "
-                f"{LEARNING_RATE:g} times batch_size / {BASE_BATCH} unless learning_rate is given."
-            )
-        },
+        help="Images in an optimiser step, over all processes and accumulated batches. The learning rate is "
+        f"{LEARNING_RATE:g} times batch_size / {BASE_BATCH} unless learning_rate is given.",
     )
-    layer_decay: float = field(
+    layer_decay: float = HfArg(
         default=0.75,
-        metadata={
-            "help": (
-                "Factor of the learning rate from each layer to the one before it, in (0, 1]; the classifier has all "
-                "of it, and 1 gives it to all layers."
-            )
-        },
+        help="Factor of the learning rate from each layer to the one before it, in (0, 1]; the classifier has all "
+        "of it, and 1 gives it to all layers.",
     )
-    freeze: Literal["none", "backbone"] = field(
-        default="none",
-        metadata={"help": 'Part that is not trained; "backbone" trains the classifier alone, without sub-networks.'},
+    freeze: Literal["none", "batch_norm", "backbone"] = HfArg(
+        default="batch_norm",
+        help='Part that is not trained; "batch_norm": the statistics of batch norm, which the pretrained model '
+        'measured on more images, "backbone": all but the classifier, and without sub-networks.',
     )
-    lora_rank: int | None = field(
+    lora_rank: int | None = HfArg(
         default=None,
-        metadata={
-            "help": (
-                "Rank of adapters of peft, which are trained with norms and classifier instead of the whole backbone, "
-                "and merged into what is saved. Default: no adapters."
-            )
-        },
+        help="Rank of adapters of peft, which are trained with norms and classifier instead of the whole backbone, "
+        "and merged into what is saved. Default: no adapters.",
     )
-    class_weights: Literal["none", "balanced"] = field(
+    class_weights: Literal["none", "balanced"] = HfArg(
         default="none",
-        metadata={
-            "help": 'Weights of the classes in the loss; "balanced" counts each the same, however many images it has.'
-        },
+        help='Weights of the classes in the loss; "balanced" counts each the same, however many images it has.',
     )
-    ema_decay: float | None = field(
+    ema_decay: float | None = HfArg(
         default=None,
-        metadata={
-            "help": (
-                "Decay in (0, 1) of a moving average of the weights, which is evaluated and saved instead of them, "
-                "0.999 for example; it starts lower and rises with the steps. Default: no average."
-            )
-        },
+        help="Decay in (0, 1) of a moving average of the weights, which is evaluated and saved instead of them, "
+        "0.999 for example; it starts lower and rises with the steps. Default: no average.",
     )
-    hflip: float = field(
-        default=0.5,
-        metadata={"help": "Probability of a flip; 0 where left and right matter, as for letters."},
+    hflip: float = HfArg(default=0.5, help="Probability of a flip; 0 where left and right matter, as for letters.")
+    auto_augment: str | None = HfArg(
+        default=None, help=f"timm's policy of augmentation: {AUGMENTATIONS}. Default: none."
     )
-    auto_augment: str | None = field(
-        default=None, metadata={"help": f"timm's policy of augmentation: {AUGMENTATIONS}. Default: none."}
+    random_erasing: float = HfArg(
+        default=0.0, help="Probability with which a rectangle of a training image becomes noise."
     )
-    random_erasing: float = field(
-        default=0.0, metadata={"help": "Probability with which a rectangle of a training image becomes noise."}
-    )
-    preview: bool = field(
-        default=False,
-        metadata={"help": "Whether to stop once plots/examples.png shows what the model would be trained on."},
+    preview: bool = HfArg(
+        default=False, help="Whether to stop once plots/examples.png shows what the model would be trained on."
     )
     method: str = field(default="gradaug", init=False)  # the run's name in tables of results
 
@@ -166,8 +136,10 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
         self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)")
         for name in ("hflip", "random_erasing"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        self._check("lora_rank", self.lora_rank is None or self.freeze == "none", "left out with freeze 'backbone'")
-        for name, choices in (("freeze", ("none", "backbone")), ("class_weights", ("none", "balanced"))):
+        self._check(
+            "lora_rank", self.lora_rank is None or self.freeze != "backbone", "left out with freeze 'backbone'"
+        )
+        for name, choices in (("freeze", ("none", "batch_norm", "backbone")), ("class_weights", ("none", "balanced"))):
             self._check(name, getattr(self, name) in choices, f"one of {', '.join(map(repr, choices))}")
 
     def _check_source(self) -> None:
@@ -190,22 +162,17 @@ class ComparisonArguments(CheckedArguments):
 
     title = "a comparison"  # above them in --help
 
-    compare: bool = field(
+    compare: bool = HfArg(
         default=False,
-        metadata={
-            "help": (
-                "Whether to train plainly, plainly for as many multiply-adds as GradAug, and with GradAug, each with "
-                "several seeds, and to compare them. Started again, finished runs are skipped, and one that was "
-                "interrupted goes on."
-            )
-        },
+        help="Whether to train plainly, plainly for as many multiply-adds as GradAug, and with GradAug, each with "
+        "several seeds, and to compare them. Started again, finished runs are skipped, and one that was "
+        "interrupted goes on.",
     )
-    seeds: int = field(default=3, metadata={"help": "Number of seeds of a comparison, from seed on."})
-    labels: list[int] = field(
-        default_factory=list,
-        metadata={"help": "Numbers of training images, sampled with the seed, to compare with; default: all."},
+    seeds: int = HfArg(default=3, help="Number of seeds of a comparison, from seed on.")
+    labels: list[int] = HfArg(
+        default_factory=list, help="Numbers of training images, sampled with the seed, to compare with; default: all."
     )
-    launch: str = field(default=LAUNCH, metadata={"help": "Command that starts each run of a comparison."})
+    launch: str = HfArg(default=LAUNCH, help="Command that starts each run of a comparison.")
     settings: dict[str, Any] = field(default_factory=dict, init=False)  # those that are given, of all runs
 
     def __post_init__(self) -> None:

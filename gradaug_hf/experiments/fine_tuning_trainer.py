@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from gradaug_hf.experiments.backbone import frozen_norms, head_parameters
+from gradaug_hf.experiments.backbone import batch_norms, head_parameters
 from gradaug_hf.experiments.lora import adapted_state, has_adapters, merge_adapters, merged
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.hub.configs import plain_state, timm_network
@@ -45,6 +45,8 @@ class FineTuningTrainer(RecipeTrainer):
         layer_decay: factor of the learning rate from each layer to the one before it, in (0, 1].
         ema_decay: decay of the averaged weights, which are evaluated and saved; None: there are none.
         class_weights: (classes,), of the full network's loss; None: all are 1.
+        freeze_statistics: whether all batch norms normalise by their running statistics, which stay as they are; else
+            those of which no parameter is trained do.
         kwargs: further keyword arguments of RecipeTrainer.
 
     Raises:
@@ -60,11 +62,13 @@ class FineTuningTrainer(RecipeTrainer):
         layer_decay: float = 1.0,
         ema_decay: float | None = None,
         class_weights: Tensor | None = None,
+        freeze_statistics: bool = False,
         **kwargs: Any,
     ) -> None:
         self.layer_decay = layer_decay
         self.class_table: str | None = None  # on the model card, once the classes are evaluated
         self.class_weights = class_weights
+        self.freeze_statistics = freeze_statistics
         self._has_adapters = has_adapters(model)
         super().__init__(model, args, **kwargs)
         self._average: ModelEmaV3 | None = None
@@ -116,10 +120,11 @@ class FineTuningTrainer(RecipeTrainer):
     def _merge(self) -> None:
         """Merge the adapters of the model and of its average for good."""
         self._has_adapters = False
-        for model in [self.model] + ([] if self._average is None else [self._average.module]):
-            merge_adapters(model)
-            if self.args.num_subnets > 0:
-                make_slimmable(model, width_divisor=self.args.width_divisor)
+        merge_adapters(self.model)
+        if self.args.num_subnets > 0:
+            make_slimmable(self.model, width_divisor=self.args.width_divisor)
+        if self._average is not None:
+            merge_adapters(self._average.module)
 
     # A checkpoint is an ordinary one, and its weights those of the merged model.
     @contextmanager
@@ -140,7 +145,7 @@ class FineTuningTrainer(RecipeTrainer):
     def full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """Return the loss of the full network, in training with the weights of the classes, and its logits.
 
-        The batch norm of a frozen backbone is as in evaluation.
+        Frozen batch norms are as in evaluation, also in the passes of sub-networks that follow.
 
         Args:
             model: as for `GradAugTrainer.full_loss`.
@@ -148,7 +153,7 @@ class FineTuningTrainer(RecipeTrainer):
         """
         if not model.training:
             return super().full_loss(model, inputs)
-        for norm in frozen_norms(model):
+        for norm in batch_norms(model, only_frozen=not self.freeze_statistics):
             norm.eval()
         loss, logits = super().full_loss(model, inputs)
         if self.class_weights is not None:

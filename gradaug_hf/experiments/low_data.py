@@ -1,9 +1,11 @@
 """Does GradAug help with few labels? Every method of the recipes, with several numbers of labels and seeds."""
 
 import runpy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.data.loading import class_names
 from gradaug_hf.experiments.arguments import CheckedArguments, ExperimentArguments, RecipeParser, as_flags, parse
@@ -18,25 +20,20 @@ from gradaug_hf.utils.command_line import errors_as_messages
 
 @dataclass
 class LowDataArguments(CheckedArguments):
-    dataset_name: str = field(
+    dataset_name: str = HfArg(
         default="uoft-cs/cifar10",
-        metadata={"help": "Hub id, parquet file, folder of parquet files, or folder of images sorted by class."},
+        help="Hub id, parquet file, folder of parquet files, or folder of images sorted by class.",
     )
-    labels: list[int] = field(
+    labels: list[int] = HfArg(
         default_factory=lambda: [250, 1000, 4000],
-        metadata={"help": "Numbers of training labels, multiples of the number of classes; 0 stands for all."},
+        help="Numbers of training labels, multiples of the number of classes; 0 stands for all.",
     )
-    methods: list[str] = field(
-        default_factory=list, metadata={"help": "Methods to compare; default: all that the model can take."}
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of each run."})
-    recipe: str = field(
-        default="recipes/cifar_wideresnet.py",
-        metadata={"help": "Recipe whose transforms and settings are used."},
-    )
-    model: str = field(default="wrn28_2", metadata={"help": "Name of a timm model, trained from scratch."})
-    output_dir: str = field(default="outputs/low_data", metadata={"help": "Folder for everything that is written."})
-    launch: str = field(default=LAUNCH, metadata={"help": "Command that starts the recipe."})
+    methods: list[str] = HfArg(default_factory=list, help="Methods to compare; default: all that the model can take.")
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="Seeds of each run.")
+    recipe: str = HfArg(default="recipes/cifar_wideresnet.py", help="Recipe whose transforms and settings are used.")
+    model: str = HfArg(default="wrn28_2", help="Name of a timm model, trained from scratch.")
+    output_dir: str = HfArg(default="outputs/low_data", help="Folder for everything that is written.")
+    launch: str = HfArg(default=LAUNCH, help="Command that starts the recipe.")
 
     def __post_init__(self) -> None:
         self._check_texts()

@@ -272,7 +272,7 @@ def summary_table(records: Sequence[Mapping[str, Any]]) -> str:
                 f"{sum(times) / len(times):.2f}" if times else "",
             ]
         )
-    return markdown_table(["", "seeds", "top-1 %", "gain", "steps", "time"], body)
+    return markdown_table(["", "seeds", "top-1 %", "gain, 95 %", "steps", "time"], body)
 
 
 def _accuracy(records: Sequence[Mapping[str, Any]]) -> str:

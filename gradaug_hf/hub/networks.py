@@ -187,7 +187,14 @@ def _meta_model(name: str) -> nn.Module:
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(type(model).__init__).parameters)
+    """Return the parameters of a constructor and, where it passes others on, of those that it inherits from."""
+    found: set[str] = set()
+    for cls in (cls for cls in type(model).__mro__ if "__init__" in vars(cls)):
+        parameters = inspect.signature(cls.__init__).parameters
+        found |= set(parameters)
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found
 
 
 def create_network(model: str, class_names: Sequence[str], arguments: Mapping[str, Any]) -> nn.Module:

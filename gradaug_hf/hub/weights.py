@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -162,7 +164,8 @@ def check_weights(folder: Path, model: nn.Module, prefix: str = "") -> None:
         WeightsError: a file is damaged, or tensors are missing, left over or of another shape; names the first.
     """
     found = {name.removeprefix(prefix): shape for name, shape in weight_shapes(folder).items()}
-    expected = {name.removeprefix(prefix): tensor for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    expected = {name.removeprefix(prefix): state[own] for name, own in saved_names(model).items()}
     stored = {tensor.data_ptr() for name, tensor in expected.items() if name in found}
     differences = [f"{name} is missing" for name, t in expected.items() if name not in found and _needed(t, stored)]
     differences += [f"{name} is left over" for name in found if name not in expected]
@@ -177,6 +180,30 @@ def check_weights(folder: Path, model: nn.Module, prefix: str = "") -> None:
             f"{folder} is of another network than {type(model).__name__}: "
             f"{'; '.join(differences[:DIFFERENCES_SHOWN])}{f'; and {more} more' if more > 0 else ''}"
         )
+
+
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """Return the name under which transformers saves each tensor of a model -> the name that the model has for it.
+
+    They differ for models that transformers wrote anew, ViT for example, and saves as they were before.
+    """
+    state = model.state_dict()
+    own = {id(tensor): name for name, tensor in state.items()}
+    saved = revert_weight_conversion(model, dict(state)) if isinstance(model, PreTrainedModel) else state
+    names = {name: own.get(id(tensor)) for name, tensor in saved.items()}
+    return {name: name for name in state} if None in names.values() else names
+
+
+def take_saved_names(model: nn.Module) -> None:
+    """Have `load_state_dict` of a model find tensors by their saved names, which the Trainer leaves as they are."""
+    if isinstance(model, PreTrainedModel):
+        model.register_load_state_dict_pre_hook(_rename)
+
+
+def _rename(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+    for name, own in saved_names(model).items():
+        if name != own and prefix + name in state_dict:
+            state_dict[prefix + own] = state_dict.pop(prefix + name)
 
 
 def check_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:

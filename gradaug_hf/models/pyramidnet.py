@@ -31,7 +31,7 @@ class PyramidBlock(nn.Module):
         self.downsample = None if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
 
     def residual(self, x: Tensor) -> Tensor:
-        """Input (N, in_channels, H, W) to residual (N, out_channels, H/stride, W/stride)."""
+        """Return the residual (N, out_channels, H/stride, W/stride) of an input (N, in_channels, H, W)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.objective.logits import logits_of, num_classes_of
 from gradaug_hf.objective.problems import PROBLEM_TYPES, Loss, ProblemType, criterion_of, problem_of
@@ -54,34 +55,22 @@ class Pass:
 class ObjectiveSettings(SubnetSettings):
     """Settings of the objective, shared by `GradAug` and `GradAugConfig`."""
 
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the sub-networks' losses, at least 0."})
-    kl_warmup: float = field(
+    kl_weight: float = HfArg(default=1.0, help="Weight of the sub-networks' losses, at least 0.")
+    kl_warmup: float = HfArg(
         default=0.0,
-        metadata={
-            "help": (
-                "Share of the steps in which the weight of the sub-networks' losses rises linearly from 0 to "
-                "kl_weight, in [0, 1]; 0 has all of it from the first step on, as in the paper."
-            )
-        },
+        help="Share of the steps in which the weight of the sub-networks' losses rises linearly from 0 to "
+        "kl_weight, in [0, 1]; 0 has all of it from the first step on, as in the paper.",
     )
-    subnet_target: SubnetTarget = field(
+    subnet_target: SubnetTarget = HfArg(
         default="soft",
-        metadata={
-            "help": (
-                'What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
-                'divergence, "label": the labels, by the criterion, else cross-entropy.'
-            )
-        },
+        help='What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
+        'divergence, "label": the labels, by the criterion, else cross-entropy.',
     )
-    problem_type: ProblemType | None = field(
+    problem_type: ProblemType | None = HfArg(
         default=None,
-        metadata={
-            "help": (
-                '"multi_label_classification": labels are multi-hot, the full network has the binary cross-entropy '
-                "and sub-networks the sum of the classes' KL divergences; None: what config.problem_type of a "
-                "transformers model says, else one class for an image."
-            )
-        },
+        help='"multi_label_classification": labels are multi-hot, the full network has the binary cross-entropy '
+        "and sub-networks the sum of the classes' KL divergences; None: what config.problem_type of a transformers "
+        "model says, else one class for an image.",
     )
 
     def __post_init__(self) -> None:
@@ -105,12 +94,6 @@ class GradAug:
     The cross-entropy of the full network, plus for each sub-network the KL divergence from the full network's detached
     prediction to its own on transformed images. Only the full network's pass updates batch-norm statistics.
 
-        gradaug = GradAug(model, resolutions=[224, 192, 160, 128])
-        for images, labels in loader:
-            optimizer.zero_grad()
-            loss = gradaug.backward(images, labels)
-            optimizer.step()
-
     In several processes the model is wrapped first: `GradAug(DistributedDataParallel(model))`.
 
     Args:
@@ -131,6 +114,13 @@ class GradAug:
     Raises:
         ValueError: a setting is out of its range or does not go with another, or blocks are to be dropped of a model
             that has none.
+
+    Examples:
+        >>> gradaug = GradAug(model, resolutions=[64, 56, 48])
+        >>> for images, labels in loader:
+        ...     optimizer.zero_grad()
+        ...     loss = gradaug.backward(images, labels)
+        ...     optimizer.step()
     """
 
     @spelled_by(ObjectiveSettings)
@@ -177,7 +167,7 @@ class GradAug:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes that the model states, also after it got another classifier."""
+        """Return the number of classes that the model states, also after it got another classifier."""
         return num_classes_of(self.model.module if isinstance(self.model, DistributedDataParallel) else self.model)
 
     def loss(self, images: Tensor, labels: Tensor, step: int | None = None) -> Tensor:
@@ -220,7 +210,8 @@ class GradAug:
         """
         parts = []
         step = self._counted(step)
-        with closing(self.passes(images, labels, self._sample(images, step), step=step)) as passes:
+        subnets = self._sample(images, step)
+        with closing(self.passes(images, labels, subnets, step=step, direct=True)) as passes:
             for p in passes:
                 backward(p.loss)
                 parts.append(p.loss.detach())
@@ -233,6 +224,7 @@ class GradAug:
         subnets: Sequence[Subnet],
         *,
         step: int | None = None,
+        direct: bool = False,
         **inputs: Any,
     ) -> Iterator[Pass]:
         """Run the passes of one step, the full network's first.
@@ -246,6 +238,8 @@ class GradAug:
             labels: class indices (N,), or probabilities (N, classes), or multi-hot ones (N, classes).
             subnets: the sub-networks.
             step: number of the optimiser step, needed by `kl_warmup` alone.
+            direct: whether the backward of a sub-network's loss may add its gradients to `grad` of the parameters in
+                place, which is quicker. It is not for `torch.autograd.grad`.
             inputs: further keyword arguments of the model. A sub-network of a part of the images gets that part of
                 tensors, lists and tuples with N entries.
 
@@ -263,7 +257,11 @@ class GradAug:
         for subnet in subnets:
             dropped = self._dropped_blocks(subnet)
             seen = self._seen(subnet, images, labels, target, inputs)
-            with subnet_pass(self.model, subnet.width, dropped), tokens_kept(self.model, subnet.tokens, subnet.seed):
+            adds = direct and not _carries_gradients(self.model)
+            with (
+                subnet_pass(self.model, subnet.width, dropped, adds),
+                tokens_kept(self.model, subnet.tokens, subnet.seed),
+            ):
                 current = self._subnet_pass(*seen[:3], subnet, seen[3])
                 yield replace(current, loss=weight * current.loss, subnet=subnet, dropped=dropped)
                 del current
@@ -322,8 +320,10 @@ class GradAug:
         return Pass(self.problem.subnet_loss(logits, target), logits.detach())
 
     def _dropped_blocks(self, subnet: Subnet) -> frozenset[int]:
+        if subnet.survival == 1:
+            return frozenset()
         num_blocks = num_droppable_blocks(self.model)
-        if subnet.survival < 1 and not num_blocks:
+        if not num_blocks:
             raise ValueError(
                 f"a sub-network has survival {subnet.survival!r}, but no block of {type(self.model).__name__} can be "
                 "dropped: call gradaug_hf.slimming.depth.make_droppable(model) first"
@@ -370,13 +370,22 @@ def _normalises_batches(model: nn.Module) -> bool:
 
 def warn_of_lone_gradients(model: nn.Module) -> None:
     """Warn where several processes train and nothing carries a model's gradients from one to the other."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
-    if classes.isdisjoint(WRAPPERS) and not any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and not _is_wrapped(model):
         warnings.warn(
             f"{dist.get_world_size()} processes train, but this {type(model).__name__} is not wrapped, so that each "
             "trains a model of its own; if it is a part of a wrapped model, give GradAug that one: "
             "GradAug(DistributedDataParallel(model))",
             stacklevel=3,
         )
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
+    return not classes.isdisjoint(WRAPPERS) or any(hasattr(each, "device_mesh") for each in model.parameters())
+
+
+def _carries_gradients(model: nn.Module) -> bool:
+    """Return whether the backward of the next pass carries gradients from one process to the others."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return model.require_backward_grad_sync if isinstance(model, DistributedDataParallel) else _is_wrapped(model)

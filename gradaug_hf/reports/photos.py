@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
-from gradaug_hf.reports.plots import DPI, NEEDS_MATPLOTLIB, can_plot
+from gradaug_hf.reports.plots import DPI, new_figure
 from gradaug_hf.reports.predictions import Predictions, class_results, confusion_matrix
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MOST_COUNTS, MOST_NAMES = 20, 60
 def plot_photos(photos: Sequence[np.ndarray | PIL.Image.Image], captions: Sequence[str], title: str) -> Figure:
     """Plot photos in rows of four, each with its caption."""
     rows = max(1, math.ceil(len(photos) / COLUMNS))
-    figure = _figure(figsize=(2.6 * COLUMNS, 0.4 + 3.0 * rows))
+    figure = new_figure(figsize=(2.6 * COLUMNS, 0.4 + 3.0 * rows))
     figure.suptitle(title)
     grid = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes in grid:
@@ -43,7 +43,7 @@ def plot_confusion(predictions: Predictions) -> Figure:
     shares = counts / counts.sum(1, keepdims=True).clip(min=1)
     classes = len(counts)
     side = 2.5 + min(0.6 * classes, 0.25 * MOST_NAMES)
-    figure = _figure(figsize=(side + 1.5, side))
+    figure = new_figure(figsize=(side + 1.5, side))
     correct = counts.trace() / max(1, counts.sum())
     axes = figure.add_subplot(
         title=f"{correct:.1%} of {counts.sum():,} images correct", xlabel="predicted class", ylabel="true class"
@@ -85,11 +85,3 @@ def save_plot(figure: Figure, file: Path) -> None:
     """Write a plot as PNG, and the folder for it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=DPI)
-
-
-def _figure(**settings: Any) -> Figure:
-    if not can_plot():
-        raise ModuleNotFoundError(NEEDS_MATPLOTLIB, name="matplotlib")
-    from matplotlib.figure import Figure
-
-    return Figure(layout="constrained", **settings)

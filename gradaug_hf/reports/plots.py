@@ -76,11 +76,11 @@ def plot_training(
     """
     figures = {}
     if training_log(history) or measured:
-        figures[CURVES] = draw_curves(history, measured)
+        figures[CURVES] = training_figure(history, measured)
     if widths := _last_widths(measured):
-        figures[WIDTHS] = draw_widths(widths)
+        figures[WIDTHS] = widths_figure(widths)
     if batch is not None:
-        figures[SUBNETS] = draw_batch(batch)
+        figures[SUBNETS] = batch_figure(batch)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=DPI)
@@ -93,12 +93,12 @@ def _last_widths(measured: Sequence[Evaluation]) -> list[Evaluation]:
     return [e for e in measured if last is not None and (e.step, e.data) == (last.step, last.data)]
 
 
-def draw_curves(history: Sequence[Entry], measured: Sequence[Evaluation]) -> Figure:
+def training_figure(history: Sequence[Entry], measured: Sequence[Evaluation]) -> Figure:
     """Plot the parts of the loss, and the accuracies of the full network, over the epochs."""
     log = training_log(history)
     full = [e for e in measured if e.width == 1]
     with_shares = [e for e in full if shares(e.metrics)]
-    figure = _figure(figsize=(10 if with_shares else 5.5, 4))
+    figure = new_figure(figsize=(10 if with_shares else 5.5, 4))
     losses, *others = np.atleast_1d(figure.subplots(1, 2 if with_shares else 1))
     losses.set(title="loss", xlabel="epoch", ylabel="nats per image")
     parts = {label: [(e["epoch"], e[name]) for e in log if name in e] for name, label in LOSS_PARTS.items()}
@@ -107,7 +107,7 @@ def draw_curves(history: Sequence[Entry], measured: Sequence[Evaluation]) -> Fig
     parts |= {_of("evaluation", e.data): [] for e in full}
     for e in full:
         parts[_of("evaluation", e.data)] += [(e.epoch, e.metrics[LOSS])] if LOSS in e.metrics else []
-    _draw_lines(losses, parts)
+    _add_lines(losses, parts)
     losses.set(xlim=(0, None), ylim=(0, None))
     for axes in others:
         axes.set(title="full network on the evaluation images", xlabel="epoch", ylabel="%")
@@ -115,14 +115,14 @@ def draw_curves(history: Sequence[Entry], measured: Sequence[Evaluation]) -> Fig
         for e in with_shares:
             for name, value in shares(e.metrics).items():
                 curves.setdefault(_of(title(name), e.data), []).append((e.epoch, 100 * value))
-        _draw_lines(axes, curves)
+        _add_lines(axes, curves)
         axes.set_xlim(left=0)
     return figure
 
 
-def draw_widths(measured: Sequence[Evaluation]) -> Figure:
+def widths_figure(measured: Sequence[Evaluation]) -> Figure:
     """Plot accuracies against the width multiplier."""
-    figure = _figure(figsize=(6, 4))
+    figure = new_figure(figsize=(6, 4))
     axes = figure.add_subplot(
         title=f"accuracy against width, after {measured[0].step} steps", xlabel="width multiplier", ylabel="%"
     )
@@ -130,12 +130,12 @@ def draw_widths(measured: Sequence[Evaluation]) -> Figure:
     for e in sorted(measured, key=lambda e: e.width):
         for name, value in shares(e.metrics).items():
             curves.setdefault(title(name), []).append((e.width, 100 * value))
-    _draw_lines(axes, curves)
+    _add_lines(axes, curves)
     axes.set_xticks(sorted({e.width for e in measured}))
     return figure
 
 
-def draw_batch(batch: SeenBatch) -> Figure:
+def batch_figure(batch: SeenBatch) -> Figure:
     """Plot images as the full network and each sub-network see them, a row each and all pixels of one size.
 
     Args:
@@ -152,7 +152,7 @@ def draw_batch(batch: SeenBatch) -> Figure:
     pitch = 1.1 * max(seen.shape[3] for _, seen in rows)  # of the columns, in pixels
     inches = 1.25 / pitch
     low, high = images.min(), images.max()
-    figure = _figure(figsize=(inches * pitch * len(images), inches * sum(heights) + 0.4 * len(rows)))
+    figure = new_figure(figsize=(inches * pitch * len(images), inches * sum(heights) + 0.4 * len(rows)))
     grid = figure.subplots(len(rows), 1, gridspec_kw={"height_ratios": heights})
     for axes, (text, seen) in zip(np.atleast_1d(grid), rows, strict=True):
         axes.set_title(text, loc="left", fontsize=11)
@@ -184,7 +184,7 @@ def plot_spreads(labels: Sequence[str], panels: Mapping[str, Sequence[Sequence[f
         panels: Title of a panel -> the accuracies of each row, in 0..1; none where a row has no result.
         file: PNG file to write.
     """
-    figure = _figure(figsize=(3.5 + 3.5 * len(panels), 1 + 0.4 * len(labels)))
+    figure = new_figure(figsize=(3.5 + 3.5 * len(panels), 1 + 0.4 * len(labels)))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (name, rows) in zip(grid, panels.items(), strict=True):
         for place, accuracies in enumerate(rows):
@@ -202,9 +202,9 @@ def plot_spreads(labels: Sequence[str], panels: Mapping[str, Sequence[Sequence[f
 
 def plot_curves(results: Sequence[Result], file: Path, title: str) -> None:
     """Plot top-1 accuracy against the share of the training, a curve for each run."""
-    figure = _figure(figsize=(7, 4.5))
+    figure = new_figure(figsize=(7, 4.5))
     axes = figure.add_subplot(title=title, xlabel="share of the training steps (%)", ylabel="top-1 accuracy (%)")
-    _draw_lines(
+    _add_lines(
         axes,
         {
             f"{result.method}: {result.top1:.2%} after {result.steps} steps": [
@@ -216,7 +216,12 @@ def plot_curves(results: Sequence[Result], file: Path, title: str) -> None:
     figure.savefig(file, dpi=DPI)
 
 
-def _figure(**settings: Any) -> Figure:
+def new_figure(**settings: Any) -> Figure:
+    """Return an empty figure.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     if not can_plot():
         raise ModuleNotFoundError(NEEDS_MATPLOTLIB, name="matplotlib")
     from matplotlib.figure import Figure
@@ -233,7 +238,7 @@ def line_style(index: int, total: int) -> dict[str, str]:
     }
 
 
-def _draw_lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def _add_lines(axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     """Plot curves by their label, told apart without colour."""
     curves = {label: points for label, points in curves.items() if points}
     for index, (label, points) in enumerate(curves.items()):

@@ -4,7 +4,6 @@ Every module of a patched model carries a mark. One that was put in later (a new
 has none, and so has one that went back to its own class (pruned, parametrized).
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,20 +13,20 @@ MARK = "_patched_with"
 
 
 class Mark(NamedTuple):
-    """Hold the state that a model was patched with, and the shapes of the sliced tensors of one of its modules."""
+    """Hold the state that a model was patched with, the shapes of a module's sliced tensors, and its children."""
 
     state: Any
     shapes: dict[str, torch.Size]
+    children: tuple[nn.Module | None, ...]
 
 
-def mark(model: nn.Module, state: Any) -> int:
-    """Mark every module of a patched model with the state that they share, and return their number."""
-    modules = list(_walk(model))
-    for module in modules:
+def mark(model: nn.Module, state: Any) -> None:
+    """Mark every module of a patched model with the state that they share."""
+    for module in model.modules():
         slices = vars(module).get("_slices")
         names = () if slices is None else slices.tensors
-        vars(module)[MARK] = Mark(state, {name: _stored(module, name).shape for name in names})
-    return len(modules)
+        shapes = {name: _stored(module, name).shape for name in names}
+        vars(module)[MARK] = Mark(state, shapes, tuple(module._modules.values()))
 
 
 def unmark(module: nn.Module) -> None:
@@ -35,30 +34,30 @@ def unmark(module: nn.Module) -> None:
     vars(module).pop(MARK, None)
 
 
-def find_change(model: nn.Module, state: Any, num_modules: int) -> str | None:
+def find_change(model: nn.Module, state: Any) -> str | None:
     """Return what is no longer as it was when a model was marked, or None."""
-    modules = list(_walk(model))
-    if len(modules) == num_modules and all(_is_as_marked(module, state) for module in modules):
+    if _is_as_marked(model, state):
         return None
     for name, module in model.named_modules():
         if not _is_marked(module, state):
             return f"{name or 'the model'} ({type(module).__name__}) was put in or changed"
         if not _has_planned_shapes(module):
             return f"{name or 'the model'} ({type(module).__name__}) has parameters of another shape"
-    return "a module was taken out"
+    return "a module was taken out or moved"
 
 
-def _walk(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield every module as often as it is registered; quicker than `Module.modules`, as each pass does it."""
+def _is_as_marked(model: nn.Module, state: Any) -> bool:
+    """Return whether all modules are as marked; each pass asks, so it goes by the marks rather than `modules()`."""
     pending = [model]
     while pending:
         module = pending.pop()
-        yield module
-        pending.extend(child for child in module._modules.values() if child is not None)
-
-
-def _is_as_marked(module: nn.Module, state: Any) -> bool:
-    return _is_marked(module, state) and _has_planned_shapes(module)
+        if not (_is_marked(module, state) and _has_planned_shapes(module)):
+            return False
+        children = vars(module)[MARK].children
+        if children != tuple(module._modules.values()):
+            return False
+        pending.extend(child for child in children if child is not None)
+    return True
 
 
 def _is_marked(module: nn.Module, state: Any) -> bool:
@@ -67,7 +66,8 @@ def _is_marked(module: nn.Module, state: Any) -> bool:
 
 
 def _has_planned_shapes(module: nn.Module) -> bool:
-    return all(_stored(module, name).shape == shape for name, shape in vars(module)[MARK].shapes.items())
+    shapes = vars(module)[MARK].shapes
+    return not shapes or all(_stored(module, name).shape == shape for name, shape in shapes.items())
 
 
 def _stored(module: nn.Module, name: str) -> torch.Tensor:

@@ -9,7 +9,7 @@ its width is set. A residual block's subclass gives its shortcut while the block
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradaug_hf.slimming.buffers import BufferGuard
 from gradaug_hf.slimming.changes import mark, unmark
-from gradaug_hf.slimming.patterns import Pattern, Width, pattern_size, take_patterns
+from gradaug_hf.slimming.gradients import can_add_directly, direct_slice
+from gradaug_hf.slimming.patterns import Cut, Pattern, Width, pattern_size
 from gradaug_hf.slimming.shortcuts import Shortcut, run_shortcut, with_zero_gradients
 from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
 
@@ -37,8 +38,8 @@ class WidthState:
         width: the width of the sliced ones.
         subnet_pass: True while the training pass of a sub-network is under way.
         dropped: indices of the residual blocks that are dropped.
+        direct: True while the backward of a pass may add the gradients of slices to the parameters' in place.
         num_blocks: number of residual blocks that can be dropped.
-        num_modules: number of modules of the model when it was patched.
         own_buffers: for each module whose forward writes to buffers, those of the sub-network whose width is set.
         guard: of the model's other buffers.
     """
@@ -46,21 +47,23 @@ class WidthState:
     width: Width = field(default_factory=Width)
     subnet_pass: bool = False
     dropped: frozenset[int] = frozenset()
+    direct: bool = False
     num_blocks: int = 0
-    num_modules: int = 0
     own_buffers: list[dict[str, "OwnBuffer"]] = field(default_factory=list)
     guard: BufferGuard = field(default_factory=lambda: BufferGuard([]))
 
-    def set(self, width: Width, subnet_pass: bool = False, dropped: Collection[int] = ()) -> None:
+    def set(
+        self, width: Width, subnet_pass: bool = False, dropped: Collection[int] = (), direct: bool = False
+    ) -> None:
         """Switch to another sub-network, or to the full model."""
-        self.width, self.subnet_pass, self.dropped = width, subnet_pass, frozenset(dropped)
+        self.width, self.subnet_pass, self.dropped, self.direct = width, subnet_pass, frozenset(dropped), direct
         for buffers in self.own_buffers:
             buffers.clear()
 
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Restore the sub-network that is set now when the context ends, also after an exception."""
-        before = self.width, self.subnet_pass, self.dropped
+        before = self.width, self.subnet_pass, self.dropped, self.direct
         try:
             yield
         finally:
@@ -88,6 +91,11 @@ class Slices:
     attributes: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
     written: frozenset[str] = frozenset()
     caches: frozenset[str] = frozenset()
+
+    @cached_property
+    def cuts(self) -> dict[str, Cut]:
+        """The patterns of tensors, prepared for the passes."""
+        return {name: Cut.of(patterns) for name, patterns in self.tensors.items()}
 
 
 class OwnBuffer(NamedTuple):
@@ -275,10 +283,13 @@ def _tensor_property(name: str) -> property:
 
 
 def _kept_part(module: SlimModule, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    width = module._state.width
-    if width.multiplier < 1 and name in module._slices.tensors:
-        return take_patterns(tensor, module._slices.tensors[name], width)
-    return tensor
+    state = module._state
+    cut = module._slices.cuts.get(name) if state.width.multiplier < 1 else None
+    if cut is None:
+        return tensor
+    if state.direct and not cut.others and can_add_directly(tensor):
+        return direct_slice(tensor, cut, state.width)
+    return cut.take(tensor, state.width)
 
 
 def _own_buffer(module: SlimModule, name: str, source: torch.Tensor) -> Any:
@@ -382,7 +393,7 @@ def patch(
         if name in shortcuts:
             module._shortcut = shortcuts[name]
     state.num_blocks = len(shortcuts)
-    state.num_modules = mark(network, state)
+    mark(network, state)
     state.guard = BufferGuard.of(network)
     network._width_state = state
 
@@ -403,14 +414,15 @@ def unpatch(model: nn.Module) -> nn.Module:
     Parameters, buffers and outputs of the full model stay as they are. Tools that go by the class of a layer
     (`torch.jit.script`, dynamic quantisation) need the plain classes.
 
-        unpatch(model)
-        scripted = torch.jit.script(model)
-
     Args:
         model: any module; one that was not patched is left as it is.
 
     Returns:
         The same model.
+
+    Examples:
+        >>> type(unpatch(make_slimmable(model)).bn1)
+        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
     for module in model.modules():
         _unpatch_module(module)

@@ -94,27 +94,48 @@ def is_prefix(pattern: Pattern) -> bool:
     return len(pattern) == 1 and isinstance(pattern[0], Kept) and pattern[0].repeat == 1
 
 
-def take_patterns(tensor: torch.Tensor, patterns: Sequence[Pattern], width: Width) -> torch.Tensor:
-    """Return the kept positions of all dimensions; a view where each pattern is a single run.
-
-    Single runs are taken at once, whose backward fills one full-size gradient, in the tensor's own memory format.
-    Narrowing dimension after dimension would fill one for each, and lose the format.
+@dataclass(frozen=True)
+class Cut:
+    """Describe which positions of a tensor a width keeps, prepared so that a pass takes them quickly.
 
     Args:
-        tensor: parameter or buffer at full width.
-        patterns: one for each dimension.
-        width: what is kept of them.
+        prefixes: dimensions of which the first positions are kept.
+        others: dimensions with another pattern, which cannot be taken by a view of the tensor.
     """
-    sizes = [
-        pattern_size(pattern, width) if is_prefix(pattern) else size
-        for size, pattern in zip(tensor.shape, patterns, strict=True)
-    ]
-    if sizes != list(tensor.shape):
-        tensor = tensor.as_strided(sizes, tensor.stride())  # from where it begins
-    for dim, pattern in enumerate(patterns):
-        if is_sliced(pattern) and not is_prefix(pattern):
+
+    prefixes: tuple[tuple[int, Kept], ...]
+    others: tuple[tuple[int, Pattern], ...]
+
+    @classmethod
+    def of(cls, patterns: Sequence[Pattern]) -> "Cut":
+        """Return the cut of a tensor with one pattern for each dimension."""
+        prefixes = tuple((dim, pattern[0]) for dim, pattern in enumerate(patterns) if is_prefix(pattern))
+        others = ((d, pattern) for d, pattern in enumerate(patterns) if is_sliced(pattern) and not is_prefix(pattern))
+        return cls(prefixes, tuple(others))
+
+    def take(self, tensor: torch.Tensor, width: Width) -> torch.Tensor:
+        """Return the kept positions; a view where all dimensions are prefixes.
+
+        Prefixes are taken at once, whose backward fills one full-size gradient, in the tensor's own memory format.
+        Narrowing dimension after dimension would fill one for each, and lose the format.
+
+        Args:
+            tensor: parameter or buffer at full width.
+            width: what is kept of it.
+        """
+        tensor = self.view(tensor, width)
+        for dim, pattern in self.others:
             tensor = take_pattern(tensor, dim, pattern, width)
-    return tensor
+        return tensor
+
+    def view(self, tensor: torch.Tensor, width: Width) -> torch.Tensor:
+        """Return a view of the kept positions of the prefixes; the tensor itself where they are all of it."""
+        sizes = list(tensor.shape)
+        for dim, kept in self.prefixes:
+            sizes[dim] = width.keep(kept) * kept.block
+        if sizes == list(tensor.shape):
+            return tensor
+        return tensor.as_strided(sizes, tensor.stride())  # from where it begins
 
 
 def take_pattern(tensor: torch.Tensor, dim: int, pattern: Pattern, width: Width) -> torch.Tensor:

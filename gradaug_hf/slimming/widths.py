@@ -37,7 +37,7 @@ def accept_wrappers(model: nn.Module) -> None:
     """Take a model, some of whose modules were wrapped since in others that do not change them, for unchanged."""
     patched = _patched_model(model)
     if patched is not None:
-        patched._width_state.num_modules = mark(patched, patched._width_state)
+        mark(patched, patched._width_state)
 
 
 def is_slimmable(model: nn.Module) -> bool:
@@ -57,8 +57,7 @@ def _patched_model(model: nn.Module) -> nn.Module | None:
 
 
 def _change_of(patched: nn.Module) -> str | None:
-    state = patched._width_state
-    return find_change(patched, state, state.num_modules)
+    return find_change(patched, patched._width_state)
 
 
 def check_width(width: float) -> float:
@@ -107,7 +106,9 @@ def at_width(model: nn.Module, width: float) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def subnet_pass(model: nn.Module, width: float, dropped: Collection[int] = ()) -> Iterator[nn.Module]:
+def subnet_pass(
+    model: nn.Module, width: float, dropped: Collection[int] = (), direct: bool = False
+) -> Iterator[nn.Module]:
     """Use a model at a width multiplier for the training pass of a sub-network: no buffer is written, also at width 1.
 
     Args:
@@ -115,6 +116,9 @@ def subnet_pass(model: nn.Module, width: float, dropped: Collection[int] = ()) -
             called on does as well at width 1.
         width: width multiplier in (0, 1].
         dropped: indices of the residual blocks that are replaced by their shortcuts.
+        direct: whether the backward adds the gradients of slices to `grad` of the parameters in place, which is
+            quicker. Nothing else may wait for them, as the hooks of `DistributedDataParallel` do; those of a parameter
+            itself are heeded.
 
     Raises:
         ValueError: the width is out of range, or the model is not slimmable or was changed since.
@@ -126,5 +130,5 @@ def subnet_pass(model: nn.Module, width: float, dropped: Collection[int] = ()) -
     else:
         state = width_state(model)
     with state.kept(), state.guard.restored():
-        state.set(Width(check_width(width), state.width.divisor), True, dropped)
+        state.set(Width(check_width(width), state.width.divisor), True, dropped, direct)
         yield model

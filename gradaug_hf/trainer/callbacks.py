@@ -27,9 +27,7 @@ class ReportCallback(TrainerCallback):
         self.seen: SeenBatch | None = None
         self._elsewhere: list[Entry] = []
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Forget the batch of the training before."""
         self.seen = None
 
@@ -54,9 +52,7 @@ class SpeedCallback(TrainerCallback):
 
     on_train_begin = on_evaluate = on_save = _wait
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the images of the step, over all processes; the last batch of an epoch as a whole one."""
         now = time.perf_counter()
         self._seconds += now - self._since
@@ -80,9 +76,7 @@ class PushCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
-    def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wait for the push before, which reads the same files, and add those that the Trainer does not copy."""
         self.finish()
         checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -91,9 +85,7 @@ class PushCallback(TrainerCallback):
             if (checkpoint / name).is_file() and not edited:
                 shutil.copy(checkpoint / name, args.output_dir)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wait for the last push."""
         self.finish()
 
@@ -117,17 +109,13 @@ class LastStepCallback(TrainerCallback):
     def __init__(self) -> None:
         self._put_off = False
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Put the checkpoint off, if the step ends an epoch."""
         self._put_off = control.should_save and ends_epoch(state)
         if self._put_off:
             control.should_save = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the checkpoint that was put off."""
         control.should_save = control.should_save or self._put_off
         self._put_off = False

@@ -100,24 +100,18 @@ class Interruption(TrainerCallback):
 
     # ---- during the training ----
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set up what the processes agree over."""
         self._work = None
         if args.world_size > 1 and dist.is_initialized() and self._group is None:
             self._group = dist.new_group(backend="gloo")
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop with a checkpoint, if a signal has come."""
         self._steps_are_left = state.global_step < state.max_steps
         self._stop_if_received(control)
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Neither log nor evaluate an epoch that is broken off as one that is over."""
         if not self._steps_are_left:
             self._stop_if_received(control)
@@ -128,16 +122,12 @@ class Interruption(TrainerCallback):
             control.should_log = control.should_evaluate = False
             control.should_save = self._lost_workers and state.global_step > 0
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write a checkpoint, if a signal has come since the last step."""
         if self._is_listening and not self._steps_are_left:
             self._stop_if_received(control)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Take up a signal that came after the last step, and finish what is under way between the processes."""
         self._stop_if_received(control)
         if self._work is not None:

@@ -63,22 +63,16 @@ class LossWatch(TrainerCallback):
         while self._under_way and (self._under_way[0].copied is None or self._under_way[0].copied.query()):
             self._under_way.popleft().check()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Forget the losses of a training that was broken off."""
         self._under_way.clear()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wait for all losses, if something comes after the step."""
         if control.should_log or control.should_evaluate or control.should_save:
             self.finish()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wait for all losses."""
         self.finish()
 

@@ -5,6 +5,7 @@ import warnings
 import torch
 from torch import nn
 
+from gradaug_hf.hub.weights import take_saved_names
 from gradaug_hf.objective.sampling import drops_blocks, drops_channels
 from gradaug_hf.slimming import make_slimmable, slicing_report
 from gradaug_hf.slimming.depth import make_droppable
@@ -14,7 +15,8 @@ from gradaug_hf.trainer.config import GradAugConfig
 
 
 def lay_out(model: nn.Module, args: GradAugConfig) -> None:
-    """Give a model its memory format and its batch norm, before it is made slimmable."""
+    """Give a model its memory format, its batch norm and the names of its folder, before it is made slimmable."""
+    take_saved_names(model)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.sync_batchnorm and args.world_size > 1:

@@ -155,9 +155,7 @@ class ProgressCallback(TrainerCallback):
             base.generator.seed()
         return loader
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Go on with the sums of the checkpoint, now that the Trainer has set its own to zero."""
         self._started, self.means = time.perf_counter(), RunningMeans()
         processes = self._stored.get("processes", [])
@@ -172,15 +170,11 @@ class ProgressCallback(TrainerCallback):
 
     # ---- what a checkpoint holds ----
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Know that an epoch is under way."""
         self._epoch_is_over = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Know that a checkpoint is one of the next epoch's beginning."""
         self._epoch_is_over = True
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     BaseImageProcessor,
     DataCollator,
@@ -26,13 +26,12 @@ from transformers import (
     default_data_collator,
 )
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, has_length, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 from transformers.utils import logging
 from transformers.utils.generic import find_labels
 
 from gradaug_hf.data.collator import collate_images
-from gradaug_hf.data.seeded import EpochCallback, SeededDataset
-from gradaug_hf.data.streaming import ShardedStream
+from gradaug_hf.data.seeded import EpochCallback
 from gradaug_hf.hub.configs import (
     label_names,
     plain_state,
@@ -52,6 +51,7 @@ from gradaug_hf.reports.history import Evaluation
 from gradaug_hf.reports.model_card import ModelFacts, as_metadata, write_model_card
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, PLOTS, can_plot, plot_training
 from gradaug_hf.slimming.widths import num_droppable_blocks
+from gradaug_hf.trainer import sharding
 from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, name_images, split_batch
 from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback, SpeedCallback
 from gradaug_hf.trainer.card_facts import model_facts
@@ -73,6 +73,7 @@ from gradaug_hf.trainer.checks import (
 from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.trainer.interruption import Interruption
+from gradaug_hf.trainer.loaders import train_loader
 from gradaug_hf.trainer.lock import locked
 from gradaug_hf.trainer.loss_watch import LossWatch, NonFiniteLossError
 from gradaug_hf.trainer.mixing import TrainingMixer
@@ -85,18 +86,6 @@ from gradaug_hf.trainer.resuming import (
     dataset_fingerprint,
     has_fixed_schedule,
 )
-from gradaug_hf.trainer.sharding import (
-    ShardingCallback,
-    check_parts,
-    check_sharding,
-    check_version,
-    gradients_held_back,
-    is_sharded,
-    keep_contiguous,
-    plan_sharding,
-    stores_parts,
-)
-from gradaug_hf.trainer.streams import stream_loader
 from gradaug_hf.trainer.subnets import TrainingSubnets
 from gradaug_hf.trainer.width_evaluation import evaluate_at_width
 from gradaug_hf.utils.attributes import replaced
@@ -185,7 +174,7 @@ class GradAugTrainer(Trainer):
         as_metadata(self.card_metadata)
         check_output_dir(args)
         if args.num_subnets > 0:
-            check_version(args)  # another one the Trainer's constructor may not stand
+            sharding.check_version(args)  # another one the Trainer's constructor may not stand
         checkpoint = model if isinstance(model, str) else None
         if checkpoint:
             model = network_to_train(checkpoint, train_dataset, eval_dataset)
@@ -257,21 +246,21 @@ class GradAugTrainer(Trainer):
         if reason is not None:
             name = type(network).__name__
             warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
-        keep_contiguous(args, self.accelerator)
+        sharding.keep_contiguous(args, self.accelerator)
         if self.model_init is None:
             name_images(self.model)
             lay_out(self.model, self.args)
         if args.num_subnets > 0:
             check_launch(args, self.is_deepspeed_enabled)
-            check_sharding(args, self.accelerator, self.model)
+            sharding.check_sharding(args, self.accelerator, self.model)
             if args.torch_compile:
                 check_compilable(self.subnet_sampler)
                 compile_statically(self.accelerator)
             if self.model_init is None and self.train_dataset is not None:
                 self._subnets.prepare(self.model, self.train_dataset, self.data_collator)
-        if is_sharded(self.accelerator):
-            plan_sharding(self.accelerator, self.model, args.num_subnets)
-            self.add_callback(ShardingCallback())
+        if sharding.is_sharded(self.accelerator):
+            sharding.plan_sharding(self.accelerator, self.model, args.num_subnets)
+            self.add_callback(sharding.ShardingCallback())
 
     def _use_own_loss(self) -> None:
         problem = problem_of(self.model, self.args.problem_type)
@@ -288,7 +277,7 @@ class GradAugTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """`Trainer.train`, interrupted by SIGTERM and Ctrl-C with a checkpoint.
+        """Train as `Trainer.train` does; SIGTERM and Ctrl-C end it with a checkpoint.
 
         Args:
             resume_from_checkpoint: folder of a checkpoint; True: the last one in `args.output_dir`.
@@ -314,8 +303,8 @@ class GradAugTrainer(Trainer):
             folder = checkpoint_to_resume(
                 resume_from_checkpoint, self.args, self.settings(), self.model, own_files, has_fixed_schedule(self)
             )
-        if folder is not None and is_sharded(self.accelerator):
-            check_parts(Path(folder), self.accelerator)
+        if folder is not None and sharding.is_sharded(self.accelerator):
+            sharding.check_parts(Path(folder), self.accelerator)
         self._progress.begin(folder)
         run_dir = Path(self._get_output_dir(trial))
         try:
@@ -335,7 +324,7 @@ class GradAugTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """`Trainer.call_model_init`; a model that is about to be trained is made slimmable."""
+        """Return the model of `model_init`; one that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
         name_images(network)
         if not getattr(self, "is_in_train", False):
@@ -350,25 +339,14 @@ class GradAugTrainer(Trainer):
     # ---- the data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """`Trainer.get_train_dataloader`, which seeds the random augmentation of a map-style dataset."""
-        data, args = self.train_dataset, self.args
-        if isinstance(data, ShardedStream):
-            loader = stream_loader(self, data)
-        elif args.seed_train_data and not isinstance(data, (SeededDataset, IterableDataset)) and has_length(data):
-            seed = args.seed if args.data_seed is None else args.data_seed
-            loader = self._get_dataloader(
-                SeededDataset(data, seed),
-                "Training",
-                self._train_batch_size,
-                lambda _: self._get_train_sampler(data),  # which may look into the dataset itself
-                is_training=True,
-            )
-        else:
+        """Return the loader of the training set, which seeds the random augmentation of a map-style one."""
+        loader = train_loader(self)
+        if loader is None:
             loader = super().get_train_dataloader()
         return self._progress.start_workers_aside(loader, was_started=True)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """`Trainer.get_eval_dataloader`, whose kept workers leave the random numbers of a resumed training alone."""
+        """Return a loader of `Trainer`, whose kept workers leave the random numbers of a resumed training alone."""
         loader = super().get_eval_dataloader(eval_dataset)
         was_evaluated = any(key.startswith("eval_") for entry in self.state.log_history for key in entry)
         return self._progress.start_workers_aside(loader, was_evaluated)
@@ -376,7 +354,7 @@ class GradAugTrainer(Trainer):
     # ---- the loss ----
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """`Trainer.training_step`; the last sub-network stays in place until its backward is over."""
+        """Do a step of `Trainer`; the last sub-network stays in place until its backward is over."""
         with ExitStack() as stack, replaced(self, _step_stack=stack):
             loss = super().training_step(*args, **kwargs)
         if self.args.num_subnets > 0 and not self._loss_was_computed:
@@ -413,12 +391,11 @@ class GradAugTrainer(Trainer):
         if objective is None:
             full_loss = self.full_loss if self._plain.is_given else None
             objective = self._subnets.begin(model, self.model, images, self.state.max_steps, full_loss)
-        subnets = objective.sampler.sample(self.state.global_step)
-        passes = objective.passes(images, labels, subnets, step=self.state.global_step, **others)
-        if self.args.subnet_backward == "sequential" and self._step_stack is not None:
-            done = self._run_sequentially(model, passes, len(subnets))
-        else:
-            done = list(passes)
+        step = self.state.global_step
+        subnets = objective.sampler.sample(step)
+        sequential = self.args.subnet_backward == "sequential" and self._step_stack is not None
+        passes = objective.passes(images, labels, subnets, step=step, direct=sequential, **others)
+        done = self._run_sequentially(model, passes, len(subnets)) if sequential else list(passes)
         self._record(done, images)
         loss = sum(p.loss for p in done)
         return (loss, {"loss": loss, "logits": done[0].logits}) if return_outputs else loss
@@ -459,7 +436,7 @@ class GradAugTrainer(Trainer):
         self._step_stack.enter_context(closing(passes))
         done = []
         for _ in range(num_early):
-            with gradients_held_back(self.accelerator, model):  # they cross ranks once, in the last backward
+            with sharding.gradients_held_back(self.accelerator, model):  # they cross ranks once, in the last backward
                 early = next(passes)
                 self.accelerator.backward(early.loss / self.current_gradient_accumulation_steps)
             done.append(replace(early, loss=early.loss.detach()))
@@ -482,7 +459,7 @@ class GradAugTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`Trainer.prediction_step`, also for a model that takes images by position and without labels."""
+        """Predict as `Trainer` does, also with a model that takes images by position and without labels."""
         inputs = as_evaluated(inputs, model, self.args)
         if isinstance(images := inputs.get(IMAGES), Tensor) and images.ndim == 4:
             self._evaluated_size = tuple(images.shape[2:])
@@ -500,7 +477,7 @@ class GradAugTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """`Trainer.evaluate`, then the same for each of `args.eval_widths`, as `eval_width0.9_loss` and so on.
+        """Evaluate as `Trainer` does, then at each of `args.eval_widths`, as `eval_width0.9_loss` and so on.
 
         Raises:
             ValueError: there are widths but no `train_dataset`, of which batch norm is recalibrated.
@@ -523,7 +500,7 @@ class GradAugTrainer(Trainer):
 
     @property
     def subnet_sampler(self) -> SubnetSampler:
-        """The sampler of the sub-networks."""
+        """Return the sampler of the sub-networks."""
         return self._subnets.sampler
 
     def _record(self, passes: list[Pass], images: Tensor) -> None:
@@ -535,7 +512,7 @@ class GradAugTrainer(Trainer):
             self._report.seen = self._subnets.seen(images, subnets, num_blocks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training.
+        """Log as `Trainer` does, with the parts of the loss and the sub-networks added to the log of training.
 
         The `train_loss` of a resumed training is that of all its steps.
         """
@@ -552,7 +529,7 @@ class GradAugTrainer(Trainer):
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """The evaluations on `eval_dataset` so far."""
+        """Return the evaluations on `eval_dataset` so far."""
         names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else ()
         return self._report.evaluations(self.state, names)
 
@@ -607,7 +584,7 @@ class GradAugTrainer(Trainer):
         return self._progress.place(*super()._init_training_state(*args, **kwargs))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """`Trainer.get_batch_samples`; nothing more if a signal that ends the training has ended the workers."""
+        """Return the next batches; none if a signal that ends the training has ended the workers."""
         try:
             return super().get_batch_samples(*args, **kwargs)
         except RuntimeError:
@@ -638,9 +615,11 @@ class GradAugTrainer(Trainer):
         return super()._get_output_dir(trial) if self._partial_folder is None else str(self._partial_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer.save_model`, with the model card and, unless it is for a checkpoint, `plots`."""
-        if is_sharded(self.accelerator) and stores_parts(self.accelerator):  # of which the Trainer makes no whole
-            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        """Save the model as `Trainer` does, with its card and, unless it is for a checkpoint, `plots`."""
+        accelerator = self.accelerator
+        if sharding.is_sharded(accelerator) and sharding.stores_parts(accelerator):
+            # The Trainer makes no whole of the parts.
+            self._save(output_dir, accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -683,7 +662,7 @@ class GradAugTrainer(Trainer):
     # ---- the Hub ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """`Trainer.init_hf_repo`, which also makes the branch `args.hub_revision`.
+        """Make the repository, as `Trainer` does, and the branch `args.hub_revision`.
 
         Raises:
             PushError: the Hub refuses, or cannot be reached.
@@ -704,7 +683,7 @@ class GradAugTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`Trainer.push_to_hub`; a branch that `revision` names is made where there is none.
+        """Push as `Trainer` does; a branch that `revision` names is made where there is none.
 
         Raises:
             PushError: the Hub refuses, or cannot be reached.

@@ -120,6 +120,25 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(tmp_path, name: str):
     assert changed == set(head_parameters(model)) and len(changed) == 2
 
 
+@pytest.mark.parametrize("num_subnets", [0, 2])
+def test_frozen_statistics_stay_and_normalise_the_images(tmp_path, num_subnets: int):
+    model = small_model()
+    model[1].running_mean.fill_(0.3)
+    model[1].running_var.fill_(2.0)
+    images = torch.stack([Images()[index]["pixel_values"] for index in range(10)])
+    expected = nn.functional.cross_entropy(
+        copy.deepcopy(model).double().eval()(images.double()), torch.arange(10) % 3
+    ).item()
+    before = copy.deepcopy(model.state_dict())
+    settings = {"num_subnets": num_subnets, "resolutions": [16, 12], "max_steps": 1, "logging_steps": 1}
+    trainer = trainer_of(tmp_path, model, settings | {"per_device_train_batch_size": 10}, freeze_statistics=True)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged.get("loss_full", logged["loss"]) == pytest.approx(expected, rel=1e-5)
+    kept = {key for key, tensor in model.state_dict().items() if torch.equal(tensor, before[key])}
+    assert kept == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
 # ---- weights of classes ----
 
 

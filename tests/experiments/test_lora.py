@@ -6,13 +6,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import (
-    AutoModelForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from gradaug_hf import make_slimmable, slicing_report
 from gradaug_hf.experiments.backbone import head_parameters
@@ -29,9 +23,6 @@ VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "int
 
 def model_of(name: str) -> nn.Module:
     torch.manual_seed(0)
-    if name == "transformers_resnet":
-        sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
-        return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=3))
     if name == "transformers_vit":
         return ViTForImageClassification(ViTConfig(**VIT, image_size=SIDE, patch_size=8, num_labels=3))
     sizes = {"img_size": SIDE} if "vit" in name or "beit" in name else {}
@@ -141,7 +132,7 @@ class Large(Images):
 
 @needs_peft
 @pytest.mark.filterwarnings("error:the folder of this")  # will have its weights alone
-@pytest.mark.parametrize("name", ["test_resnet", "transformers_resnet"])
+@pytest.mark.parametrize("name", ["test_resnet", "transformers_vit"])
 def test_what_is_saved_is_an_ordinary_model_and_a_resumed_training_goes_on_exactly(tmp_path, name: str):
     trainer_of(tmp_path / "begun", model_of(name)).save_model()
     begun, heads = load_file(tmp_path / "begun" / "model.safetensors"), head_parameters(model_of(name))

@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -36,7 +37,7 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
-def make_plan(recipe: Path, **changes) -> Plan:
+def make_plan(recipe: Path | str, **changes) -> Plan:
     rows = {"plain": {"method": "baseline"}, "ours": {"method": "gradaug", "min_width": 0.8}}
     content = {"rows": rows, "seeds": [0, 1], "settings": {"epochs": 3}, "columns": {"": {}}}
     return Plan(recipe, **{**content, **changes})
@@ -63,6 +64,20 @@ def test_every_row_is_trained_with_every_seed_by_its_flags(recipe, tmp_path):
         f"--epochs 3 --method baseline --seed 1 --output_dir {folder / 'plain-seed1'}",
         f"--epochs 3 --method gradaug --min_width 0.8 --seed 1 --output_dir {folder / 'ours-seed1'}",
     ]
+
+
+def test_a_recipe_may_be_a_module(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(recipe.parent))
+    assert train_all(make_plan(recipe.stem, seeds=[0]), tmp_path / "runs", LAUNCH) == []
+    assert len(calls(tmp_path / "runs")) == 2
+
+
+def test_accelerate_is_that_of_this_python_whatever_the_path_names(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    started = []
+    monkeypatch.setattr("subprocess.run", lambda words, **_: started.append(words) or SimpleNamespace(returncode=1))
+    train_all(make_plan(recipe, seeds=[0]), tmp_path / "runs", "accelerate launch --cpu")
+    assert started[0][0] == sys.executable and started[0][3:6] == ["launch", "--cpu", str(recipe)]
 
 
 def test_shared_settings_of_sub_networks_reach_the_rows_that_have_some(recipe):

@@ -342,3 +342,8 @@ def test_nothing_trusts_code_or_pickles_from_elsewhere():
             assert name not in ("pickle.load", "pickle.loads", "joblib.load"), f"{file}: {name}"
             if name == "torch.load":
                 assert given.get("weights_only") == "True", f"{file}: {name}"
+
+
+@pytest.mark.parametrize("name", ["wrn16_2", "deit_tiny_distilled_patch16_224"])
+def test_a_model_accepts_what_its_constructor_passes_on_to_that_of_its_base_class(name: str):
+    assert "drop_path_rate" in accepted_arguments(name)

@@ -2,10 +2,11 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
-from gradaug_hf.hub.weights import WeightsError, check_weights, weight_shapes
+from gradaug_hf.hub.weights import WeightsError, check_weights, saved_names, take_saved_names, weight_shapes
 
 
 def test_tensors_that_share_memory_are_needed_once(tmp_path):
@@ -49,3 +50,22 @@ def test_an_index_without_files_by_tensor_is_refused(files, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     with pytest.raises(WeightsError, match="index.json has weight_map .*; expected the name of a file for each"):
         weight_shapes(tmp_path)
+
+
+@pytest.mark.parametrize("of_a_part", [False, True])
+def test_weights_are_found_by_the_names_that_transformers_saves_them_under(tmp_path, of_a_part):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    saved, model = (ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)) for _ in range(2))
+    saved.save_pretrained(tmp_path)
+    check_weights(tmp_path, model)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights.keys() == saved_names(model).keys()
+    take_saved_names(model)
+    if of_a_part:
+        outer = nn.ModuleDict({"inner": model})
+        outer.load_state_dict({f"inner.{name}": tensor for name, tensor in weights.items()})
+    else:
+        model.load_state_dict(weights)
+    expected = saved.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    model.load_state_dict(expected)  # by its own names as well

@@ -7,15 +7,20 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
+import gradaug_hf
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 
 SETTINGS = {"num_subnets": 3, "min_width": 0.8, "resolutions": [32, 28, 24], "seed": 5}
 
 
 def test_a_new_process_draws_the_same_subnetworks():
-    code = (
-        f"from gradaug_hf.objective.sampling import SubnetSampler; print(SubnetSampler(**{SETTINGS!r}).sample(1234))"
-    )
+    code = f"""
+import sys, types
+package = sys.modules["gradaug_hf"] = types.ModuleType("gradaug_hf")  # the whole of it would take long to import
+package.__path__ = {gradaug_hf.__path__!r}
+from gradaug_hf.objective.sampling import SubnetSampler
+print(SubnetSampler(**{SETTINGS!r}).sample(1234))
+"""
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == repr(SubnetSampler(**SETTINGS).sample(1234))
 

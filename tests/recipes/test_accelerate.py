@@ -17,6 +17,7 @@ EXPECTED = {
     "gpu_1.yaml": (1, 1, False),
     "gpu_8.yaml": (1, 8, True),
     "gpu_2x8.yaml": (2, 8, True),
+    "fsdp2.yaml": (1, 8, False),  # through the same launcher, by another flag
 }
 
 
@@ -37,6 +38,7 @@ def test_accelerate_understands_the_line(line, monkeypatch):
     args = parsed(line, monkeypatch)
     machines, processes, several = EXPECTED[Path(args.config_file).name]
     assert (args.num_machines, args.num_processes, bool(args.multi_gpu)) == (machines, machines * processes, several)
+    assert args.use_fsdp == ("fsdp" in line)
     assert not args.cpu
     assert args.mixed_precision == "no"
     assert (ROOT / args.training_script).is_file()

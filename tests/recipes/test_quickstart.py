@@ -3,6 +3,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -18,26 +20,33 @@ from gradaug_hf.experiments.quickstart import QuickstartArguments, check_checkpo
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> tuple[str, Path]:
-    """What the recipe printed and the folder it wrote, launched as the README does, with one step of training."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "recipes/quickstart.py"]
-    options = ["--labels_per_class", "1", "--epochs", "1", "--batch_size", "10", "--max_eval_samples", "60"]
-    done = subprocess.run(
-        [*command, *options, "--equal_compute", "--output_dir", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+def launch(flags: list[str]) -> str:
+    """What the recipe printed, launched as the README does."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "recipes/quickstart.py", *flags]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    return done.stdout, folder
+    return done.stdout
 
 
-def test_table_shows_both_methods_and_the_baseline_of_equal_compute(launched):
-    printed, folder = launched
+def run_here(flags: list[str]) -> str:
+    """What the recipe printed, run in this process."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(sys, "argv", ["recipes/quickstart.py", *flags])
+        main()
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module", params=[run_here, pytest.param(launch, marks=pytest.mark.slow)])
+def finished(request, tmp_path_factory) -> tuple[str, Path]:
+    """What the recipe printed and the folder it wrote, with one step of training."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    flags = "--labels_per_class 1 --epochs 1 --batch_size 10 --max_eval_samples 60 --equal_compute --output_dir"
+    return request.param([*flags.split(), str(folder)]), folder
+
+
+def test_table_shows_both_methods_and_the_baseline_of_equal_compute(finished):
+    printed, folder = finished
     runs = json.loads((folder / "results.json").read_text())["runs"]
     assert [run["method"] for run in runs] == ["plain", "gradaug", "plain_2.7x"]
     assert [run["steps"] for run in runs] == [1, 1, 3]
@@ -50,8 +59,8 @@ def test_table_shows_both_methods_and_the_baseline_of_equal_compute(launched):
         assert run["peak_memory"] > 100
 
 
-def test_checkpoint_is_as_accurate_when_timm_loads_it(launched):
-    printed, folder = launched
+def test_checkpoint_is_as_accurate_when_timm_loads_it(finished):
+    printed, folder = finished
     top1 = json.loads((folder / "results.json").read_text())["runs"][1]["top1"]
     assert (
         f'timm.create_model("local-dir:{folder}/gradaug", pretrained=True) in a new process: top-1 {top1:.2%}'
@@ -59,8 +68,8 @@ def test_checkpoint_is_as_accurate_when_timm_loads_it(launched):
     )
 
 
-def test_both_checkpoints_and_the_plot_are_written(launched):
-    _, folder = launched
+def test_both_checkpoints_and_the_plot_are_written(finished):
+    _, folder = finished
     networks = [timm.create_model(f"local-dir:{folder / name}", pretrained=True) for name in ("plain", "gradaug")]
     assert not torch.equal(networks[0].fc.weight, networks[1].fc.weight)
     with PIL.Image.open(folder / "curves.png") as image:
@@ -68,8 +77,8 @@ def test_both_checkpoints_and_the_plot_are_written(launched):
 
 
 @pytest.mark.slow
-def test_checkpoint_of_another_accuracy_ends_with_an_error(launched):
-    _, folder = launched
+def test_checkpoint_of_another_accuracy_ends_with_an_error(finished):
+    _, folder = finished
     args = QuickstartArguments(labels_per_class=1, max_eval_samples=60, output_dir=str(folder))
     with pytest.raises(SystemExit, match="another accuracy than the trained model: 12.30%"):
         check_checkpoint(args, expected_top1=0.123)
@@ -159,8 +168,8 @@ def test_few_labels_of_cifar10_are_learnt_well_over_chance(real_data: Path, tmp_
     assert result.top1 > 0.2
 
 
-def test_each_checkpoint_has_a_model_card_and_pictures(launched):
-    _, folder = launched
+def test_each_checkpoint_has_a_model_card_and_pictures(finished):
+    _, folder = finished
     for method, pictures in (("plain", ["curves.png"]), ("gradaug", ["curves.png", "subnets.png"])):
         assert sorted(file.name for file in (folder / method / "plots").iterdir()) == pictures
         card = ModelCard.load(folder / method / "README.md")

@@ -470,6 +470,7 @@ def test_stream_is_trained_on_for_the_epochs_asked_for(run_recipe):
     assert [step for step, _ in finished.result["curve"]] == [4, 8]  # 100 images are 4 batches
 
 
+@pytest.mark.slow
 def test_stream_of_shards_is_resumed_amid_an_epoch_with_the_numbers_of_workers_that_it_had(run_recipe):
     flags = "--model resnet20_cifar --streaming --batch_size 25 --max_steps -1 --num_train_epochs 2 "
     flags += "--eval_strategy epoch --save_strategy steps --save_steps 1 --save_total_limit 9 --num_subnets 1 "

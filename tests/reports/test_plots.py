@@ -15,12 +15,12 @@ from gradaug_hf.reports.history import evaluations
 from gradaug_hf.reports.plots import (
     NEEDS_MATPLOTLIB,
     SeenBatch,
+    batch_figure,
     can_plot,
-    draw_batch,
-    draw_curves,
-    draw_widths,
     plot_curves,
     plot_training,
+    training_figure,
+    widths_figure,
 )
 from gradaug_hf.reports.runs import Result
 
@@ -39,7 +39,7 @@ def lines(axes) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_curves_show_the_parts_of_the_loss_and_the_accuracies_over_the_epochs():
-    losses, accuracies = draw_curves(HISTORY, evaluations(HISTORY)).axes
+    losses, accuracies = training_figure(HISTORY, evaluations(HISTORY)).axes
     assert lines(losses) == {
         "whole objective": [(1, 2.5), (2, 1.5)],
         "full network": [(1, 2.25), (2, 1.375)],
@@ -50,7 +50,7 @@ def test_curves_show_the_parts_of_the_loss_and_the_accuracies_over_the_epochs():
 
 
 def test_curves_of_a_plain_training_without_evaluation_are_its_loss():
-    (losses,) = draw_curves([{"loss": 2.0, "epoch": 0.5, "step": 1}], []).axes
+    (losses,) = training_figure([{"loss": 2.0, "epoch": 0.5, "step": 1}], []).axes
     assert lines(losses) == {"training": [(0.5, 2.0)]}
 
 
@@ -58,19 +58,19 @@ def test_curves_of_several_evaluation_sets_are_named_after_them():
     history = [
         {f"eval_{name}_loss": 1.0, f"eval_{name}_top1": 0.5, "epoch": 1.0, "step": 5} for name in ("day", "night")
     ]
-    losses, accuracies = draw_curves(history, evaluations(history, ["day", "night"])).axes
+    losses, accuracies = training_figure(history, evaluations(history, ["day", "night"])).axes
     assert list(lines(losses)) == ["evaluation, day", "evaluation, night"]
     assert list(lines(accuracies)) == ["top-1 accuracy, day", "top-1 accuracy, night"]
 
 
 def test_accuracy_is_drawn_against_width():
     measured = [e for e in evaluations(HISTORY) if e.step == 10]
-    (axes,) = draw_widths(measured).axes
+    (axes,) = widths_figure(measured).axes
     assert lines(axes) == {"top-1 accuracy": [(0.5, 37.5), (1, 50)], "top-5 accuracy": [(0.5, 87.5), (1, 100)]}
 
 
 def test_lines_are_told_apart_without_colour():
-    for axes in draw_curves(HISTORY, evaluations(HISTORY)).axes:
+    for axes in training_figure(HISTORY, evaluations(HISTORY)).axes:
         looks = [(line.get_linestyle(), line.get_marker(), line.get_color()) for line in axes.lines]
         for look in zip(*looks, strict=True):
             assert len(set(look)) == len(looks)
@@ -78,7 +78,7 @@ def test_lines_are_told_apart_without_colour():
 
 
 def test_each_row_shows_the_images_of_a_pass_at_their_resolution():
-    full, first, second = draw_batch(BATCH).axes
+    full, first, second = batch_figure(BATCH).axes
     assert [axes.get_title(loc="left") for axes in (full, first, second)] == [
         "full network: width 1, 32×32 pixels",
         "sub-network: width 0.75, 24×24 pixels",
@@ -98,7 +98,7 @@ def test_each_row_shows_the_images_of_a_pass_at_their_resolution():
 def test_rows_show_what_a_transform_did_and_how_many_blocks_were_dropped():
     subnet = Subnet(resolution=32, seed=2, survival=0.5)
     batch = SeenBatch(torch.rand(2, 1, 32, 32), [subnet], RandomQuarterTurn(), num_blocks=6)
-    _, row = draw_batch(batch).axes
+    _, row = batch_figure(batch).axes
     dropped = len(subnet.dropped_blocks(6))
     assert row.get_title(loc="left") == f"sub-network: width 1, 32×32 pixels, {dropped} of 6 blocks dropped"
     turned = transform_for_subnet(batch.images, subnet, RandomQuarterTurn())[0, 0]
@@ -141,5 +141,5 @@ def test_without_matplotlib_one_message_says_what_to_install(monkeypatch, tmp_pa
 
 def test_titles_say_which_share_of_the_batch_and_of_the_patches_was_seen():
     subnet = Subnet(0.5, 16, part=Part(0, 1 / 3, seed=1), tokens=0.4)
-    _, row = draw_batch(replace(BATCH, subnets=[subnet])).axes
+    _, row = batch_figure(replace(BATCH, subnets=[subnet])).axes
     assert row.get_title(loc="left") == "sub-network: width 0.5, 16×16 pixels, 33% of the batch, 40% of the patches"

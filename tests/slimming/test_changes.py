@@ -143,7 +143,7 @@ def test_a_layer_that_was_taken_out_is_noticed():
     layers = nn.Conv2d(3, 8, 3), nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
     model = make_slimmable(nn.Sequential(*layers), input_size=8)
     del model[1]
-    with pytest.raises(ValueError, match="a module was taken out; call it again"):
+    with pytest.raises(ValueError, match="a module was taken out or moved; call it again"):
         set_width(model, WIDTH)
 
 

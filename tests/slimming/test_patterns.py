@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gradaug_hf.slimming.patterns import Kept, Whole, Width, kept_channels, pattern_size, take_pattern, take_patterns
+from gradaug_hf.slimming.patterns import Cut, Kept, Whole, Width, kept_channels, pattern_size, take_pattern
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_the_divisor_counts_positions_that_come_together():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_slice_of_several_dimensions_and_its_gradient_keep_the_memory_format(memory_format):
     weight = torch.randn(8, 6, 3, 3).contiguous(memory_format=memory_format).requires_grad_()
-    taken = take_patterns(weight, ((Kept(1, 8, 1),), (Kept(1, 6, 1),), (Whole(3),), (Whole(3),)), Width(0.5))
+    taken = Cut.of(((Kept(1, 8, 1),), (Kept(1, 6, 1),), (Whole(3),), (Whole(3),))).take(weight, Width(0.5))
     assert torch.equal(taken, weight[:4, :3])
     assert taken.data_ptr() == weight.data_ptr() and taken.stride() == weight.stride()
     assert taken.grad_fn.next_functions[0][0].name() == "torch::autograd::AccumulateGrad"  # one full-size gradient
@@ -66,5 +66,5 @@ def test_a_slice_of_several_dimensions_and_its_gradient_keep_the_memory_format(m
 
 def test_dimensions_of_several_pieces_are_taken_beside_those_of_one():
     weight = torch.arange(8 * 6.0).view(8, 6)[:, 1:]  # memory that is not its own alone
-    taken = take_patterns(weight, ((Kept(2, 4, 1),), (Kept(1, 5, 1),)), Width(0.5))
+    taken = Cut.of(((Kept(2, 4, 1),), (Kept(1, 5, 1),))).take(weight, Width(0.5))
     assert torch.equal(taken, weight[[0, 1, 4, 5], :3])

@@ -14,7 +14,8 @@ from torch import Tensor
 from gradaug_hf.objective.sampling import SubnetSampler
 from gradaug_hf.utils.compat import compiles_stale_graphs
 from tests.helpers.residual_network import gradients_by_hand
-from tests.helpers.small_training import free_port
+from tests.helpers.small_training import free_port, start_ranks, status_of
+from tests.helpers.train_in_processes import main as train_runs
 from tests.helpers.train_in_processes import train, with_batchnorm
 
 ROOT = Path(__file__).parents[2]
@@ -240,31 +241,16 @@ def write_run(folder: Path) -> None:
     (folder / "runs.json").write_text(json.dumps({"run": (network, f"{flags} {batch}")}))
 
 
-def test_a_process_that_dies_ends_the_other_with_an_error_within_a_minute(tmp_path):
+def test_a_process_that_dies_ends_the_other_with_an_error_within_a_minute(tmp_path, monkeypatch, capfd):
     """Without a launcher that watches both, as on two machines."""
     write_run(tmp_path)
-    port = str(free_port())
-    ranks = []
-    for rank in ("0", "1"):
-        meeting = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        command = [sys.executable, SCRIPT, str(tmp_path)]
-        environ = environment(**meeting, DYING_RANK="1")
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True))
-    try:
-        assert ranks[1].wait(timeout=400) == -9
-        _, printed = ranks[0].communicate(timeout=60)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
-    assert ranks[0].returncode == 1
-    assert "RuntimeError" in printed
+    monkeypatch.setenv("DYING_RANK", "1")
+    left, dying = start_ranks(lambda: train_runs(tmp_path), free_port())
+    assert status_of(dying) == -9
+    died = time.monotonic()
+    assert status_of(left) == 1
+    assert time.monotonic() - died < 60
+    assert "RuntimeError" in capfd.readouterr().err
     assert not list(tmp_path.glob("*.pt"))
 
 
@@ -278,10 +264,12 @@ def test_a_process_that_dies_ends_the_launch_with_an_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_train_like_two_processes_of_one(tmp_path, two_processes):
-    write_run(tmp_path)
+def test_two_machines_with_two_processes_each_train_like_one_process(tmp_path):
+    """Two launches, as on two machines, by the file for two with eight each."""
+    network, flags = "plain", f"{SETTINGS} --subnet_mode width+depth"
+    (tmp_path / "runs.json").write_text(json.dumps({"run": (network, f"{flags} {QUARTER}")}))
     port = str(free_port())
-    command = [*LAUNCH[:-1], "recipes/accelerate/gpu_2x8.yaml", "--num_processes", "2", "--main_process_port", port]
+    command = [*LAUNCH[:-1], "recipes/accelerate/gpu_2x8.yaml", "--num_processes", "4", "--main_process_port", port]
     machines = [
         subprocess.Popen(
             [*command, "--main_process_ip", "127.0.0.1", "--machine_rank", rank, SCRIPT, str(tmp_path)],
@@ -296,8 +284,9 @@ def test_two_machines_train_like_two_processes_of_one(tmp_path, two_processes):
         for machine in machines:
             machine.kill()
             machine.wait()
-    for rank, expected in enumerate(two_processes["both_accumulated"]):
-        assert_close(torch.load(tmp_path / f"run-rank{rank}.pt", weights_only=True)["weights"], expected["weights"])
+    ranks = [torch.load(tmp_path / f"run-rank{rank}.pt", weights_only=True) for rank in range(4)]
+    assert [rank["processes"] for rank in ranks] == [4] * 4
+    assert_equal_to_one_process(tmp_path / "alone", network, flags, ranks)
 
 
 def train_with_deepspeed(folder: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -1,7 +1,6 @@
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from tests.helpers.small_training import (
     END,
     Slow,
     checkpoints,
+    free_port,
     make_trainer,
     start,
     start_ranks,
@@ -190,12 +190,6 @@ def test_training_in_another_thread_than_the_main_one_is_possible(tmp_path):
     thread.start()
     thread.join()
     assert trainer.state.global_step == 1
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path):

@@ -18,6 +18,8 @@ from transformers import (
     TimmWrapperForImageClassification,
     Trainer,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
 )
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -216,17 +218,23 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("wrapped", [True, False], ids=["timm wrapper", "resnet"])
-def test_networks_of_transformers_are_resumed(tmp_path, wrapped):
-    if wrapped:
+@pytest.mark.parametrize("kind", ["timm wrapper", "resnet", "vit"])
+def test_networks_of_transformers_are_resumed(tmp_path, kind):
+    if kind == "timm wrapper":
         network = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="test_resnet", num_labels=3))
+    elif kind == "vit":  # whose weights are saved under other names than its own
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        network = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=3))
     else:
         sizes = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 1], "layer_type": "basic"}
         network = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=3))
     start_weights = copy.deepcopy(network.state_dict())
     rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 3} for i in range(12)]
-    settings = {"max_steps": 3, "save_steps": 2, "resolutions": [32, 24], "per_device_train_batch_size": 4}
-    args = GradAugConfig(str(tmp_path), **settings, use_cpu=True, report_to="none", disable_tqdm=True)
+    settings = {"max_steps": 3, "save_steps": 2, "per_device_train_batch_size": 4}
+    sides = [32] if kind == "vit" else [32, 24]
+    args = GradAugConfig(
+        str(tmp_path), **settings, resolutions=sides, use_cpu=True, report_to="none", disable_tqdm=True
+    )
     GradAugTrainer(network, args, train_dataset=rows).train()
     resumed = copy.deepcopy(network)
     resumed.load_state_dict(start_weights)

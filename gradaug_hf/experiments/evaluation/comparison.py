@@ -38,11 +38,7 @@ Arguments = TypeVar("Arguments", bound="EvaluationArguments")
 
 @dataclass(kw_only=True)
 class EvaluationArguments(DataArguments):
-    """Arguments of a recipe that evaluates trained models on a dataset.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
+    """Arguments of a recipe that evaluates trained models on a dataset."""
 
     model: list[str] = HfArg(
         help="Trained models: Hub ids or folders of timm or transformers, or names of timm's pretrained ones. May "
@@ -89,7 +85,7 @@ def join_processes() -> None:
 
 
 class Evaluation:
-    """Networks and the images to evaluate them on.
+    """Models and the images to evaluate them on.
 
     Args:
         args: the arguments.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gradaug_hf.experiments.evaluation.corruptions import CORRUPTIONS, SEVERITIES
-from gradaug_hf.reports.plots import line_style
+from gradaug_hf.reports.plots import DPI, line_style, new_figure
 from gradaug_hf.utils.tables import markdown_table
 
 CLEAN = "clean"
@@ -104,11 +104,9 @@ def plot_robustness(
 ) -> None:
     """Plot the errors of models side by side: against epsilon, against severity, and of each corruption.
 
-    Networks differ in line style, marker and lightness, so that colour need not be seen.
+    Models differ in line style, marker and lightness, so that colour need not be seen.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.5) if corruptions else (6, 4), layout="constrained")
+    figure = new_figure(figsize=(11, 5.5) if corruptions else (6, 4))
     figure.suptitle(title)
     grid = figure.add_gridspec(2, 2) if corruptions else figure.add_gridspec(1, 1)
     attacks = figure.add_subplot(grid[0, 0], xlabel="epsilon of FGSM, pixels in 0..1", ylabel="top-1 error (%)")
@@ -134,7 +132,7 @@ def plot_robustness(
         each.invert_yaxis()
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=DPI)
 
 
 def _by_severity(errors: Errors) -> list[float]:

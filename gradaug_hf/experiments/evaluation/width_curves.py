@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from gradaug_hf.experiments.results import percent
-from gradaug_hf.reports.plots import line_style
+from gradaug_hf.reports.plots import DPI, line_style, new_figure
 from gradaug_hf.utils.tables import markdown_table
 
 # Seconds for which a model is run to time it.
@@ -74,9 +74,7 @@ def plot_widths(results: Mapping[str, Mapping[float, WidthResult]], file: Path, 
 
     Curves differ in line style, marker and lightness, so that colour need not be seen.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure = new_figure(figsize=(11, 7))
     figure.suptitle(title)
     panels = figure.subplots(2, 2, sharey=True)
     costs = ("width", "multiply-adds (M)", "parameters (k)", "ms per image on one CPU thread")
@@ -90,7 +88,7 @@ def plot_widths(results: Mapping[str, Mapping[float, WidthResult]], file: Path, 
         for axes, values in zip(panels.flat, _costs(own), strict=True):
             axes.plot(values, [100 * result.top1 for result in own.values()], label=model, **style)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=DPI)
 
 
 def _costs(results: Mapping[float, WidthResult]) -> tuple[Sequence[float], ...]:

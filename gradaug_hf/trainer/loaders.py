@@ -1,12 +1,30 @@
-"""Data loaders of streams that divide themselves among the processes."""
+"""Data loaders of training sets: images that are seeded, and streams that divide themselves among the processes."""
 
 from typing import Any
 
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollator, Trainer
+from transformers.trainer_utils import has_length
 
+from gradaug_hf.data.seeded import SeededDataset
 from gradaug_hf.data.streaming import SEEN, ShardedStream
+
+
+def train_loader(trainer: Trainer) -> DataLoader | None:
+    """Return a data loader for a training set that is to be seeded, or divides itself; None for others."""
+    data, args = trainer.train_dataset, trainer.args
+    if isinstance(data, ShardedStream):
+        return stream_loader(trainer, data)
+    if not args.seed_train_data or isinstance(data, (SeededDataset, IterableDataset)) or not has_length(data):
+        return None
+    return trainer._get_dataloader(
+        SeededDataset(data, args.seed if args.data_seed is None else args.data_seed),
+        "Training",
+        trainer._train_batch_size,
+        lambda _: trainer._get_train_sampler(data),  # which may look into the dataset itself
+        is_training=True,
+    )
 
 
 class SkippingCollator:
