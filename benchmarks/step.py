@@ -127,6 +127,9 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=1, help="times that each step is measured, of which the lowest counts"
     )
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="measure CPU time, for a machine that other work shares"
+    )
     parser.add_argument("--workers", type=int, default=2, help="of the data loader; 0 leaves it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -134,12 +137,14 @@ def main() -> None:
     settings = [each if isinstance(each, Settings) else parse_settings(each) for each in args.settings]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.steps} steps each,", end=" ")
-    print(f"lowest of {args.repeats}\n\n{HEADER}\n{'|---' * HEADER.count(' | ')}|---|")
+    print(
+        f"lowest of {args.repeats}{', CPU time' if args.cpu_time else ''}\n\n{HEADER}\n{'|---' * HEADER.count(' | ')}|---|"
+    )
     loaders = {}
     for network in args.networks:
         name, side, batch = network.split(":")
         rows = make_rows(name, int(side), int(batch), settings, args.methods, device)
-        measure(rows, args.steps, args.repeats, device)
+        measure(rows, args.steps, args.repeats, device, time.process_time if args.cpu_time else time.perf_counter)
         print_rows(name, int(batch), rows)
         if args.workers:
             loaders[int(side)] = images_per_second(int(side), int(batch), args.workers)
@@ -267,7 +272,7 @@ def prepared(network: nn.Module, settings: Settings, device: torch.device) -> nn
     return torch.compile(model, dynamic=False, recompile_limit=64) if settings.compiled else model
 
 
-def measure(rows: Sequence[Row], steps: int, repeats: int, device: torch.device) -> None:
+def measure(rows: Sequence[Row], steps: int, repeats: int, device: torch.device, clock: Callable[[], float]) -> None:
     """Time the rows in turn, then show the peak memory of each."""
     for row in rows:
         # Kernels of a finite number of widths are prepared once; with continuous ones each step prepares new ones.
@@ -279,9 +284,9 @@ def measure(rows: Sequence[Row], steps: int, repeats: int, device: torch.device)
         for _ in range(repeats):
             for row, own in zip(rows, times, strict=True):
                 row.prepare(step)
-                start = time.perf_counter()
+                start = clock()
                 take_step(row, step, device)
-                own.append(time.perf_counter() - start)
+                own.append(clock() - start)
         for row, own in zip(rows, times, strict=True):
             row.seconds.append(min(own))
     for row in rows:
