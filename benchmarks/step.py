@@ -137,9 +137,8 @@ def main() -> None:
     settings = [each if isinstance(each, Settings) else parse_settings(each) for each in args.settings]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.steps} steps each,", end=" ")
-    print(
-        f"lowest of {args.repeats}{', CPU time' if args.cpu_time else ''}\n\n{HEADER}\n{'|---' * HEADER.count(' | ')}|---|"
-    )
+    print(f"lowest of {args.repeats}{' of CPU time' if args.cpu_time else ''}\n")
+    print(f"{HEADER}\n{'|---' * HEADER.count(' | ')}|---|")
     loaders = {}
     for network in args.networks:
         name, side, batch = network.split(":")
