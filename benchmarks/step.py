@@ -14,6 +14,7 @@ preset of that name. Rows:
 - plain: cross-entropy of the full network alone.
 - sequential, joint: GradAug, with a backward for each pass or one for all.
 - split: sequential, with each sub-network on its own part of the batch (`subnet_images="split"`).
+- light: sequential, with the sub-networks of the preset of that name.
 - dense: the same sub-networks as ordinary narrow networks (`extract_subnet`, not timed) in place of slices: what is
   beyond its time is the slicing's.
 
@@ -39,14 +40,14 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradaug_hf
-from gradaug_hf.experiments.presets import preset_settings
+from gradaug_hf.experiments.presets import PRESETS, preset_settings
 from gradaug_hf.objective.losses import soft_target_divergence
 from gradaug_hf.objective.transforms import resize
 from gradaug_hf.slimming.widths import subnet_pass
 
 NETWORKS = ["resnet50:224:8", "wrn28_10:32:16", "vit_small_patch16_224:224:8", "convnext_tiny:224:8"]
 SETTINGS = ["float32", "channels_last", "bfloat16", "fast"]
-METHODS = ["paper", "plain", "sequential", "split", "joint", "dense"]
+METHODS = ["paper", "plain", "sequential", "split", "light", "joint", "dense"]
 RESOLUTIONS = {224: [224, 192, 160, 128], 32: [32, 28, 24]}
 HEADER = (
     "| network | batch | settings | step | seconds | images/s | over plain | bound | counted | over bound "
@@ -126,6 +127,9 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=1, help="times that each step is measured, of which the lowest counts"
     )
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="measure CPU time, for a machine that other work shares"
+    )
     parser.add_argument("--workers", type=int, default=2, help="of the data loader; 0 leaves it out")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -133,12 +137,14 @@ def main() -> None:
     settings = [each if isinstance(each, Settings) else parse_settings(each) for each in args.settings]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.steps} steps each,", end=" ")
-    print(f"lowest of {args.repeats}\n\n{HEADER}\n{'|---' * HEADER.count(' | ')}|---|")
+    print(
+        f"lowest of {args.repeats}{', CPU time' if args.cpu_time else ''}\n\n{HEADER}\n{'|---' * HEADER.count(' | ')}|---|"
+    )
     loaders = {}
     for network in args.networks:
         name, side, batch = network.split(":")
         rows = make_rows(name, int(side), int(batch), settings, args.methods, device)
-        measure(rows, args.steps, args.repeats, device)
+        measure(rows, args.steps, args.repeats, device, time.process_time if args.cpu_time else time.perf_counter)
         print_rows(name, int(batch), rows)
         if args.workers:
             loaders[int(side)] = images_per_second(int(side), int(batch), args.workers)
@@ -195,6 +201,8 @@ def rows_of(
     sampler = BalancedSampler(3, min_width, 1.0, RESOLUTIONS[side], settings.width_levels)
     gradaug = gradaug_hf.GradAug(model, sampler=sampler)
     on_parts = gradaug_hf.GradAug(model, sampler=replace(sampler, subnet_images="split"))
+    few = {name: value for name, value in PRESETS["light"].items() if hasattr(sampler, name)}
+    lightly = gradaug_hf.GradAug(model, sampler=replace(sampler, **few))
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True)
     narrow: list[nn.Module] = []
 
@@ -218,6 +226,9 @@ def rows_of(
     def split(step: int) -> None:
         on_parts.backward(images, labels, step)
 
+    def light(step: int) -> None:
+        lightly.backward(images, labels, step)
+
     def joint(step: int) -> None:
         gradaug.loss(images, labels, step).backward()
 
@@ -240,17 +251,19 @@ def rows_of(
         "plain": plain,
         "sequential": sequential,
         "split": split,
+        "light": light,
         "joint": joint,
         "dense": dense,
     }
     rows = [Row(settings, method, steps[method], optimizer) for method in methods]
-    counted = multiply_adds(network, side, sampler)
+    counted = {each.num_subnets: multiply_adds(network, side, each) for each in (sampler, lightly.sampler)}
     for row in rows:
         if row.name == "dense":
             row.prepare = extract
         if row.name != "plain":
-            share = on_parts.sampler.subnet_share if row.name == "split" else 1.0
-            row.bound, row.counted = 1 + share * mean_bound(sampler, side), 1 + share * (counted - 1)
+            own = {"split": on_parts, "light": lightly}.get(row.name, gradaug).sampler
+            row.bound = 1 + own.subnet_share * mean_bound(own, side)
+            row.counted = 1 + own.subnet_share * (counted[own.num_subnets] - 1)
     return rows
 
 
@@ -259,7 +272,7 @@ def prepared(network: nn.Module, settings: Settings, device: torch.device) -> nn
     return torch.compile(model, dynamic=False, recompile_limit=64) if settings.compiled else model
 
 
-def measure(rows: Sequence[Row], steps: int, repeats: int, device: torch.device) -> None:
+def measure(rows: Sequence[Row], steps: int, repeats: int, device: torch.device, clock: Callable[[], float]) -> None:
     """Time the rows in turn, then show the peak memory of each."""
     for row in rows:
         # Kernels of a finite number of widths are prepared once; with continuous ones each step prepares new ones.
@@ -271,9 +284,9 @@ def measure(rows: Sequence[Row], steps: int, repeats: int, device: torch.device)
         for _ in range(repeats):
             for row, own in zip(rows, times, strict=True):
                 row.prepare(step)
-                start = time.perf_counter()
+                start = clock()
                 take_step(row, step, device)
-                own.append(time.perf_counter() - start)
+                own.append(clock() - start)
         for row, own in zip(rows, times, strict=True):
             row.seconds.append(min(own))
     for row in rows:

@@ -28,7 +28,7 @@ DESCRIPTION = (
 BATCH_SIZE = 32
 # Learning rate of a batch of so many images, to which it is in proportion. With a few hundred photos there are few
 # steps, in which a new classifier learns too little at a lower one; layer_decay spares the pretrained layers.
-LEARNING_RATE, BASE_BATCH = 1e-4, 8
+LEARNING_RATE, BASE_BATCH = 1e-4, 4
 FINE_TUNING = SETTINGS | {
     "num_train_epochs": 10,
     "optim": "adamw_torch",
@@ -37,7 +37,7 @@ FINE_TUNING = SETTINGS | {
     "warmup_steps": 0.1,
     "max_grad_norm": 1.0,
     "label_smoothing_factor": 0.1,
-    "num_subnets": 3,
+    "num_subnets": 1,
     "min_width": 0.9,
     "kl_warmup": 1 / 3,
     "channels_last": True,

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from transformers.hf_argparser import HfArg
 
 from gradaug_hf.objective.logits import logits_of, num_classes_of
 from gradaug_hf.objective.problems import PROBLEM_TYPES, Loss, ProblemType, criterion_of, problem_of
@@ -54,34 +55,22 @@ class Pass:
 class ObjectiveSettings(SubnetSettings):
     """Settings of the objective, shared by `GradAug` and `GradAugConfig`."""
 
-    kl_weight: float = field(default=1.0, metadata={"help": "Weight of the sub-networks' losses, at least 0."})
-    kl_warmup: float = field(
+    kl_weight: float = HfArg(default=1.0, help="Weight of the sub-networks' losses, at least 0.")
+    kl_warmup: float = HfArg(
         default=0.0,
-        metadata={
-            "help": (
-                "Share of the steps in which the weight of the sub-networks' losses rises linearly from 0 to "
-                "kl_weight, in [0, 1]; 0 has all of it from the first step on, as in the paper."
-            )
-        },
+        help="Share of the steps in which the weight of the sub-networks' losses rises linearly from 0 to "
+        "kl_weight, in [0, 1]; 0 has all of it from the first step on, as in the paper.",
     )
-    subnet_target: SubnetTarget = field(
+    subnet_target: SubnetTarget = HfArg(
         default="soft",
-        metadata={
-            "help": (
-                'What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
-                'divergence, "label": the labels, by the criterion, else cross-entropy.'
-            )
-        },
+        help='What sub-networks learn; "soft": the full network\'s prediction (in-place distillation), by KL '
+        'divergence, "label": the labels, by the criterion, else cross-entropy.',
     )
-    problem_type: ProblemType | None = field(
+    problem_type: ProblemType | None = HfArg(
         default=None,
-        metadata={
-            "help": (
-                '"multi_label_classification": labels are multi-hot, the full network has the binary cross-entropy '
-                "and sub-networks the sum of the classes' KL divergences; None: what config.problem_type of a "
-                "transformers model says, else one class for an image."
-            )
-        },
+        help='"multi_label_classification": labels are multi-hot, the full network has the binary cross-entropy '
+        "and sub-networks the sum of the classes' KL divergences; None: what config.problem_type of a transformers "
+        "model says, else one class for an image.",
     )
 
     def __post_init__(self) -> None:
@@ -178,7 +167,7 @@ class GradAug:
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes that the model states, also after it got another classifier."""
+        """Return the number of classes that the model states, also after it got another classifier."""
         return num_classes_of(self.model.module if isinstance(self.model, DistributedDataParallel) else self.model)
 
     def loss(self, images: Tensor, labels: Tensor, step: int | None = None) -> Tensor:

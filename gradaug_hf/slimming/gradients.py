@@ -20,7 +20,6 @@ def can_add_directly(tensor: Tensor) -> bool:
         and tensor.numel() >= FEWEST_ELEMENTS
         and tensor.requires_grad
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and not tensor._backward_hooks
         and not tensor._post_accumulate_grad_hooks
     )

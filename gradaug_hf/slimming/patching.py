@@ -9,7 +9,7 @@ its width is set. A residual block's subclass gives its shortcut while the block
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,16 @@ from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
 
 # What a patched model itself carries; the report only once it was made slimmable.
 MODEL_ATTRIBUTES = ("_width_state", "_slicing_report")
-MODULE_ATTRIBUTES = ("_slices", "_state", "_full", "_overrides", "_subnet_caches", "_subnet_buffers", "_shortcut")
+MODULE_ATTRIBUTES = (
+    "_slices",
+    "_cuts",
+    "_state",
+    "_full",
+    "_overrides",
+    "_subnet_caches",
+    "_subnet_buffers",
+    "_shortcut",
+)
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -92,11 +101,6 @@ class Slices:
     written: frozenset[str] = frozenset()
     caches: frozenset[str] = frozenset()
 
-    @cached_property
-    def cuts(self) -> dict[str, Cut]:
-        """The patterns of tensors, prepared for the passes."""
-        return {name: Cut.of(patterns) for name, patterns in self.tensors.items()}
-
 
 class OwnBuffer(NamedTuple):
     """Hold a sub-network's own copy of a buffer.
@@ -125,6 +129,7 @@ class SlimModule(nn.Module):
     """Base of the classes that sliced modules are given. Never instantiated by itself."""
 
     _slices: Slices
+    _cuts: dict[str, Cut]
     _state: WidthState
     _full: dict[str, Any]
     _overrides: dict[str, Any]
@@ -284,10 +289,10 @@ def _tensor_property(name: str) -> property:
 
 def _kept_part(module: SlimModule, name: str, tensor: torch.Tensor) -> torch.Tensor:
     state = module._state
-    cut = module._slices.cuts.get(name) if state.width.multiplier < 1 else None
+    cut = module._cuts.get(name) if state.width.multiplier < 1 else None
     if cut is None or type(tensor).__name__ == "DTensor":  # not gathered by FSDP2: asked for its dtype or device alone
         return tensor
-    if state.direct and not cut.others and can_add_directly(tensor):
+    if not torch.compiler.is_compiling() and state.direct and not cut.others and can_add_directly(tensor):
         return direct_slice(tensor, cut, state.width)
     return cut.take(tensor, state.width)
 
@@ -359,7 +364,8 @@ def _tracking_property() -> property:
 
 def _setter(name: str) -> Callable[[SlimModule, Any], None]:
     def set_value(self: SlimModule, value: Any) -> None:
-        self.__dict__[name] = self._full[name] = value
+        # `_full` is missing in the constructor, which adapters call for a layer of the same class.
+        self.__dict__[name] = self.__dict__.setdefault("_full", {})[name] = value
 
     return set_value
 
@@ -386,6 +392,7 @@ def patch(
         module._slices, module._state, module._overrides = own, state, {}
         # What properties read: in older versions of torch, compiled code takes `self.__dict__[name]` for `self.name`.
         module._full = {name: vars(module)[name] for name in vars(module) if name in vars(type(module))}
+        module._cuts = {name: Cut.of(patterns) for name, patterns in own.tensors.items()}
         module._subnet_caches, module._subnet_buffers = {}, {}
         if own.written:
             state.own_buffers.append(module._subnet_buffers)

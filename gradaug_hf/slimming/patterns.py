@@ -135,7 +135,7 @@ class Cut:
             sizes[dim] = width.keep(kept) * kept.block
         if sizes == list(tensor.shape):
             return tensor
-        return tensor.as_strided(sizes, tensor.stride())  # from where it begins
+        return tensor.as_strided(sizes, tensor.stride())  # from where the tensor itself begins
 
 
 def take_pattern(tensor: torch.Tensor, dim: int, pattern: Pattern, width: Width) -> torch.Tensor:

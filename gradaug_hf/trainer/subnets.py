@@ -51,7 +51,7 @@ class TrainingSubnets:
 
     @property
     def sampler(self) -> SubnetSampler:
-        """The sampler of the sub-networks."""
+        """Return the sampler of the sub-networks."""
         if self.objective is not None:
             return self.objective.sampler
         resolutions = self.resolutions or self.args.resolutions

@@ -277,7 +277,7 @@ class GradAugTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """`Trainer.train`, interrupted by SIGTERM and Ctrl-C with a checkpoint.
+        """Train as `Trainer.train` does; SIGTERM and Ctrl-C end it with a checkpoint.
 
         Args:
             resume_from_checkpoint: folder of a checkpoint; True: the last one in `args.output_dir`.
@@ -324,7 +324,7 @@ class GradAugTrainer(Trainer):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """`Trainer.call_model_init`; a model that is about to be trained is made slimmable."""
+        """Return the model of `model_init`; one that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
         name_images(network)
         if not getattr(self, "is_in_train", False):
@@ -339,14 +339,14 @@ class GradAugTrainer(Trainer):
     # ---- the data ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """`Trainer.get_train_dataloader`, which seeds the random augmentation of a map-style dataset."""
+        """Return the loader of the training set, which seeds the random augmentation of a map-style one."""
         loader = train_loader(self)
         if loader is None:
             loader = super().get_train_dataloader()
         return self._progress.start_workers_aside(loader, was_started=True)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """`Trainer.get_eval_dataloader`, whose kept workers leave the random numbers of a resumed training alone."""
+        """Return a loader of `Trainer`, whose kept workers leave the random numbers of a resumed training alone."""
         loader = super().get_eval_dataloader(eval_dataset)
         was_evaluated = any(key.startswith("eval_") for entry in self.state.log_history for key in entry)
         return self._progress.start_workers_aside(loader, was_evaluated)
@@ -354,7 +354,7 @@ class GradAugTrainer(Trainer):
     # ---- the loss ----
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """`Trainer.training_step`; the last sub-network stays in place until its backward is over."""
+        """Do a step of `Trainer`; the last sub-network stays in place until its backward is over."""
         with ExitStack() as stack, replaced(self, _step_stack=stack):
             loss = super().training_step(*args, **kwargs)
         if self.args.num_subnets > 0 and not self._loss_was_computed:
@@ -459,7 +459,7 @@ class GradAugTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`Trainer.prediction_step`, also for a model that takes images by position and without labels."""
+        """Predict as `Trainer` does, also with a model that takes images by position and without labels."""
         inputs = as_evaluated(inputs, model, self.args)
         if isinstance(images := inputs.get(IMAGES), Tensor) and images.ndim == 4:
             self._evaluated_size = tuple(images.shape[2:])
@@ -477,7 +477,7 @@ class GradAugTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """`Trainer.evaluate`, then the same for each of `args.eval_widths`, as `eval_width0.9_loss` and so on.
+        """Evaluate as `Trainer` does, then at each of `args.eval_widths`, as `eval_width0.9_loss` and so on.
 
         Raises:
             ValueError: there are widths but no `train_dataset`, of which batch norm is recalibrated.
@@ -500,7 +500,7 @@ class GradAugTrainer(Trainer):
 
     @property
     def subnet_sampler(self) -> SubnetSampler:
-        """The sampler of the sub-networks."""
+        """Return the sampler of the sub-networks."""
         return self._subnets.sampler
 
     def _record(self, passes: list[Pass], images: Tensor) -> None:
@@ -512,7 +512,7 @@ class GradAugTrainer(Trainer):
             self._report.seen = self._subnets.seen(images, subnets, num_blocks)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with the parts of the loss and the sub-networks added to the log of training.
+        """Log as `Trainer` does, with the parts of the loss and the sub-networks added to the log of training.
 
         The `train_loss` of a resumed training is that of all its steps.
         """
@@ -529,7 +529,7 @@ class GradAugTrainer(Trainer):
 
     @property
     def evaluations(self) -> list[Evaluation]:
-        """The evaluations on `eval_dataset` so far."""
+        """Return the evaluations on `eval_dataset` so far."""
         names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else ()
         return self._report.evaluations(self.state, names)
 
@@ -584,7 +584,7 @@ class GradAugTrainer(Trainer):
         return self._progress.place(*super()._init_training_state(*args, **kwargs))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """`Trainer.get_batch_samples`; nothing more if a signal that ends the training has ended the workers."""
+        """Return the next batches; none if a signal that ends the training has ended the workers."""
         try:
             return super().get_batch_samples(*args, **kwargs)
         except RuntimeError:
@@ -615,7 +615,7 @@ class GradAugTrainer(Trainer):
         return super()._get_output_dir(trial) if self._partial_folder is None else str(self._partial_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`Trainer.save_model`, with the model card and, unless it is for a checkpoint, `plots`."""
+        """Save the model as `Trainer` does, with its card and, unless it is for a checkpoint, `plots`."""
         accelerator = self.accelerator
         if sharding.is_sharded(accelerator) and sharding.stores_parts(accelerator):
             # The Trainer makes no whole of the parts.
@@ -662,7 +662,7 @@ class GradAugTrainer(Trainer):
     # ---- the Hub ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """`Trainer.init_hf_repo`, which also makes the branch `args.hub_revision`.
+        """Make the repository, as `Trainer` does, and the branch `args.hub_revision`.
 
         Raises:
             PushError: the Hub refuses, or cannot be reached.
@@ -683,7 +683,7 @@ class GradAugTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`Trainer.push_to_hub`; a branch that `revision` names is made where there is none.
+        """Push as `Trainer` does; a branch that `revision` names is made where there is none.
 
         Raises:
             PushError: the Hub refuses, or cannot be reached.

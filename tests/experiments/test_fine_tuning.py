@@ -2,6 +2,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import timm
+import torch
+from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from gradaug_hf.cli import main
@@ -88,7 +91,7 @@ def plan_of(folder: Path, model: str, photos: str, flags: str):
 
 
 def test_gradaug_is_compared_with_plain_training_as_long_and_at_equal_compute(tmp_path, photos, backbone):
-    flags = "--image_size 56 --num_train_epochs 10 --min_width 0.8 --seed 5 --seeds 2 --labels 8 24"
+    flags = "--image_size 56 --num_train_epochs 10 --num_subnets 3 --min_width 0.8 --seed 5 --seeds 2 --labels 8 24"
     plan = plan_of(tmp_path, backbone, photos, flags)
     # 1 + (1 + (6/7)² + (5/7)² + (4/7)²) / 4 times (0.64 + 2 (0.64 + 0.8 + 1) / 3) = 2.47
     assert list(plan.rows) == ["plain", "plain, 25 epochs", "GradAug"]
@@ -98,7 +101,7 @@ def test_gradaug_is_compared_with_plain_training_as_long_and_at_equal_compute(tm
     assert len(runs) == 3 * 2 * 2
     ours, longer = (runs[row, "8 labels", 6] for row in ("GradAug", "plain, 25 epochs"))
     own = {"max_train_samples": 8, "eval_strategy": "no", "min_width": 0.8, "num_train_epochs": 10, "seed": 6}
-    assert own.items() <= ours.items() and "num_subnets" not in ours
+    assert own.items() <= ours.items() and ours["num_subnets"] == 3
     assert (longer["num_subnets"], longer["num_train_epochs"]) == (0, 25) and "min_width" not in longer
     assert all(parse(as_flags({**settings, "output_dir": "out"})) for settings in runs.values())
 
@@ -130,7 +133,8 @@ def test_a_comparison_trains_each_run_in_a_process_of_its_own_and_ends_with_a_ve
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    flags = f"--dataset_name {photos} --image_size 32 --compare --seeds 1 --launch {shlex.quote(sys.executable)}"
+    flags = f"--dataset_name {photos} --image_size 32 --num_subnets 3 --compare --seeds 1"
+    flags += f" --launch {shlex.quote(sys.executable)}"
     out = fine_tune(monkeypatch, tmp_path, backbone, flags)
     printed = capfd.readouterr().out
     table = (out / "table.md").read_text()
@@ -174,6 +178,20 @@ def test_the_split_follows_from_the_seed(monkeypatch, capsys, tmp_path, photos, 
         return [image["path"] for image in shown[0].eval_dataset.with_format(None)["image"]]
 
     assert evaluated(1) == evaluated(1) != evaluated(2)
+
+
+def test_a_run_of_a_comparison_that_was_interrupted_ends_as_if_it_had_not_been(
+    monkeypatch, tmp_path, photos, backbone
+):
+    flags = f"--dataset_name {photos} --image_size 32 --num_train_epochs 2 --save_total_limit 2 --ema_decay 0.9"
+    out = fine_tune(monkeypatch, tmp_path, backbone, flags)
+    expected = load_file(out / "model.safetensors")
+    for name in ("results.json", "model.safetensors"):
+        (out / name).unlink()
+    shutil.rmtree(out / "checkpoint-6")
+    fine_tune(monkeypatch, tmp_path, backbone, f"{flags} --resume_from_checkpoint last")
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("kind", ["timm", "transformers"])

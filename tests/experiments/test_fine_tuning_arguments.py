@@ -8,7 +8,7 @@ LINE = "--model backbone --dataset_name photos --use_cpu"
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("", 4e-4),
+        ("", 8e-4),
         ("--batch_size 128", 1.6e-3),
         ("--batch_size 8", 1e-4),
         ("--batch_size 8 --learning_rate 3e-4", 3e-4),
@@ -22,7 +22,7 @@ def test_learning_rate_is_in_proportion_to_the_batch_unless_given(flags: str, ex
 def test_defaults_are_those_of_fine_tuning():
     args, config, _ = parse(LINE.split())
     assert (config.optim, config.lr_scheduler_type, config.warmup_steps) == ("adamw_torch", "cosine", 0.1)
-    assert (config.num_subnets, config.min_width, config.label_smoothing_factor) == (3, 0.9, 0.1)
+    assert (config.num_subnets, config.min_width, config.label_smoothing_factor) == (1, 0.9, 0.1)
     assert (args.layer_decay, args.batch_size, args.freeze, args.method) == (0.75, 32, "batch_norm", "gradaug")
 
 

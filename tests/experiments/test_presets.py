@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from gradaug_hf.experiments.arguments import parse
+from gradaug_hf.experiments.cost import relative_cost
 from gradaug_hf.experiments.methods import METHODS
 from gradaug_hf.experiments.presets import computes_bfloat16, preset_settings
 from gradaug_hf.experiments.run import SETTINGS
@@ -31,6 +32,22 @@ def test_the_fast_preset_is_what_the_documentation_says(cpu_with_bfloat16, tmp_p
     assert {name: getattr(config, name) for name in FAST} == FAST
 
 
+@pytest.mark.parametrize(("min_width", "resolutions"), [(0.9, [224, 192, 160, 128]), (0.8, [32, 28, 24]), (0.9, None)])
+def test_the_light_preset_costs_at_most_1_6_plain_steps(cpu_with_bfloat16, tmp_path, min_width, resolutions):
+    light = preset_settings("light")
+    assert light == FAST | {"num_subnets": 1, "kl_warmup": 1 / 3}
+    config = GradAugConfig(str(tmp_path), **light, min_width=min_width, resolutions=resolutions)
+    assert 1.4 < relative_cost(config, None if resolutions else 224) <= 1.6
+
+
+@pytest.mark.parametrize("method", ["baseline", "mixup"])
+def test_the_light_preset_leaves_plain_training_without_sub_networks(tmp_path, method):
+    settings = parsed(f"--preset light --method {method} --output_dir {tmp_path}")
+    assert settings["num_subnets"] == 0 and settings["channels_last"]
+    assert parsed("--preset light")["num_subnets"] == 1
+    assert parsed("--preset light --num_subnets 2")["num_subnets"] == 2
+
+
 def test_the_exact_preset_sets_nothing():
     assert preset_settings("exact") == {}
 
@@ -43,7 +60,7 @@ def test_a_cpu_without_bfloat16_keeps_float32(monkeypatch):
 
 
 def test_an_unknown_preset_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="preset is 'quick'; it must be one of 'exact', 'fast'"):
+    with pytest.raises(ValueError, match="preset is 'quick'; it must be one of 'exact', 'fast', 'light'"):
         preset_settings("quick")
 
 

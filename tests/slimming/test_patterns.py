@@ -39,6 +39,12 @@ def test_a_single_run_is_a_view_of_the_tensor():
     assert taken.data_ptr() == x.data_ptr()
 
 
+def test_a_slice_begins_where_its_tensor_does():
+    x = torch.arange(20)[8:].view(4, 3)
+    taken = Cut.of(((Kept(1, 4, 1),), (Whole(3),))).take(x, Width(0.5))
+    assert taken.tolist() == [[8, 9, 10], [11, 12, 13]]
+
+
 def test_the_divisor_counts_positions_that_come_together():
     heads = Kept(repeat=1, size=6, block=16, granule=16)
     assert heads.size_at(Width(0.5, divisor=8)) == 3 * 16
