@@ -55,8 +55,8 @@ class QuickstartArguments(CheckedArguments):
     epochs: int = HfArg(default=50, help="Passes over the training images; plain training at equal compute has more.")
     batch_size: int = HfArg(default=10, help="Images in a training step, on each process.")
     learning_rate: float = HfArg(default=0.1, help="Highest learning rate of SGD, with cosine decay.")
-    num_subnets: int = HfArg(default=3, help="Number of GradAug's sub-networks in each step.")
-    min_width: float = HfArg(default=0.9, help="Width multiplier of the narrowest sub-network, in (0, 1].")
+    num_subnets: int = HfArg(default=1, help="Number of GradAug's sub-networks in each step.")
+    min_width: float = HfArg(default=0.7, help="Width multiplier of the narrowest sub-network, in (0, 1].")
     seeds: list[int] = HfArg(
         default_factory=lambda: [0, 1, 2, 3, 4],
         help="Seeds of images, weights, batches and sub-networks; each method is trained with each.",
