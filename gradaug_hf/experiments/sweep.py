@@ -23,6 +23,7 @@ from gradaug_hf.experiments.results import RESULTS, load_runs, spread
 from gradaug_hf.reports.differences import interval, paired_differences
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
 from gradaug_hf.reports.runs import Result
+from gradaug_hf.utils.command_line import is_first_process
 from gradaug_hf.utils.tables import markdown_table
 
 # Files of a run that are not pushed with it, as they name folders of the machine.
@@ -187,7 +188,8 @@ def unfinished_runs(plan: Plan, folder: Path, seeds: Sequence[int] | None = None
     for run in runs:
         _check_settings(run, folder / run.name)
     waiting = [run for run in runs if not (folder / run.name / RESULTS).exists()]
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
+    if is_first_process():
+        print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
     return waiting
 
 
