@@ -98,9 +98,11 @@ def main(description: str | None = None) -> None:
         plan = make_plan(args, len(data["eval"]))
         runs = first_on_main_process(lambda: unfinished_runs(plan, Path(args.output_dir)))
         PartialState().wait_for_everyone()  # before the first run writes there
+        gc.freeze()  # each run collects garbage, which need not be looked for among all that is imported
         try:
             train_all(args, runs, data)
         finally:
+            gc.unfreeze()
             if PartialState().is_main_process:
                 report(plan, Path(args.output_dir))
     if PartialState().is_main_process:
@@ -146,7 +148,6 @@ def train_all(args: QuickstartArguments, runs: Sequence[PlannedRun], data: Datas
     """Train runs one after the other, saying how accurate each is."""
     say = PartialState().print
     say(f"{args.model}, {args.labels_per_class} labels per class of {args.dataset_name or 'handwritten digits'}\n")
-    gc.freeze()  # collecting garbage before each run would take longer than a tenth of it
     for number, run in enumerate(runs, start=1):
         result = train(args, run, data)
         say(f"[{number}/{len(runs)}] {run.name}: top-1 {result.top1:.2%} in {result.seconds:.1f} s", flush=True)

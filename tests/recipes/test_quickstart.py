@@ -170,7 +170,7 @@ def test_methods_start_from_the_same_weights(tmp_path, monkeypatch):
         ("--batch_size 0", "batch_size is 0; it must be at least 1"),
         ("--batch_size 51", "batch_size is 51, but there are 50 images to train on"),
         ("--num_subnets 0", "num_subnets is 0; it must be at least 1"),
-        ("--min_width 1.5", "min_width is 1.5; it must be"),
+        ("--min_width 1.5", "min_width is 1.5; it must lie in"),
         ("--seeds -1", "seeds is .-1.; it must be a list of numbers of at least 0"),
         ("--learning_rate nan", "learning_rate is nan; it must be above 0 and finite"),
         ("--model resnet51", "model is 'resnet51', which is unknown"),
