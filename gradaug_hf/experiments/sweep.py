@@ -253,7 +253,7 @@ def summarise(plan: Plan, folder: Path) -> list[dict[str, Any]]:
                 "top1": result.top1,
                 "top5": result.top5,
                 "steps": result.steps,
-                "seconds": round(result.seconds, 1),
+                "seconds": round(result.seconds, 3),
                 "peak_memory": round(result.peak_memory),
                 "settings": dict(run.settings),
             }
