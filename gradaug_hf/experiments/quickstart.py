@@ -97,8 +97,9 @@ def main(description: str | None = None) -> None:
         check_batch(args.batch_size * PartialState().num_processes, len(training_images(args, data, args.seeds[0])))
         plan = make_plan(args, len(data["eval"]))
         runs = first_on_main_process(lambda: unfinished_runs(plan, Path(args.output_dir)))
-        PartialState().wait_for_everyone()  # before the first run writes there
-        gc.freeze()  # each run collects garbage, which need not be looked for among all that is imported
+    PartialState().wait_for_everyone()  # before the first run writes there
+    gc.freeze()  # each run collects garbage, which need not be looked for among all that is imported
+    with errors_as_messages():
         try:
             train_all(args, runs, data)
         finally:
