@@ -1,11 +1,13 @@
-"""Plain training and GradAug from the same start, on a few labelled images.
+"""Plain training, plain training at equal compute and GradAug on a few labelled images, with five seeds.
 
     accelerate launch recipes/quickstart.py
-    accelerate launch recipes/quickstart.py --dataset_name uoft-cs/cifar10 --labels_per_class 100 --epochs 60
+    accelerate launch recipes/quickstart.py --dataset_name uoft-cs/cifar10 --image_size 32 --model wrn16_2 \\
+        --labels_per_class 100 --epochs 60 --output_dir outputs/cifar10
 
-Without --dataset_name it trains on scikit-learn's handwritten digits. It prints a table, writes the checkpoints
-`plain` and `gradaug`, `results.json` and `curves.png` to --output_dir, and loads the GradAug checkpoint with timm in a
-new process to measure its accuracy again. Tested on 2 CPU cores.
+Without --dataset_name it trains on scikit-learn's handwritten digits. It prints the accuracy of each run, then a table
+of means, deviations and paired differences with a verdict, and writes them to --output_dir with a plot and GradAug's
+checkpoint of the first seed. It loads that with timm in a new process to measure its accuracy again. Interrupted and
+started again, it goes on behind the last run that was finished. Tested on 2 CPU cores.
 """
 
 from gradaug_hf.experiments.quickstart import main

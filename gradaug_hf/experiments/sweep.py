@@ -23,6 +23,7 @@ from gradaug_hf.experiments.results import RESULTS, load_runs, spread
 from gradaug_hf.reports.differences import interval, paired_differences
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
 from gradaug_hf.reports.runs import Result
+from gradaug_hf.utils.command_line import is_first_process
 from gradaug_hf.utils.tables import markdown_table
 
 # Files of a run that are not pushed with it, as they name folders of the machine.
@@ -155,15 +156,7 @@ def train_all(plan: Plan, folder: Path, launch: str = LAUNCH, seeds: Sequence[in
     Raises:
         ValueError: the folder holds a run of the same name with other settings, or the plan has no such seed.
     """
-    if unknown := sorted(set(seeds or ()) - set(plan.seeds)):
-        raise ValueError(
-            f"seeds holds {unknown[0]}; it must be of those of the plan: {', '.join(map(str, plan.seeds))}"
-        )
-    runs = [run for run in plan.runs() if seeds is None or run.seed in seeds]
-    for run in runs:
-        _check_settings(run, folder / run.name)
-    waiting = [run for run in runs if not (folder / run.name / RESULTS).exists()]
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
+    waiting = unfinished_runs(plan, folder, seeds)
     failed, start = [], time.monotonic()
     for number, run in enumerate(waiting, start=1):
         print(f"[{number}/{len(waiting)}] {run.name}: ", end="", flush=True)
@@ -174,6 +167,36 @@ def train_all(plan: Plan, folder: Path, launch: str = LAUNCH, seeds: Sequence[in
         left = (time.monotonic() - start) / number * (len(waiting) - number) / 60
         print(f"top-1 {_result(run, folder).top1:.2%}, about {left:.0f} min to go", flush=True)
     return failed
+
+
+def unfinished_runs(plan: Plan, folder: Path, seeds: Sequence[int] | None = None) -> list[PlannedRun]:
+    """Return the runs of a plan that are still to be trained, and print how many are.
+
+    Args:
+        plan: as for `train_all`.
+        folder: as for `train_all`.
+        seeds: as for `train_all`.
+
+    Raises:
+        ValueError: as `train_all`.
+    """
+    if unknown := sorted(set(seeds or ()) - set(plan.seeds)):
+        raise ValueError(
+            f"seeds holds {unknown[0]}; it must be of those of the plan: {', '.join(map(str, plan.seeds))}"
+        )
+    runs = [run for run in plan.runs() if seeds is None or run.seed in seeds]
+    for run in runs:
+        _check_settings(run, folder / run.name)
+    waiting = [run for run in runs if not (folder / run.name / RESULTS).exists()]
+    if is_first_process():
+        print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before", flush=True)
+    return waiting
+
+
+def record_settings(run: PlannedRun, folder: Path) -> None:
+    """Write the settings of a run to its folder, where they are compared with those of a later one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / SETTINGS).write_text(json.dumps(dict(run.settings), indent=2) + "\n")
 
 
 def _check_settings(run: PlannedRun, folder: Path) -> None:
@@ -189,8 +212,7 @@ def _check_settings(run: PlannedRun, folder: Path) -> None:
 
 def _train(run: PlannedRun, recipe: Path | str, folder: Path, launch: str) -> str | None:
     """Train a run in a process of its own, and return the end of its log if that failed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).write_text(json.dumps(dict(run.settings), indent=2) + "\n")
+    record_settings(run, folder)
     flags = as_flags({**run.settings, "output_dir": str(folder)})
     if get_last_checkpoint(folder) is not None:
         flags += ["--resume_from_checkpoint", "last"]
@@ -231,7 +253,7 @@ def summarise(plan: Plan, folder: Path) -> list[dict[str, Any]]:
                 "top1": result.top1,
                 "top5": result.top5,
                 "steps": result.steps,
-                "seconds": round(result.seconds, 1),
+                "seconds": round(result.seconds, 3),
                 "peak_memory": round(result.peak_memory),
                 "settings": dict(run.settings),
             }

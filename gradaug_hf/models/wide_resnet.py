@@ -79,7 +79,7 @@ class WideResNet(CifarNetwork):
 
 
 default_cfgs = generate_default_cfgs(
-    dict.fromkeys(("wrn28_10", "wrn28_2", "wrn16_4", "wrn16_2"), cifar_cfg(paper_ids="arXiv:1605.07146"))
+    dict.fromkeys(("wrn28_10", "wrn28_2", "wrn16_4", "wrn16_2", "wrn10_2"), cifar_cfg(paper_ids="arXiv:1605.07146"))
 )
 
 
@@ -105,3 +105,9 @@ def wrn16_4(pretrained: bool = False, **kwargs) -> WideResNet:
 def wrn16_2(pretrained: bool = False, **kwargs) -> WideResNet:
     """WRN-16-2: 691,674 parameters with 10 classes."""
     return build_model_with_cfg(WideResNet, "wrn16_2", pretrained, depth=16, widen_factor=2, **kwargs)
+
+
+@register_model
+def wrn10_2(pretrained: bool = False, **kwargs) -> WideResNet:
+    """WRN-10-2: 303,706 parameters with 10 classes."""
+    return build_model_with_cfg(WideResNet, "wrn10_2", pretrained, depth=10, widen_factor=2, **kwargs)

@@ -134,6 +134,7 @@ def verdict(records: Sequence[Record], row: str, others: Mapping[str, str], imag
         limits.append(points_told_apart(images, accuracy))
         if half is not None and abs(gain) > half and abs(gain) >= limits[-1]:
             apart.append(words)
+        gain = round(gain, 1) + 0.0  # not -0.0
         shown = f"{gain:.1f}" if half is None else f"{gain:.1f} ± {half:.1f}"
         gains.append(f"{shown}{'' if gains else ' points'} over {words}{' with one seed' if half is None else ''}")
     if not gains:

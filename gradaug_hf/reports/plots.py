@@ -16,7 +16,7 @@ from torch import Tensor
 from gradaug_hf.objective.sampling import Subnet
 from gradaug_hf.objective.transforms import ImageTransform, transform_for_subnet
 from gradaug_hf.reports.history import LOSS, Entry, Evaluation, shares, title, training_log
-from gradaug_hf.reports.runs import Result, Run
+from gradaug_hf.reports.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -197,22 +197,6 @@ def plot_spreads(labels: Sequence[str], panels: Mapping[str, Sequence[Sequence[f
         axes.grid(alpha=0.3)
     grid[0].set_yticks(range(len(labels)), labels)
     grid[0].set_ylim(len(labels) - 0.5, -0.5)
-    figure.savefig(file, dpi=DPI)
-
-
-def plot_curves(results: Sequence[Result], file: Path, title: str) -> None:
-    """Plot top-1 accuracy against the share of the training, a curve for each run."""
-    figure = new_figure(figsize=(7, 4.5))
-    axes = figure.add_subplot(title=title, xlabel="share of the training steps (%)", ylabel="top-1 accuracy (%)")
-    _add_lines(
-        axes,
-        {
-            f"{result.method}: {result.top1:.2%} after {result.steps} steps": [
-                (100 * step / result.steps, 100 * accuracy) for step, accuracy in result.curve
-            ]
-            for result in results
-        },
-    )
     figure.savefig(file, dpi=DPI)
 
 

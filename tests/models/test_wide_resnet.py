@@ -21,6 +21,7 @@ def network() -> WideResNet:
         ("wrn28_2", 10, 1_467_610),
         ("wrn16_4", 10, 2_748_890),
         ("wrn16_2", 10, 691_674),
+        ("wrn10_2", 10, 303_706),
     ],
 )
 def test_parameter_count_is_the_published_one(name: str, num_classes: int, parameters: int):

@@ -1,6 +1,7 @@
-import copy
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -12,10 +13,23 @@ import PIL.Image
 import pytest
 import timm
 import torch
+from datasets import DatasetDict
 from huggingface_hub import ModelCard
-from transformers import set_seed
 
-from gradaug_hf.experiments.quickstart import QuickstartArguments, check_checkpoint, load_data, main, train
+from gradaug_hf.experiments import quickstart
+from gradaug_hf.experiments.quickstart import (
+    QuickstartArguments,
+    check_checkpoint,
+    load_data,
+    main,
+    make_plan,
+    train,
+    training_images,
+)
+from gradaug_hf.experiments.results import RESULTS, save_results
+from gradaug_hf.experiments.sweep import PlannedRun, record_settings
+from gradaug_hf.reports.runs import Result
+from gradaug_hf.trainer.trainer import GradAugTrainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,68 +51,116 @@ def run_here(flags: list[str]) -> str:
     return printed.getvalue()
 
 
+TINY = "--labels_per_class 1 --epochs 2 --batch_size 10 --max_eval_samples 60 --seeds 0 1 --output_dir"
+LONGER = "plain, 3 epochs"
+
+
 @pytest.fixture(scope="module", params=[run_here, pytest.param(launch, marks=pytest.mark.slow)])
 def finished(request, tmp_path_factory) -> tuple[str, Path]:
-    """What the recipe printed and the folder it wrote, with one step of training."""
+    """What the recipe printed and the folder it wrote, with a step of training for each run."""
     folder = tmp_path_factory.mktemp("quickstart")
-    flags = "--labels_per_class 1 --epochs 1 --batch_size 10 --max_eval_samples 60 --equal_compute --output_dir"
-    return request.param([*flags.split(), str(folder)]), folder
+    return request.param([*TINY.split(), str(folder)]), folder
 
 
-def test_table_shows_both_methods_and_the_baseline_of_equal_compute(finished):
+def test_one_table_shows_means_deviations_and_paired_differences_of_three_trainings(finished):
     printed, folder = finished
-    runs = json.loads((folder / "results.json").read_text())["runs"]
-    assert [run["method"] for run in runs] == ["plain", "gradaug", "plain_2.7x"]
-    assert [run["steps"] for run in runs] == [1, 1, 3]
-    for run in runs:
-        assert f"| {run['method']} " in printed
-        assert f"{100 * run['top1']:.2f}" in printed
-        assert 0 <= run["top1"] <= run["top5"] <= 1
-        assert run["curve"][-1] == [run["steps"], run["top1"]]
-        assert run["seconds"] > 0
-        assert run["peak_memory"] > 100
+    records = json.loads((folder / "summary.json").read_text())
+    steps = {"plain": 2, LONGER: 3, "gradaug": 2}
+    assert [(r["row"], r["seed"], r["steps"]) for r in records] == [(r, s, steps[r]) for s in (0, 1) for r in steps]
+    top1 = {row: [100 * r["top1"] for r in records if r["row"] == row] for row in steps}
+    for row, values in top1.items():
+        line = next(line for line in printed.splitlines() if line.startswith(f"| {row} "))
+        assert f"| {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} |" in line
+    for other in ("plain", LONGER):
+        gain = statistics.mean(own - its for own, its in zip(top1["gradaug"], top1[other], strict=True))
+        line = next(line for line in printed.splitlines() if line.startswith(f"| gradaug over {other} "))
+        assert f"{gain:+.2f} ± " in line
+    assert "over plain training of equal compute" in printed
+    assert (folder / "table.md").read_text().strip() in printed
+
+
+def test_each_run_is_told_as_it_ends(finished):
+    printed, folder = finished
+    for number, record in enumerate(json.loads((folder / "summary.json").read_text()), start=1):
+        assert f"[{number}/6] " in printed
+        assert f"-seed{record['seed']}: top-1 {record['top1']:.2%} in " in printed
 
 
 def test_checkpoint_is_as_accurate_when_timm_loads_it(finished):
     printed, folder = finished
-    top1 = json.loads((folder / "results.json").read_text())["runs"][1]["top1"]
-    assert (
-        f'timm.create_model("local-dir:{folder}/gradaug", pretrained=True) in a new process: top-1 {top1:.2%}'
-        in printed
-    )
+    (run,) = json.loads((folder / "gradaug-seed0" / "results.json").read_text())["runs"]
+    loaded = f'timm.create_model("local-dir:{folder}/gradaug-seed0", pretrained=True) in a new process'
+    assert f"{loaded}: top-1 {run['top1']:.2%}" in printed
 
 
-def test_both_checkpoints_and_the_plot_are_written(finished):
+def test_checkpoint_knows_its_size_and_has_a_card_and_pictures(finished):
     _, folder = finished
-    networks = [timm.create_model(f"local-dir:{folder / name}", pretrained=True) for name in ("plain", "gradaug")]
-    assert not torch.equal(networks[0].fc.weight, networks[1].fc.weight)
-    with PIL.Image.open(folder / "curves.png") as image:
+    saved = folder / "gradaug-seed0"
+    model = timm.create_model(f"local-dir:{saved}", pretrained=True)
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, 16, 16)
+    card = ModelCard.load(saved / "README.md")
+    assert card.data.eval_results[0].dataset_name == "handwritten digits of scikit-learn"
+    assert sorted(file.name for file in (saved / "plots").iterdir()) == ["curves.png", "subnets.png"]
+    with PIL.Image.open(folder / "summary.png") as image:
         assert image.format == "PNG"
 
 
 @pytest.mark.slow
-def test_checkpoint_of_another_accuracy_ends_with_an_error(finished):
+def test_checkpoint_of_another_accuracy_ends_with_an_error(finished, tmp_path):
     _, folder = finished
-    args = QuickstartArguments(labels_per_class=1, max_eval_samples=60, output_dir=str(folder))
+    copied = Path(shutil.copytree(folder, tmp_path / "copied"))
+    results = copied / "gradaug-seed0" / "results.json"
+    content = json.loads(results.read_text())
+    content["runs"][0]["top1"] = 0.123
+    results.write_text(json.dumps(content))
+    args = QuickstartArguments(labels_per_class=1, max_eval_samples=60, output_dir=str(copied))
     with pytest.raises(SystemExit, match="another accuracy than the trained model: 12.30%"):
-        check_checkpoint(args, expected_top1=0.123)
+        check_checkpoint(args)
 
 
-def test_training_starts_from_the_given_network_and_leaves_it_alone(tmp_path):
-    args = QuickstartArguments(
-        labels_per_class=1, max_eval_samples=10, batch_size=10, output_dir=str(tmp_path), epochs=1
-    )
-    args.learning_rate = 0.0
-    network = timm.create_model("wrn16_2", num_classes=10)
-    before = copy.deepcopy(network.state_dict())
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """The names of the runs that were trained, of which the third is interrupted."""
+    names: list[str] = []
+
+    def train_briefly(args: QuickstartArguments, run: PlannedRun, data: DatasetDict) -> Result:
+        names.append(run.name)
+        if len(names) == 3:
+            raise KeyboardInterrupt
+        result = Result(run.row, 0.5, 0.9, 1, 1.0, 200.0, [(1, 0.5)])
+        record_settings(run, Path(args.output_dir) / run.name)
+        save_results([result], Path(args.output_dir) / run.name / RESULTS, dict(run.settings), torch.device("cpu"))
+        return result
+
+    monkeypatch.setattr(quickstart, "train", train_briefly)
+    monkeypatch.setattr(quickstart, "check_checkpoint", lambda args: None)
+    return names
+
+
+def test_an_interruption_keeps_what_is_finished_and_the_command_goes_on_behind_it(trained, tmp_path):
+    flags = [*TINY.split(), str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        run_here(flags)
+    assert ended.value.code == 130
+    assert [record["row"] for record in json.loads((tmp_path / "summary.json").read_text())] == ["plain", LONGER]
+    assert "6 runs, 2 of them finished before" in run_here(flags)
+    assert trained[2:] == ["gradaug-seed0", "gradaug-seed0", "plain-seed1", "plain_-3-epochs-seed1", "gradaug-seed1"]
+    with pytest.raises(SystemExit, match="^error: .* holds a run with other settings .learning_rate was 0.1, is 0.2"):
+        run_here([*flags, "--learning_rate", "0.2"])
+
+
+def test_methods_start_from_the_same_weights(tmp_path, monkeypatch):
+    starts = []
+    monkeypatch.setattr(GradAugTrainer, "train", lambda self: starts.append(self.model.state_dict()) or 1 / 0)
+    args = QuickstartArguments(labels_per_class=1, max_eval_samples=10, output_dir=str(tmp_path), seeds=[3])
     data = load_data(args)
-    for method, num_subnets in (("plain", 0), ("gradaug", 3)):
-        train(args, method, network, data, num_subnets)
-        trained = timm.create_model(f"local-dir:{tmp_path / method}", pretrained=True)
-        for name, parameter in trained.named_parameters():
-            assert torch.equal(parameter, before[name]), name
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    for run in make_plan(args, 10).runs():
+        with pytest.raises(ZeroDivisionError):
+            train(args, run, data)
+    first, *others = starts
+    assert len(others) == 2
+    for name, tensor in first.items():
+        assert all(torch.equal(tensor, other[name]) for other in others), name
 
 
 @pytest.mark.parametrize(
@@ -106,7 +168,10 @@ def test_training_starts_from_the_given_network_and_leaves_it_alone(tmp_path):
     [
         ("--epochs 0", "epochs is 0; it must be at least 1"),
         ("--batch_size 0", "batch_size is 0; it must be at least 1"),
-        ("--batch_size 31", "batch_size is 31, but there are 30 images to train on"),
+        ("--batch_size 51", "batch_size is 51, but there are 50 images to train on"),
+        ("--num_subnets 0", "num_subnets is 0; it must be at least 1"),
+        ("--min_width 1.5", "min_width is 1.5; it must lie in"),
+        ("--seeds -1", "seeds is .-1.; it must be a list of numbers of at least 0"),
         ("--learning_rate nan", "learning_rate is nan; it must be above 0 and finite"),
         ("--model resnet51", "model is 'resnet51', which is unknown"),
         ("--dataset_name nobody/nothing", "'nobody/nothing' is neither a file nor a folder here"),
@@ -119,16 +184,11 @@ def test_what_cannot_be_trained_is_one_line(tmp_path, monkeypatch, flags, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_results_of_an_earlier_run_are_not_written_over(tmp_path, monkeypatch):
-    (tmp_path / "results.json").write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--output_dir", str(tmp_path)])
-    with pytest.raises(SystemExit, match="^error: .* holds results.json of another run"):
-        main()
-
-
-def test_same_seed_draws_the_same_few_images_of_each_class():
-    first, second, other = (load_data(QuickstartArguments(seed=seed))["train"] for seed in (0, 0, 1))
-    assert len(first) == 10 * QuickstartArguments().labels_per_class
+def test_same_seed_samples_the_same_few_images_of_each_class():
+    args = QuickstartArguments()
+    data = load_data(args)
+    first, second, other = (training_images(args, data, seed) for seed in (0, 0, 1))
+    assert len(first) == 10 * args.labels_per_class
     assert list(first["row"]) == list(second["row"]) != list(other["row"])
 
 
@@ -142,12 +202,13 @@ def test_folder_of_images_can_be_trained_on(tmp_path, monkeypatch, capsys):
             pixels = generator.integers(0, 256, (40, 36, 3), dtype=np.uint8)
             PIL.Image.fromarray(pixels).save(folder / f"{index}.jpg")
     options = (
-        f"--dataset_name {tmp_path}/photos --labels_per_class 2 --epochs 1 --batch_size 4 --output_dir {tmp_path}/out"
+        f"--dataset_name {tmp_path}/photos --labels_per_class 2 --epochs 1 --batch_size 4 --image_size 32 --seeds 1 "
+        f"--output_dir {tmp_path}/out"
     )
     monkeypatch.setattr(sys, "argv", ["quickstart.py", *options.split()])
     main()
     printed = capsys.readouterr().out
-    assert f"wrn16_2, 2 labels per class of {tmp_path}/photos, seed 0" in printed
+    assert f"wrn10_2, 2 labels per class of {tmp_path}/photos" in printed
     assert "in a new process: top-1" in printed
 
 
@@ -157,22 +218,14 @@ def test_few_labels_of_cifar10_are_learnt_well_over_chance(real_data: Path, tmp_
         dataset_name=str(real_data / "cifar10"),
         labels_per_class=100,
         max_eval_samples=400,
+        image_size=32,
+        model="wrn16_2",
+        seeds=[0],
         batch_size=25,
         epochs=1,
         output_dir=str(tmp_path),
     )
-    data = load_data(args)
-    set_seed(args.seed)
-    result = train(args, "gradaug", timm.create_model("wrn16_2", num_classes=10), data)
+    *_, gradaug = make_plan(args, 400).runs()
+    result = train(args, gradaug, load_data(args))
     assert result.steps == 40
     assert result.top1 > 0.2
-
-
-def test_each_checkpoint_has_a_model_card_and_pictures(finished):
-    _, folder = finished
-    for method, pictures in (("plain", ["curves.png"]), ("gradaug", ["curves.png", "subnets.png"])):
-        assert sorted(file.name for file in (folder / method / "plots").iterdir()) == pictures
-        card = ModelCard.load(folder / method / "README.md")
-        top1 = {run["method"]: run["top1"] for run in json.loads((folder / "results.json").read_text())["runs"]}
-        assert card.data.eval_results[0].metric_value == top1[method]
-        assert card.data.eval_results[0].dataset_name == "handwritten digits of scikit-learn"

@@ -56,11 +56,11 @@ def test_recipe_trains_in_two_processes_that_share_a_batch(name, few_images, tmp
 
 @pytest.mark.slow
 def test_quickstart_trains_in_two_processes(tmp_path):
-    options = "--labels_per_class 1 --epochs 1 --batch_size 5 --max_eval_samples 60"
+    options = "--labels_per_class 1 --epochs 2 --batch_size 5 --max_eval_samples 60 --seeds 0"
     printed = launch("quickstart", f"{options} --output_dir {tmp_path}")
-    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert [(run["method"], run["steps"]) for run in runs] == [("plain", 1), ("gradaug", 1)]
-    assert printed.count("| gradaug ") == 1
+    runs = json.loads((tmp_path / "summary.json").read_text())
+    assert [(run["row"], run["steps"]) for run in runs] == [("plain", 2), ("plain, 3 epochs", 3), ("gradaug", 2)]
+    assert printed.count("| gradaug  ") == 1
     assert printed.count("in a new process: top-1") == 1
 
 

@@ -7,7 +7,6 @@ import PIL.Image
 import pytest
 import torch
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 
 from gradaug_hf.objective.sampling import Part, Subnet
 from gradaug_hf.objective.transforms import RandomQuarterTurn, transform_for_subnet
@@ -17,12 +16,10 @@ from gradaug_hf.reports.plots import (
     SeenBatch,
     batch_figure,
     can_plot,
-    plot_curves,
     plot_training,
     training_figure,
     widths_figure,
 )
-from gradaug_hf.reports.runs import Result
 
 HISTORY = [
     {"loss": 2.5, "loss_full": 2.25, "loss_subnets": 0.25, "epoch": 1.0, "step": 5},
@@ -116,19 +113,6 @@ def test_only_what_was_measured_is_drawn(tmp_path):
     assert names(plot_training(full, evaluations(full), None, tmp_path)) == ["curves.png"]
     everything = plot_training(HISTORY, evaluations(HISTORY), BATCH, tmp_path / "new")
     assert names(everything) == ["curves.png", "widths.png", "subnets.png"]
-
-
-def test_runs_are_compared_over_the_share_of_their_steps(tmp_path, monkeypatch):
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
-    plain = Result("plain", 0.875, 0.99, 160, 12.34, 800.4, [(80, 0.5), (160, 0.875)])
-    longer = Result("longer", 0.9, 1.0, 320, 34.0, 812.6, [(80, 0.25), (320, 0.9)])
-    plot_curves([plain, longer], tmp_path / "curves.png", "two runs")
-    (axes,) = drawn[0].axes
-    assert lines(axes) == {
-        "plain: 87.50% after 160 steps": [(50, 50), (100, 87.5)],
-        "longer: 90.00% after 320 steps": [(25, 25), (100, 90)],
-    }
 
 
 def test_without_matplotlib_one_message_says_what_to_install(monkeypatch, tmp_path):
