@@ -138,7 +138,7 @@ class EpochCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the epoch before the data loader starts to read."""
-        dataset = kwargs["train_dataloader"].dataset
+        dataset = getattr(kwargs["train_dataloader"], "dataset", None)  # a loader of the user's may have none
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(self._epoch)
         self._epoch += 1

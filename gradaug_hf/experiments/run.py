@@ -210,7 +210,7 @@ def make_trainer(recipe: Recipe, args: ExperimentArguments, config: GradAugConfi
             recipe.initialise(model)
         check_memory(model, config.per_device_train_batch_size, recipe.image_side(), config)
     else:
-        model = load_network(args.model, len(class_names(data)))
+        model = load_network(args.model, class_names(data))
     statistics = pixel_statistics(model, image_processor(args.model))
     evaluation = as_its_pipeline(recipe.transform(False, **statistics), model)
     card = {"dataset": args.dataset_name, "dataset_args": args.dataset_config_name}

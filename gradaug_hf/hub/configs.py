@@ -167,6 +167,29 @@ def warn_of_other_size(model: nn.Module, processor: BaseImageProcessor | None, s
         )
 
 
+def check_class_names(model: nn.Module, class_names: Sequence[str], source: str) -> None:
+    """Make sure that the labels of a dataset stand for the classes that a trained model knows by them.
+
+    Args:
+        model: as it was loaded, with the classifier of its checkpoint; one that names no classes is passed over.
+        class_names: of the dataset, in the order of the labels, as many as the model has; other names than the model's
+            are warned of, since they may be other words for the same classes.
+        source: where the model is from.
+
+    Raises:
+        ValueError: they are the same names in another order.
+    """
+    stated = stated_names(model)
+    if stated is None or list(class_names) == stated or len(stated) != len(class_names):
+        return
+    pairs = enumerate(zip(stated, class_names, strict=True))
+    label, (known, name) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+    difference = f"class {label} is {known!r} for the model {source!r}, and {name!r} in the dataset"
+    if sorted(stated) == sorted(class_names):
+        raise ValueError(f"{difference}: the same classes in another order; the dataset must number them as the model")
+    warnings.warn(f"{difference}; accuracies are right only if they mean the same", stacklevel=3)
+
+
 def _as_list(names: Any) -> list[str]:
     return list(names.values() if isinstance(names, Mapping) else names or ())
 
@@ -187,6 +210,17 @@ def plain_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
+def stated_names(model: nn.Module) -> list[str] | None:
+    """Return the names of the classes that the checkpoint of a model states, or None."""
+    pretrained_cfg = getattr(timm_network(model), "pretrained_cfg", {})
+    return label_names(model) or _unless_made_up(_as_list(pretrained_cfg.get("label_names")))
+
+
+def _unless_made_up(names: list[str]) -> list[str] | None:
+    """Return names of classes; None if there are none, or those that transformers gives where it knows none."""
+    return None if all(name == f"LABEL_{label}" for label, name in enumerate(names)) else names
+
+
 def label_names(model: nn.Module, *datasets: Any) -> list[str] | None:
     """Return the names of a model's classes from its configuration or the first dataset that has them, or None.
 
@@ -195,9 +229,9 @@ def label_names(model: nn.Module, *datasets: Any) -> list[str] | None:
         datasets: those of the `datasets` library whose `label` or `labels` is a `ClassLabel` or a list of them, and
             those with `classes` as torchvision's have; others are passed over.
     """
-    names = getattr(getattr(model, "config", None), "id2label", None)
-    if names and not all(name == f"LABEL_{label}" for label, name in names.items()):
-        return [names[label] for label in sorted(names)]
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    if stated := _unless_made_up([names[label] for label in sorted(names)]):
+        return stated
     for dataset in datasets:
         features = getattr(dataset, "features", None) or {}
         for column in ("label", "labels"):

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from gradaug_hf.hub.configs import PREPROCESSOR, label_names
+from gradaug_hf.hub.configs import PREPROCESSOR, check_class_names, label_names
 from gradaug_hf.hub.weights import CONFIG, WeightsError, check_finite, read_config, weight_shapes, weights_files
 from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
 from gradaug_hf.utils.randomness import random_states_kept
@@ -222,11 +222,14 @@ def network_to_train(model: str, *datasets: Any) -> nn.Module:
         datasets: asked for the names of their classes as by `label_names`.
 
     Raises:
-        ValueError: there is no such model, it cannot be loaded, or no dataset names its classes.
+        ValueError: there is no such model, it cannot be loaded, the dataset has its classes in another order, or no
+            dataset names the classes of a new one.
     """
-    if is_checkpoint(model):
-        return load_checkpoint(model)
     classes = label_names(nn.Identity(), *datasets)
+    if is_checkpoint(model):
+        loaded = load_checkpoint(model)
+        check_class_names(loaded, classes or (), model)
+        return loaded
     if classes is None:
         raise ValueError(
             f"model is {model!r}, but no dataset names its classes (by `features` or `classes`); give "
@@ -340,20 +343,21 @@ def _classifier_tensors(model: PreTrainedModel) -> set[str]:
     return {name for name in model.state_dict() if not name.startswith(f"{backbone}.")}
 
 
-def load_network(model: str, num_classes: int) -> nn.Module:
+def load_network(model: str, class_names: Sequence[str]) -> nn.Module:
     """Return a trained model to evaluate.
 
     Args:
         model: as for `timm_name`; a name of timm, such as `resnet50.a1_in1k`, gives its pretrained weights.
-        num_classes: of the dataset.
+        class_names: of the dataset, in the order of the labels; other names than the model's are warned of.
 
     Raises:
-        ValueError: as `load_checkpoint`, or the model has another number of classes.
+        ValueError: as `load_checkpoint`, or the model has another number or order of classes.
     """
     loaded = load_checkpoint(model) if is_checkpoint(model) else timm.create_model(model, pretrained=True)
     found = loaded.config.num_labels if isinstance(loaded, PreTrainedModel) else loaded.num_classes
-    if found != num_classes:
-        raise ValueError(f"model {model!r} has {found} classes, the data set {num_classes}")
+    if found != len(class_names):
+        raise ValueError(f"model {model!r} has {found} classes, the data set {len(class_names)}")
+    check_class_names(loaded, class_names, model)
     return loaded
 
 

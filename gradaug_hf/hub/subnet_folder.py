@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from gradaug_hf.hub.configs import label_names, plain_state, timm_network, wrapper_cfg
+from gradaug_hf.hub.configs import plain_state, stated_names, timm_network, wrapper_cfg
 from gradaug_hf.hub.folders import check_new, new_folder
 from gradaug_hf.hub.preprocessing import processor_data_config
 from gradaug_hf.hub.weights import CONFIG
@@ -74,7 +74,7 @@ def save_subnet(
     subnet = extract_subnet(model, width).cpu().eval().requires_grad_(False)
     size = _image_size(model, processor, input_size)
     config = {"subnet": {"width": float(width), "of": _name_of(model)}}
-    config |= _program_config(model, label_names or _own_names(model), processor, size)
+    config |= _program_config(model, label_names or stated_names(model), processor, size)
     card = CARD.format(width=width, name=_name_of(model), shape=", ".join(map(str, size)))
     with new_folder(Path(folder)) as scratch:
         torch.export.save(export_program(subnet, size), scratch / PROGRAM)
@@ -123,10 +123,6 @@ def _image_size(
     if input_size is None and processor is not None:
         input_size = processor_data_config(processor).get("input_size", (None,))[1:] or None
     return next(example_sizes(model, input_size))
-
-
-def _own_names(model: nn.Module) -> list[str] | None:
-    return label_names(model) or getattr(timm_network(model), "pretrained_cfg", {}).get("label_names")
 
 
 def _program_config(

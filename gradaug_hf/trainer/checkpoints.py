@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from enum import Enum
+from itertools import zip_longest
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -35,6 +36,7 @@ PROGRESS = {
         }
     ],
 }
+CLASS_NAMES = "class_names"  # among the settings: those of the training set, None if it names none
 RESUME_ELSEWHERE = "resume from another checkpoint"
 # Starts the name of a folder in which a checkpoint is being written. Nothing takes it for a checkpoint, and what
 # begins with an underscore is never pushed.
@@ -195,13 +197,21 @@ def check_settings(folder: Path, settings: Mapping[str, Any], may_be_longer: boo
     if may_be_longer:
         different = [name for name in different if name not in longer]
     if different:
-        listed = "; ".join(f"{name} was {saved[name]!r} and is {settings[name]!r}" for name in different)
+        listed = "; ".join(_difference(name, saved[name], settings[name]) for name in different)
         later = "the weight of the sub-networks rises" if settings.get("kl_warmup") else "the learning rate falls"
         schedule = f" In a longer training {later} later, from here on." if longer else ""
         raise ResumeError(
             f"{folder} was trained with other settings: {listed}.{schedule} Set them as they were, or set "
             "ignore_config_change to go on with those of now"
         )
+
+
+def _difference(name: str, was: Any, now: Any) -> str:
+    if name == CLASS_NAMES:  # there may be thousands
+        pairs = enumerate(zip_longest(*(names if isinstance(names, list) else [] for names in (was, now))))
+        label, (was, now) = next(((label, pair) for label, pair in pairs if pair[0] != pair[1]), (0, (was, now)))
+        name = f"class {label}"
+    return f"{name} was {was!r} and is {now!r}"
 
 
 # ---- checks of its files ----

@@ -149,7 +149,7 @@ class ProgressCallback(TrainerCallback):
             loader: of `Trainer`, whose workers are kept from epoch to epoch or not.
             was_started: whether they had been started before the checkpoint that the training was resumed from.
         """
-        base = loader.base_dataloader
+        base = getattr(loader, "base_dataloader", loader)  # accelerate has wrapped it, unless it was told not to
         if self._stored and was_started and base.persistent_workers and base.generator is None:
             base.generator = torch.Generator()
             base.generator.seed()

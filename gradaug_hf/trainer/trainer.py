@@ -56,6 +56,7 @@ from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, 
 from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback, SpeedCallback
 from gradaug_hf.trainer.card_facts import model_facts
 from gradaug_hf.trainer.checkpoints import (
+    CLASS_NAMES,
     describe_last,
     place_once,
     remove_partial,
@@ -573,7 +574,8 @@ class GradAugTrainer(Trainer):
             "teacher": self.teacher,
         }
         kinds = {name: None if value is None else type(value).__name__ for name, value in own.items()}
-        return settings_of_training(self.args) | kinds | {"train_dataset": self._fingerprint}
+        data = {"train_dataset": self._fingerprint, CLASS_NAMES: label_names(nn.Identity(), self.train_dataset)}
+        return settings_of_training(self.args) | kinds | data
 
     def training_seconds(self) -> float:
         """Return the seconds that the training took so far, with those before the checkpoint it was resumed from."""

@@ -21,8 +21,12 @@ from gradaug_hf.hub.networks import (
     is_checkpoint,
     load_checkpoint,
     load_network,
+    network_to_train,
 )
+from tests.helpers.checkpoints import save_network
 from tests.helpers.hub_server import HubServer, Repository
+
+ABC = ["ant", "bee", "cat"]
 
 
 class Bomb:
@@ -72,7 +76,7 @@ def test_a_network_of_the_hub_is_loaded_with_its_classifier_or_another(hub, tmp_
     files = files_of(tmp_path / "a")
     name = on_the_hub(hub, files)
     weights = safetensors.torch.load(files["model.safetensors"])
-    loaded = load_network(name, 3).state_dict()
+    loaded = load_network(name, ABC).state_dict()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in weights.items())
     other = create_network(name, ["ant", "bee"], {})
     classifier = [module for module in other.modules() if isinstance(module, torch.nn.Linear)][-1]
@@ -80,7 +84,7 @@ def test_a_network_of_the_hub_is_loaded_with_its_classifier_or_another(hub, tmp_
     body = [key for key in weights if "fc" not in key and "classifier" not in key]
     assert all(torch.equal(other.state_dict()[key], weights[key]) for key in body)
     with pytest.raises(ValueError, match="'me/net' has 3 classes, the data set 10"):
-        load_network(name, 10)
+        load_network(name, [*"abcdefghij"])
 
 
 def test_weights_in_several_files_are_loaded(hub, tmp_path):
@@ -97,9 +101,38 @@ def test_what_was_downloaded_is_used_without_the_hub(hub, tmp_path, monkeypatch)
     folder = checkpoint_folder(name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert checkpoint_folder(name) == folder
-    load_network(name, 3)
+    load_network(name, ABC)
     with pytest.raises(ValueError, match="model 'me/other' is no folder, and the Hub cannot be reached"):
-        load_network("me/other", 3)
+        load_network("me/other", ABC)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_checkpoint_that_names_its_classes_is_not_given_others_silently(tmp_path, recwarn, library):
+    if library == "timm":
+        save_network(tmp_path / "net", seed=0)
+        config = json.loads((file := tmp_path / "net" / "config.json").read_text()) | {"label_names": ABC}
+        file.write_text(json.dumps(config))
+    else:
+        sizes = {"depths": [1, 1], "hidden_sizes": [8, 8], "embedding_size": 8}
+        config = ResNetConfig(**sizes, id2label=dict(enumerate(ABC)), label2id={name: i for i, name in enumerate(ABC)})
+        ResNetForImageClassification(config).save_pretrained(tmp_path / "net")
+    folder = str(tmp_path / "net")
+
+    class Photos:
+        def __init__(self, *classes: str) -> None:
+            self.classes = classes
+
+    for load in (load_network, lambda name, classes: network_to_train(name, Photos(*classes))):
+        load(folder, ABC)
+        assert not [warning for warning in recwarn if "class " in str(warning.message)]
+        with pytest.raises(
+            ValueError, match="class 1 is 'bee' for .*net', and 'cat' in the dataset: .* another order"
+        ):
+            load(folder, ["ant", "cat", "bee"])
+        with pytest.warns(UserWarning, match="class 2 is 'cat' for the model .*net', and 'kitten' in the dataset"):
+            load(folder, ["ant", "bee", "kitten"])
+        recwarn.clear()
+    assert network_to_train(folder, Photos("one", "two")) is not None  # refused where labels meet the classifier
 
 
 # ---- failures ----
@@ -121,9 +154,9 @@ def test_a_download_that_fails_ends_in_one_message_and_a_second_one_completes(
     for method in ("GET", "HEAD"):
         hub.fail(method, path, status)
     with pytest.raises(ValueError, match=message):
-        load_network(name, 3)
+        load_network(name, ABC)
     hub.failures.clear()
-    load_network(name, 3)
+    load_network(name, ABC)
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "a/b/c", "me/net@a@b"])
@@ -198,7 +231,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, files_of, value):
     tensor = safetensors.torch.load_file(tmp_path / "model.safetensors")[name]
     tensor.view(-1)[3] = value
     changed_weights(tmp_path, name, tensor)
-    for load in (load_checkpoint, lambda model: load_network(model, 3)):
+    for load in (load_checkpoint, lambda model: load_network(model, ABC)):
         with pytest.raises(ValueError, match=f"the weights of {tmp_path} hold NaN or infinite values in {name};"):
             load(str(tmp_path))
 
@@ -313,7 +346,7 @@ def test_a_file_name_that_leads_out_of_the_folder_is_not_followed(hub, tmp_path,
     cache = tmp_path / "1" / "2" / "3"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     files = files_of_timm(tmp_path / "a")
-    load_network(on_the_hub(hub, files | {evil: b"evil"}), 3)
+    load_network(on_the_hub(hub, files | {evil: b"evil"}), ABC)
     assert [file for file in tmp_path.rglob("*") if "evil" in file.name] == []
     assert not any("evil" in request for request in hub.requests)
     assert not Path("/evil.json").exists()

@@ -1,4 +1,7 @@
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,3 +55,19 @@ def test_each_of_two_machines_starts_eight_processes_and_meets_the_other(monkeyp
         prepare_multi_gpu_env(args)
         assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "8", rank)
         assert args.rdzv_endpoint == "10.0.0.1:29500"
+
+
+@pytest.mark.slow
+def test_launched_quietly_in_one_process_a_recipe_ends_with_its_own_line():
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
+    done = subprocess.run(
+        [*launch, "recipes/cifar_wideresnet.py", "--num_train_epochs", "0"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: num_train_epochs is 0.0; it must be above 0"
+    assert "Traceback" not in done.stderr

@@ -191,6 +191,38 @@ def test_without_sub_networks_the_class_is_the_trainer(tmp_path, scenario):
     np.testing.assert_equal(labels, expected_labels)
 
 
+class Batches:
+    """A data loader of the user's, which has nothing but batches."""
+
+    def __init__(self, loader: Any) -> None:
+        self.batches = list(loader)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
+class OwnLoader:
+    def get_train_dataloader(self) -> Batches:
+        return Batches(super().get_train_dataloader())
+
+
+def test_a_data_loader_without_a_dataset_is_taken(tmp_path):
+    found = run(type("Ours", (OwnLoader, GradAugTrainer), {}), tmp_path / "ours", "regression")
+    expected = run(type("Theirs", (OwnLoader, Trainer), {}), tmp_path / "theirs", "regression")
+    assert torch.equal(found[0]["a"], expected[0]["a"])
+    assert found[1] == expected[1]
+
+
+def test_a_data_loader_that_accelerate_has_not_wrapped_is_taken(tmp_path, monkeypatch):
+    args = GradAugConfig(str(tmp_path), num_subnets=0, dataloader_num_workers=1, **QUIET)
+    trainer = GradAugTrainer(Regression(), args, train_dataset=numbers(), eval_dataset=numbers())
+    monkeypatch.setattr(trainer.accelerator, "prepare", lambda loader: loader)
+    assert len(trainer.get_eval_dataloader()) == len(trainer.get_train_dataloader()) == 2
+
+
 class Weighted:
     """Overrides the loss, as users of a Trainer do."""
 

@@ -324,6 +324,20 @@ def test_another_training_set_is_refused(tmp_path, trained, other):
         make_trainer(tmp_path, train_dataset=images, max_steps=2).train(resume_from_checkpoint=str(trained))
 
 
+def test_classes_of_other_names_are_refused_with_the_first(tmp_path):
+    images = Jittered()
+    images.classes = ["cat", "cow", "dog"]
+    settings = {"train_dataset": images, "max_steps": 1, "save_steps": 1, "eval_strategy": "no"}
+    make_trainer(tmp_path, **settings).train()
+    for classes, message in (
+        (["cat", "dog", "cow"], "class 1 was 'cow' and is 'dog'"),
+        (["cat", "cow"], "class 2 was 'dog' and is None"),
+    ):
+        images.classes = classes
+        with pytest.raises(ResumeError, match=f"other settings: {message}. Set"):
+            make_trainer(tmp_path, **settings).train(resume_from_checkpoint=True)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")

@@ -102,7 +102,7 @@ class Evaluation:
         self.args = args
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.data = first_on_main_process(lambda: _load_data(args))
-        classes = len(class_names(self.data))
+        classes = class_names(self.data)
         self.models = {name: load_pixel_network(name, classes) for name in models}
         self.side = args.image_size or _common_side(self.models)
         for model in self.models.values():

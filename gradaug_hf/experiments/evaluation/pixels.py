@@ -37,14 +37,14 @@ class PixelNetwork(nn.Module):
         return logits_of(self.network((pixels - self.mean) / self.std), len(pixels))
 
 
-def load_pixel_network(model: str, num_classes: int) -> PixelNetwork:
+def load_pixel_network(model: str, class_names: Sequence[str]) -> PixelNetwork:
     """Load a trained model to evaluate: on pixels, in eval mode and float32, without gradients of its parameters.
 
     Raises:
-        ValueError: there is no such model, it has another number of classes, or does not say how its images are
-            normalised.
+        ValueError: there is no such model, it has another number or order of classes, or does not say how its images
+            are normalised.
     """
-    loaded = load_network(model, num_classes)
+    loaded = load_network(model, class_names)
     statistics = pixel_statistics(loaded, image_processor(model))
     if not statistics:
         raise ValueError(

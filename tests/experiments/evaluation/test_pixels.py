@@ -48,7 +48,7 @@ def test_an_image_that_is_very_long_is_quick():
 
 def test_a_loaded_network_is_evaluated_and_gets_no_gradients(tmp_path):
     folder = save_network(tmp_path / "net", seed=0)
-    network = load_pixel_network(folder, num_classes=3)
+    network = load_pixel_network(folder, ["a", "b", "c"])
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
     assert native_side(network) == 32
@@ -64,7 +64,7 @@ def test_a_network_of_timm_in_the_wrapper_of_transformers_has_the_same_logits(tm
     processor = Path(folder) / "preprocessor_config.json"
     (tmp_path / "wrapped" / processor.name).write_text(processor.read_text())
     pixels = torch.rand(2, 3, 32, 32)
-    logits = [load_pixel_network(str(path), 3)(pixels) for path in (folder, tmp_path / "wrapped")]
+    logits = [load_pixel_network(str(path), ["a", "b", "c"])(pixels) for path in (folder, tmp_path / "wrapped")]
     torch.testing.assert_close(*logits)
 
 
@@ -72,12 +72,13 @@ def test_a_network_that_does_not_say_how_its_images_are_normalised_is_refused(tm
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3, layer_type="basic")
     ResNetForImageClassification(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"does not say by which mean and std.*preprocessor_config.json"):
-        load_pixel_network(str(tmp_path), 3)
+        load_pixel_network(str(tmp_path), ["a", "b", "c"])
 
 
 def test_digest_tells_weights_apart(tmp_path):
     first, again, other = (
-        load_pixel_network(save_network(tmp_path / name, seed), 3) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+        load_pixel_network(save_network(tmp_path / name, seed), ["a", "b", "c"])
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert weights_digest(first) == weights_digest(again) != weights_digest(other)
     other.load_state_dict(first.state_dict())
