@@ -12,16 +12,17 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import accumulate, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import IterableDataset as Stream
 from torch.utils.data import IterableDataset, get_worker_info
 
-from gradaug_hf.data.decoding import batch_reader
 from gradaug_hf.data.seeded import DatasetWrapper, Seeds
 from gradaug_hf.data.transforms import Transform
 from gradaug_hf.utils.randomness import random_states_kept, seed_everything
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset as Stream
 
 # Rows of a shard that are read at a time.
 ROWS = 16
@@ -50,7 +51,7 @@ class ShardedStream(DatasetWrapper, IterableDataset):
 
     def __init__(
         self,
-        stream: Stream,
+        stream: "Stream",
         lengths: Sequence[int],
         transform: Transform,
         *,
@@ -60,6 +61,8 @@ class ShardedStream(DatasetWrapper, IterableDataset):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        from gradaug_hf.data.decoding import batch_reader  # imports `datasets`, which the trainer alone does without
+
         self.dataset = stream
         self._lengths = list(lengths)
         self._read = batch_reader(stream, transform)
