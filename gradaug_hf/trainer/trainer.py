@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import (
     BaseImageProcessor,
     DataCollator,
@@ -518,7 +518,8 @@ class GradAugTrainer(Trainer):
         The `train_loss` of a resumed training is that of all its steps.
         """
         if "loss" in logs:
-            logs |= self._speed.take()
+            if isinstance(self.train_dataset, IterableDataset):  # which its loader may slow down
+                logs |= self._speed.take()
             for name, mean in self._progress.means.take().items():
                 logs[name] = self.accelerator.reduce(mean, "mean").item() if isinstance(mean, Tensor) else mean
         if "train_loss" in logs:

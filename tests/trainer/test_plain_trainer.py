@@ -153,14 +153,14 @@ SCENARIOS: dict[str, tuple[Callable[[], nn.Module], list[dict[str, Any]], dict[s
 
 
 class Losses(TrainerCallback):
-    """Keeps what is logged, without times."""
+    """Keeps what is logged, of times the names alone."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         timed = ("runtime", "per_second", "total_flos")
-        self.logged.append({k: v for k, v in logs.items() if not k.endswith(timed)})
+        self.logged.append({k: None if k.endswith(timed) else v for k, v in logs.items()})
 
 
 def run(kind: type[Trainer], folder: Path, scenario: str) -> tuple[Any, ...]:
