@@ -56,7 +56,7 @@ def main() -> None:
         for row in ROWS:
             with tempfile.TemporaryDirectory() as folder:
                 mp.start_processes(measure, (count, row, args, folder), count, start_method=START)
-                kept, peak = torch.load(Path(folder) / "found.pt")
+                kept, peak = torch.load(Path(folder) / "found.pt", weights_only=True)
             print(f"| {args.model} | {count} | {row[0]} | {row[1]} | {kept:,.0f} | {peak:,.0f} |", flush=True)
 
 

@@ -1,5 +1,6 @@
 """Command line of fine-tuning."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +27,14 @@ DESCRIPTION = (
     "--output_dir. With --compare it trains in both ways with several seeds, and says whether GradAug helps."
 )
 BATCH_SIZE = 32
-# Learning rate of a batch of so many images, to which it is in proportion. With a few hundred photos there are few
-# steps, in which a new classifier learns too little at a lower one; layer_decay spares the pretrained layers.
-LEARNING_RATE, BASE_BATCH = 1e-4, 4
+# Learning rate of a batch of so many images; AdamW's grows with the root of the batch (arXiv 2205.10287). With a few
+# hundred photos there are few steps, in which a new classifier learns too little at a lower one; layer_decay spares
+# the pretrained layers.
+LEARNING_RATE = 8e-4
 FINE_TUNING = SETTINGS | {
     "num_train_epochs": 10,
     "optim": "adamw_torch",
-    "learning_rate": LEARNING_RATE * BATCH_SIZE / BASE_BATCH,
+    "learning_rate": LEARNING_RATE,
     "weight_decay": 0.05,
     "warmup_steps": 0.1,
     "max_grad_norm": 1.0,
@@ -86,7 +88,7 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
     batch_size: int = HfArg(
         default=BATCH_SIZE,
         help="Images in an optimiser step, over all processes and accumulated batches. The learning rate is "
-        f"{LEARNING_RATE:g} times batch_size / {BASE_BATCH} unless learning_rate is given.",
+        f"{LEARNING_RATE:g} times the square root of batch_size / {BATCH_SIZE} unless learning_rate is given.",
     )
     layer_decay: float = HfArg(
         default=0.75,
@@ -204,7 +206,7 @@ def parse(argv: Sequence[str]) -> tuple[FineTuningArguments, GradAugConfig, Comp
     chosen: dict[str, Any] = {**FINE_TUNING, **given}
     batch_size = chosen.get("batch_size", BATCH_SIZE)
     if "learning_rate" not in given:
-        chosen["learning_rate"] = LEARNING_RATE * batch_size / BASE_BATCH
+        chosen["learning_rate"] = LEARNING_RATE * math.sqrt(batch_size / BATCH_SIZE)
     if chosen.get("freeze") == "backbone":
         if given.get("num_subnets", 0) > 0:
             raise ValueError(

@@ -36,7 +36,7 @@ PROGRESS = {
         }
     ],
 }
-CLASS_NAMES = "class_names"  # among the settings: those of the training set, None if it names none
+CLASS_NAMES = "class_names"  # among the settings: those of the training set, where it names them
 RESUME_ELSEWHERE = "resume from another checkpoint"
 # Starts the name of a folder in which a checkpoint is being written. Nothing takes it for a checkpoint, and what
 # begins with an underscore is never pushed.

@@ -575,7 +575,8 @@ class GradAugTrainer(Trainer):
             "teacher": self.teacher,
         }
         kinds = {name: None if value is None else type(value).__name__ for name, value in own.items()}
-        data = {"train_dataset": self._fingerprint, CLASS_NAMES: label_names(nn.Identity(), self.train_dataset)}
+        names = label_names(nn.Identity(), self.train_dataset)
+        data = {"train_dataset": self._fingerprint} | ({CLASS_NAMES: names} if names else {})
         return settings_of_training(self.args) | kinds | data
 
     def training_seconds(self) -> float:

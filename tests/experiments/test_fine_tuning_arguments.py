@@ -10,11 +10,11 @@ LINE = "--model backbone --dataset_name photos --use_cpu"
     [
         ("", 8e-4),
         ("--batch_size 128", 1.6e-3),
-        ("--batch_size 8", 1e-4),
+        ("--batch_size 8", 4e-4),
         ("--batch_size 8 --learning_rate 3e-4", 3e-4),
     ],
 )
-def test_learning_rate_is_in_proportion_to_the_batch_unless_given(flags: str, expected: float):
+def test_learning_rate_grows_with_the_root_of_the_batch_unless_given(flags: str, expected: float):
     _, config, _ = parse(f"{LINE} {flags}".split())
     assert config.learning_rate == pytest.approx(expected)
 
