@@ -122,7 +122,7 @@ def test_json_has_no_folders_of_the_machine(tmp_path, monkeypatch):
     save_results([PLAIN], tmp_path / "results.json", settings, torch.device("cpu"))
     content = (tmp_path / "results.json").read_text()
     assert json.loads(content)["settings"] == {"dataset_name": "cats", "output_dir": "runs/x", "seed": 3}
-    assert str(tmp_path) not in content and "/data" not in content
+    assert str(tmp_path) not in content and "/data/private" not in content
 
 
 @pytest.mark.parametrize(
