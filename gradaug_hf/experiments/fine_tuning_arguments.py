@@ -30,7 +30,7 @@ BATCH_SIZE = 32
 # Learning rate of a batch of so many images; AdamW's grows with the root of the batch (arXiv 2205.10287). With a few
 # hundred photos there are few steps, in which a new classifier learns too little at a lower one; layer_decay spares
 # the pretrained layers.
-LEARNING_RATE = 8e-4
+LEARNING_RATE = 5e-4
 FINE_TUNING = SETTINGS | {
     "num_train_epochs": 10,
     "optim": "adamw_torch",

@@ -8,9 +8,9 @@ LINE = "--model backbone --dataset_name photos --use_cpu"
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ("", 8e-4),
-        ("--batch_size 128", 1.6e-3),
-        ("--batch_size 8", 4e-4),
+        ("", 5e-4),
+        ("--batch_size 128", 1e-3),
+        ("--batch_size 8", 2.5e-4),
         ("--batch_size 8 --learning_rate 3e-4", 3e-4),
     ],
 )
