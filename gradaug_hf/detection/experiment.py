@@ -75,6 +75,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         used = asdict(args) | asdict(settings) | config.to_dict()
         write(results | figures, trainer.detections, used, config)
         print(f"\n{args.val_annotations}\n\n{precision_table(figures)}\n\nwrote {RESULTS} to {config.output_dir}")
+    trainer.accelerator.end_training()  # the group goes before the interpreter takes down what its threads use
 
 
 def train(trainer: DetectionRecipeTrainer) -> dict[str, float]:

@@ -100,6 +100,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         train_and_save(trainer, args)
         report(trainer)
         push(trainer)
+        trainer.accelerator.end_training()  # the group goes before the interpreter takes down what its threads use
 
 
 def make_plan(args: FineTuningArguments, config: GradAugConfig, comparison: ComparisonArguments) -> Comparison:

@@ -124,6 +124,7 @@ def run(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
             push(trainer)
         else:
             evaluate(trainer, args)
+        trainer.accelerator.end_training()  # the group goes before the interpreter takes down what its threads use
 
 
 def hide_token(token: str | None) -> None:

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -10,7 +11,7 @@ from gradaug_hf import GradAugConfig
 from gradaug_hf.experiments.arguments import ExperimentArguments, parse
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.experiments.recipes import CIFAR_WIDERESNET, RECIPES, start_as_in_the_paper
-from gradaug_hf.experiments.run import SETTINGS, check_batch, complete, make_trainer
+from gradaug_hf.experiments.run import SETTINGS, check_batch, complete, make_trainer, run
 from gradaug_hf.hub.networks import create_network
 from tests.helpers.checkpoints import save_images
 
@@ -128,6 +129,17 @@ def test_a_batch_that_is_larger_than_the_training_set_is_refused():
     check_batch(512, None)  # a stream that does not say how many images it has
     with pytest.raises(ValueError, match="batch_size is 512, but there are 244 images to train on"):
         check_batch(512, 244)
+
+
+def test_processes_leave_their_group_once_all_is_pushed(tmp_path, monkeypatch):
+    done = []
+    accelerator = SimpleNamespace(end_training=lambda: done.append("left"))
+    steps = {"make_trainer": lambda *_: SimpleNamespace(accelerator=accelerator)}
+    steps |= {name: lambda *_, name=name: done.append(name) for name in ("train", "push")}
+    for name, step in steps.items():
+        monkeypatch.setattr(f"gradaug_hf.experiments.run.{name}", step)
+    run(CIFAR_WIDERESNET, ["--use_cpu", "--output_dir", str(tmp_path / "out")])
+    assert done == ["train", "push", "left"]
 
 
 @pytest.mark.parametrize(("recipe", "side"), [("imagenet_resnet50", 224), ("cifar_wideresnet", 32)])
