@@ -1,5 +1,4 @@
 import math
-from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -133,13 +132,10 @@ def test_a_batch_that_is_larger_than_the_training_set_is_refused():
 
 def test_processes_leave_their_group_once_all_is_pushed(tmp_path, monkeypatch):
     done = []
-    accelerator = SimpleNamespace(end_training=lambda: done.append("left"))
-    steps = {"make_trainer": lambda *_: SimpleNamespace(accelerator=accelerator)}
-    steps |= {name: lambda *_, name=name: done.append(name) for name in ("train", "push")}
-    for name, step in steps.items():
-        monkeypatch.setattr(f"gradaug_hf.experiments.run.{name}", step)
+    for name in ("make_trainer", "train", "push", "leave_group"):
+        monkeypatch.setattr(f"gradaug_hf.experiments.run.{name}", lambda *_, name=name: done.append(name))
     run(CIFAR_WIDERESNET, ["--use_cpu", "--output_dir", str(tmp_path / "out")])
-    assert done == ["train", "push", "left"]
+    assert done == ["make_trainer", "train", "push", "leave_group"]
 
 
 @pytest.mark.parametrize(("recipe", "side"), [("imagenet_resnet50", 224), ("cifar_wideresnet", 32)])
