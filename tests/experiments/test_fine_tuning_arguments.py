@@ -105,7 +105,7 @@ def test_what_is_out_of_range_or_contradicts_is_refused_by_name(line: str, messa
             f"{LINE} --streaming",
             "--streaming is no flag of this command: it counts the photos of each class first and shows the worst "
             "mistakes at the end; leave streaming out, or train the model on a stream with "
-            "recipes/imagenet_resnet50.py --streaming --model MODEL\n",
+            "recipes/imagenet_resnet50.py --streaming --model, by its id on the Hub or its folder\n",
         ),
     ],
 )
