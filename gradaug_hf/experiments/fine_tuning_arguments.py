@@ -34,8 +34,8 @@ LEARNING_RATE = 5e-4
 # Flags that recipes/imagenet_resnet50.py has and this one has not.
 ELSEWHERE = {
     "--streaming": "it counts the photos of each class first and shows the worst mistakes at the end; leave streaming "
-    "out, or train the model on a stream with recipes/imagenet_resnet50.py --streaming --model, by its id on the Hub or "
-    "its folder"
+    "out, or train the model on a stream with recipes/imagenet_resnet50.py --streaming --model, by its id on the Hub "
+    "or its folder"
 }
 FINE_TUNING = SETTINGS | {
     "num_train_epochs": 10,
