@@ -7,13 +7,14 @@ is there already, and a step in float32. Columns, in MiB for the first process:
 
 - kept: its part of weights and optimiser state, which stay from step to step.
 - peak: the most that the step took, on a GPU of torch's allocator, on the CPU resident memory beyond that of
-  the process before it made the model.
+  the process before it made the model, with each tensor returned to the system once it is freed.
 
 With FSDP2 blocks are divided one by one, and gathered anew for the backward. "held" has gradients whole on each
 process till the last pass, "each" divides those of each pass.
 """
 
 import argparse
+import ctypes
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -40,6 +41,8 @@ ROWS = [
     ("FSDP2", "GradAug, held"),
     ("FSDP2", "GradAug, each"),
 ]
+# Of glibc's mallopt: the size in bytes from which a block of memory is the system's own.
+M_MMAP_THRESHOLD = -3
 # A process that is forked need not import everything anew, but cannot use CUDA where its parent does.
 START = "spawn" if torch.cuda.is_available() else "fork"
 
@@ -63,6 +66,7 @@ def main() -> None:
 def measure(rank: int, count: int, row: tuple[str, str], args: argparse.Namespace, folder: str) -> None:
     """Write what the first process keeps, and the peak of a step, to a file of a folder."""
     torch.set_num_threads(1)
+    return_what_is_freed()
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if has_gpu else torch.device("cpu")
     dist.init_process_group("nccl" if has_gpu else "gloo", f"file://{folder}/meeting", rank=rank, world_size=count)
@@ -87,6 +91,15 @@ def measure(rank: int, count: int, row: tuple[str, str], args: argparse.Namespac
     if rank == 0:
         torch.save((kept, peak.mebibytes - (0 if has_gpu else before)), Path(folder) / "found.pt")
     dist.destroy_process_group()
+
+
+def return_what_is_freed() -> None:
+    """Have glibc give each tensor back to the system once it is freed, so that a peak has only what is held at once.
+
+    It would keep those of up to 32 MiB for later, among them the gradients that cross block by block.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, 2**16)
 
 
 def wrap(model: nn.Module, wrapper: str) -> nn.Module:

@@ -24,7 +24,7 @@ from gradaug_hf.hub.pushing import PushError
 from gradaug_hf.trainer.checkpoints import ResumeError
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.utils.command_line import errors_as_messages
-from gradaug_hf.utils.launch import process_state
+from gradaug_hf.utils.launch import leave_group, process_state
 from gradaug_hf.utils.threads import use_all_cores
 
 DETECTIONS = "detections.json"
@@ -75,6 +75,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         used = asdict(args) | asdict(settings) | config.to_dict()
         write(results | figures, trainer.detections, used, config)
         print(f"\n{args.val_annotations}\n\n{precision_table(figures)}\n\nwrote {RESULTS} to {config.output_dir}")
+    leave_group()
 
 
 def train(trainer: DetectionRecipeTrainer) -> dict[str, float]:

@@ -63,7 +63,7 @@ from gradaug_hf.trainer.checkpoints import ResumeError
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.metrics import topk_accuracy
 from gradaug_hf.utils.command_line import errors_as_messages
-from gradaug_hf.utils.launch import process_state
+from gradaug_hf.utils.launch import leave_group, process_state
 from gradaug_hf.utils.threads import use_all_cores
 
 CLASSES = "classes.csv"
@@ -100,6 +100,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         train_and_save(trainer, args)
         report(trainer)
         push(trainer)
+        leave_group()
 
 
 def make_plan(args: FineTuningArguments, config: GradAugConfig, comparison: ComparisonArguments) -> Comparison:

@@ -31,6 +31,12 @@ BATCH_SIZE = 32
 # hundred photos there are few steps, in which a new classifier learns too little at a lower one; layer_decay spares
 # the pretrained layers.
 LEARNING_RATE = 5e-4
+# Flags that recipes/imagenet_resnet50.py has and this one has not.
+ELSEWHERE = {
+    "--streaming": "it counts the photos of each class first and shows the worst mistakes at the end; leave streaming "
+    "out, or train the model on a stream with recipes/imagenet_resnet50.py --streaming --model, by its id on the Hub "
+    "or its folder"
+}
 FINE_TUNING = SETTINGS | {
     "num_train_epochs": 10,
     "optim": "adamw_torch",
@@ -201,6 +207,7 @@ def parse(argv: Sequence[str]) -> tuple[FineTuningArguments, GradAugConfig, Comp
     """
     kinds = FineTuningArguments, ComparisonArguments, GradAugConfig
     parser = RecipeParser(kinds, description=DESCRIPTION, usage=USAGE)
+    parser.elsewhere = ELSEWHERE
     given = given_settings(parser, FINE_TUNING, argv)
     _check_comparison(given)
     chosen: dict[str, Any] = {**FINE_TUNING, **given}

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import NoReturn
@@ -16,6 +16,8 @@ RED, PLAIN = "\033[1;31m", "\033[0m"
 
 class BriefParser(ArgumentParser):
     """Parse flags, and answer a wrong one in one line with the flag nearest to it, without all others."""
+
+    elsewhere: Mapping[str, str] = {}  # flags of sibling commands, with what to do instead
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
         """Parse flags, and refuse those that are not known.
@@ -38,6 +40,8 @@ class BriefParser(ArgumentParser):
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if not flags:
             self.error(f"{' '.join(unknown)} follows no flag that takes it")
+        if flags[0] in self.elsewhere:
+            self.error(f"{flags[0]} is no flag of this command: {self.elsewhere[flags[0]]}")
         near = get_close_matches(flags[0], self._option_string_actions, n=1)
         self.error(f"{flags[0]} is no flag; " + (f"near it: {near[0]}" if near else "--help lists them"))
 

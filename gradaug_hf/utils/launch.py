@@ -15,6 +15,15 @@ def process_state() -> PartialState:
     return PartialState(cpu=meets_on_cpu())
 
 
+def leave_group() -> None:
+    """Leave the group of processes, while Python still runs.
+
+    Threads of gloo may hold tensors, and where they free them as Python ends, the process ends by SIGABRT
+    (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    process_state().destroy_process_group()
+
+
 def meets_on_cpu() -> bool:
     """Return whether this is one of several processes on a machine without an accelerator.
 

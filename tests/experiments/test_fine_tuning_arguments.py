@@ -101,6 +101,12 @@ def test_what_is_out_of_range_or_contradicts_is_refused_by_name(line: str, messa
         ("--dataset_name photos", "the following arguments are required: --model/--model_name_or_path"),
         (f"{LINE} --freeze head", "argument --freeze: invalid choice: 'head' (choose from"),
         (f"{LINE} --class_weights 2", "argument --class_weights"),
+        (
+            f"{LINE} --streaming",
+            "--streaming is no flag of this command: it counts the photos of each class first and shows the worst "
+            "mistakes at the end; leave streaming out, or train the model on a stream with "
+            "recipes/imagenet_resnet50.py --streaming --model, by its id on the Hub or its folder\n",
+        ),
     ],
 )
 def test_a_flag_that_is_missing_or_no_choice_ends_in_one_line(capsys, line: str, message: str):

@@ -10,7 +10,7 @@ from gradaug_hf import GradAugConfig
 from gradaug_hf.experiments.arguments import ExperimentArguments, parse
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.experiments.recipes import CIFAR_WIDERESNET, RECIPES, start_as_in_the_paper
-from gradaug_hf.experiments.run import SETTINGS, check_batch, complete, make_trainer
+from gradaug_hf.experiments.run import SETTINGS, check_batch, complete, make_trainer, run
 from gradaug_hf.hub.networks import create_network
 from tests.helpers.checkpoints import save_images
 
@@ -128,6 +128,14 @@ def test_a_batch_that_is_larger_than_the_training_set_is_refused():
     check_batch(512, None)  # a stream that does not say how many images it has
     with pytest.raises(ValueError, match="batch_size is 512, but there are 244 images to train on"):
         check_batch(512, 244)
+
+
+def test_processes_leave_their_group_once_all_is_pushed(tmp_path, monkeypatch):
+    done = []
+    for name in ("make_trainer", "train", "push", "leave_group"):
+        monkeypatch.setattr(f"gradaug_hf.experiments.run.{name}", lambda *_, name=name: done.append(name))
+    run(CIFAR_WIDERESNET, ["--use_cpu", "--output_dir", str(tmp_path / "out")])
+    assert done == ["make_trainer", "train", "push", "leave_group"]
 
 
 @pytest.mark.parametrize(("recipe", "side"), [("imagenet_resnet50", 224), ("cifar_wideresnet", 32)])

@@ -17,7 +17,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from transformers import TrainerCallback
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from tests.helpers.small_training import KillAtStep, checkpoints, free_port, start_ranks, status_of
+from tests.helpers.small_training import KillAtStep, checkpoints, start_ranks, status_of
 
 # What `accelerate launch` sets from recipes/accelerate/fsdp2.yaml.
 FSDP2 = {
@@ -73,7 +73,9 @@ def rows(like: nn.Module) -> list[dict[str, Any]]:
     return [{"pixel_values": image, "labels": index % CLASSES} for index, image in enumerate(pixels)]
 
 
-def make_trainer(folder: Path, model: nn.Module | str, callbacks: Any = None, **settings: Any) -> GradAugTrainer:
+def make_trainer(
+    folder: Path, model: nn.Module | str, callbacks: Any = None, data_collator: Any = None, **settings: Any
+) -> GradAugTrainer:
     """SGD with momentum over accumulated batches, two processes of two images each."""
     model = NETWORKS[model]() if isinstance(model, str) else model
     values = {
@@ -94,7 +96,7 @@ def make_trainer(folder: Path, model: nn.Module | str, callbacks: Any = None, **
         "dataloader_pin_memory": False,
     }
     args = GradAugConfig(str(folder), **{**values, **settings})
-    return GradAugTrainer(model, args, train_dataset=rows(model), callbacks=callbacks)
+    return GradAugTrainer(model, args, data_collator, train_dataset=rows(model), callbacks=callbacks)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -128,12 +130,14 @@ def count_reductions() -> list[int]:
 def train(folder: Path, model: nn.Module | str, **settings: Any) -> None:
     """Train, and have the first process write gradients and weights to FOLDER.pt."""
     keeper, reductions = KeepGradients(), count_reductions()
-    trainer = make_trainer(folder, model, [keeper], **settings)
+    trainer = make_trainer(folder, model, callbacks=[keeper], **settings)
     trainer.train()
     weights = {name: whole(p) for name, p in zip(keeper.steps[0], trainer.model.parameters(), strict=True)}
     if trainer.is_world_process_zero():
-        blocks = [name for name, m in trainer.model.named_modules() if type(m).__name__.startswith("FSDP")]
+        kinds = {name: type(module).__name__ for name, module in trainer.model.named_modules()}
+        blocks = [name for name, kind in kinds.items() if kind.startswith("FSDP")]
         kept = {"gradients": keeper.steps, "weights": weights, "sharded": blocks, "reductions": len(reductions)}
+        kept["recomputed"] = [name for name, kind in kinds.items() if "CheckpointWrapper" in kind]
         torch.save(kept, folder.with_suffix(".pt"))
 
 
@@ -146,7 +150,7 @@ def in_two_processes(function: Callable[[], None], fsdp: bool = True, count: int
             shard_on_cpu()
         function()
 
-    return [status_of(pid) for pid in start_ranks(run, free_port(), count)]
+    return [status_of(pid) for pid in start_ranks(run, count)]
 
 
 def train_from_last(folder: Path, stop_after: int | None = None, **settings: Any) -> None:

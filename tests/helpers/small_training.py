@@ -17,6 +17,7 @@ import PIL.Image
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import nn
+from torch.distributed import TCPStore
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
@@ -143,6 +144,9 @@ def digest(value: object) -> str:
 
 # ---- processes ----
 
+HOST = "127.0.0.1"
+_meetings: list[TCPStore] = []  # which processes may still need
+
 
 def start(function: Callable[[], None]) -> int:
     """Run a function in a process of its own, and give its id."""
@@ -171,15 +175,18 @@ def status_of(pid: int) -> int:
 
 def free_port() -> int:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((HOST, 0))
         return listener.getsockname()[1]
 
 
-def start_ranks(function: Callable[[], None], port: int, count: int = 2) -> list[int]:
+def start_ranks(function: Callable[[], None], count: int = 2) -> list[int]:
     """Run a function in several processes that train together."""
+    # A port that is only found free may be another's before the processes meet there, so that this one serves it.
+    _meetings.append(TCPStore(HOST, 0, is_master=True, wait_for_workers=False))
+    where = {"MASTER_ADDR": HOST, "MASTER_PORT": str(_meetings[-1].port), "WORLD_SIZE": str(count)}
+    where |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
 
     def run(rank: int) -> None:
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **where}
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()

@@ -245,7 +245,7 @@ def test_a_process_that_dies_ends_the_other_with_an_error_within_a_minute(tmp_pa
     """Without a launcher that watches both, as on two machines."""
     write_run(tmp_path)
     monkeypatch.setenv("DYING_RANK", "1")
-    left, dying = start_ranks(lambda: train_runs(tmp_path), free_port())
+    left, dying = start_ranks(lambda: train_runs(tmp_path))
     assert status_of(dying) == -9
     died = time.monotonic()
     assert status_of(left) == 1

@@ -15,7 +15,6 @@ from tests.helpers.small_training import (
     END,
     Slow,
     checkpoints,
-    free_port,
     make_trainer,
     start,
     start_ranks,
@@ -196,7 +195,7 @@ def test_training_in_another_thread_than_the_main_one_is_possible(tmp_path):
 
 def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path):
     settings = {**SETTINGS, "max_steps": 40, "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
-    pids = start_ranks(lambda: train(tmp_path, [Slow(tmp_path)], **settings), free_port())
+    pids = start_ranks(lambda: train(tmp_path, [Slow(tmp_path)], **settings))
     wait_for_step(tmp_path, 3)
     os.kill(pids[1], signal.SIGTERM)
     assert [status_of(pid) for pid in pids] == [143, 143]
@@ -209,7 +208,7 @@ def test_a_signal_to_one_of_two_processes_ends_both_after_the_same_step(tmp_path
         "rng_state_1.pth",
     ]
     for folder in (tmp_path, tmp_path / "whole"):
-        pids = start_ranks(lambda folder=folder: train(folder, **settings), free_port())
+        pids = start_ranks(lambda folder=folder: train(folder, **settings))
         assert [status_of(pid) for pid in pids] == [0, 0]
     assert end(tmp_path) == end(tmp_path / "whole")
 

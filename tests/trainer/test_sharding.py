@@ -9,8 +9,12 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from transformers import (
     AutoModelForImageClassification,
     TimmWrapperConfig,
@@ -19,9 +23,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from gradaug_hf.data.collator import collate_images
 from gradaug_hf.hub.configs import save_configs
 from gradaug_hf.trainer.config import GradAugConfig
-from gradaug_hf.trainer.sharding import check_sharding, check_version, keep_contiguous, plan_sharding
+from gradaug_hf.trainer.sharding import check_sharding, check_version, keep_contiguous, plan_sharding, stores_parts
 from tests.helpers.checkpoints import save_images
 from tests.helpers.sharding import (
     CLASSES,
@@ -117,6 +122,42 @@ def test_divided_parameters_train_as_whole_ones_do_by_every_setting(tmp_path, na
     assert_equal(fsdp, ddp)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kept whole after the forward", "kept in the memory of the host", "computed again"])
+def test_memory_is_saved_without_another_bit_in_gradients_and_weights(tmp_path, name):
+    found = []
+    for number, environ in enumerate((OTHERS[name][0], {})):
+        run = lambda number=number: train(tmp_path / f"{number}", "vit", subnet_mode="width+depth")  # noqa: E731
+        assert in_two_processes(run, **environ) == [0, 0]
+        found.append(torch.load(tmp_path / f"{number}.pt"))
+    assert_equal(*found, tolerance=0)
+    assert bool(found[0]["recomputed"]) == (name == "computed again")
+
+
+def reversed_batch(rows: list[dict]) -> dict:
+    return collate_images(rows[::-1])
+
+
+@pytest.mark.slow
+def test_batch_norm_in_float32_differs_as_by_the_order_of_the_images_in_a_batch(tmp_path):
+    """Another order of a sum is another rounding, of which batch norm over two images makes more with each step."""
+    found = {}
+    for name, collator in (("ddp", None), ("fsdp", None), ("reversed", reversed_batch)):
+        run = lambda name=name, collator=collator: train(  # noqa: E731
+            tmp_path / name, resnet().float(), data_collator=collator, subnet_mode="width"
+        )
+        assert in_two_processes(run, fsdp=name == "fsdp") == [0, 0]
+        found[name] = torch.load(tmp_path / f"{name}.pt")["gradients"]
+    far = {name: [farthest(*pair) for pair in zip(found[name], found["ddp"], strict=True)] for name in found}
+    assert far["fsdp"][0] < 1e-6
+    assert far["reversed"][-1] > 1e-4
+    assert far["fsdp"][-1] < 10 * far["reversed"][-1]
+
+
+def farthest(found: dict, expected: dict) -> float:
+    return max((found[name] - tensor).abs().max().item() for name, tensor in expected.items())
+
+
 def settings(tmp_path, **given) -> GradAugConfig:
     return GradAugConfig(str(tmp_path), report_to="none", use_cpu=True, **given)
 
@@ -158,6 +199,45 @@ def test_blocks_are_found_and_the_gradients_of_passes_summed_in_float32(num_subn
         how = accelerator(transformer_cls_names_to_wrap=names, mixed_precision_policy=None)
         plan_sharding(how, model, num_subnets)
         assert how.state.fsdp_plugin.transformer_cls_names_to_wrap == expected
+
+
+FIELDS = {
+    "fsdp_reshard_after_forward: true": "fsdp_reshard_after_forward: false",
+    "fsdp_offload_params: false": "fsdp_offload_params: true",
+    "fsdp_activation_checkpointing: false": "fsdp_activation_checkpointing: true",
+    "FULL_STATE_DICT": "SHARDED_STATE_DICT",
+    'mixed_precision: "no"': "mixed_precision: bf16",
+}
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_fields_of_the_file_reach_what_divides_the_blocks(tmp_path, monkeypatch, changed):
+    text = Path(ROOT / "recipes/accelerate/fsdp2.yaml").read_text()
+    for field, other in FIELDS.items():
+        assert field in text
+        text = text.replace(field, other) if changed else text
+    (tmp_path / "fsdp2.yaml").write_text(text)
+    line = ["--config_file", str(tmp_path / "fsdp2.yaml"), "--main_process_port", "0", "script.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
+    for name, value in prepare_multi_gpu_env(args).items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    if (precision := os.environ["ACCELERATE_MIXED_PRECISION"]) != "no":  # as AcceleratorState does
+        plugin.set_mixed_precision(precision)
+    how = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no")
+    model, divided = vit(), []
+    plan_sharding(how, model, num_subnets=2)
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, **how: divided.append((module, how)))
+    fsdp2_prepare_model(how, model)
+    blocks = {id(block) for block in model.blocks}
+    given = [how for module, how in divided if id(module) in blocks]
+    assert len(given) == len(blocks)
+    assert all(how["reshard_after_forward"] is not changed for how in given)
+    assert all(isinstance(how["offload_policy"], CPUOffloadPolicy) == changed for _, how in divided)
+    policies = {(how["mp_policy"].param_dtype, how["mp_policy"].reduce_dtype) for _, how in divided}
+    assert policies == {(torch.bfloat16, torch.float32) if changed else (None, None)}
+    assert plugin.activation_checkpointing == changed
+    assert stores_parts(how) == changed
 
 
 def test_parameters_stay_contiguous(tmp_path):

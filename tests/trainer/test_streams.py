@@ -15,7 +15,7 @@ from gradaug_hf.data.loading import stream_image_data
 from gradaug_hf.data.shards import shard_lengths
 from gradaug_hf.data.streaming import ShardedStream
 from tests.helpers.shards import write_tar
-from tests.helpers.small_training import KillAtStep, checkpoints, digest, free_port, start_ranks, status_of
+from tests.helpers.small_training import KillAtStep, checkpoints, digest, start_ranks, status_of
 
 IMAGES, SHARDS, EPOCHS = 32, 8, 2
 TRANSFORM = v2.Compose([v2.Resize(32), v2.RandomCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -91,7 +91,7 @@ def train(shards: Path, folder: Path, stop_after: int | None = None, **settings)
 
 
 def trained(shards: Path, folder: Path, expected: int = 0, **settings) -> list[dict]:
-    pids = start_ranks(lambda: train(shards, folder, **settings), free_port())
+    pids = start_ranks(lambda: train(shards, folder, **settings))
     assert expected in [status_of(pid) for pid in pids]
     return [] if expected else [json.loads(Path(f"{folder}-{rank}.json").read_text()) for rank in (0, 1)]
 
