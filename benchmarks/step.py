@@ -26,6 +26,7 @@ resolutions in turn. Beside the table stands what the data loader alone gives.
 
 import argparse
 import copy
+import functools
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -42,8 +43,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import gradaug_hf
 from gradaug_hf.experiments.presets import PRESETS, preset_settings
 from gradaug_hf.objective.losses import soft_target_divergence
+from gradaug_hf.objective.sampling import drops_blocks
 from gradaug_hf.objective.transforms import resize
-from gradaug_hf.slimming.widths import subnet_pass
+from gradaug_hf.slimming.widths import num_droppable_blocks, subnet_pass
 
 NETWORKS = ["resnet50:224:8", "wrn28_10:32:16", "vit_small_patch16_224:224:8", "convnext_tiny:224:8"]
 SETTINGS = ["float32", "channels_last", "bfloat16", "fast"]
@@ -90,9 +92,7 @@ class BalancedSampler(gradaug_hf.SubnetSampler):
     """Random widths, the same for all settings up to rounding to levels; the resolutions in turn."""
 
     def sample(self, step: int) -> list[gradaug_hf.Subnet]:
-        continuous = gradaug_hf.SubnetSampler(
-            self.num_subnets, self.min_width, subnet_images=self.subnet_images
-        ).sample(step)
+        continuous = gradaug_hf.SubnetSampler(**vars(self) | {"resolutions": None, "width_levels": None}).sample(step)
         sides = [self.resolutions[(step + i) % len(self.resolutions)] for i in range(self.num_subnets)]
         return [
             replace(s, width=self._level(s.width), resolution=side) for s, side in zip(continuous, sides, strict=True)
@@ -190,6 +190,8 @@ def rows_of(
     torch.manual_seed(0)
     network = timm.create_model(name, **({"dynamic_img_size": True} if name.startswith("vit") else {}))
     network = gradaug_hf.make_slimmable(network, width_divisor=settings.width_divisor).to(device).train()
+    if "light" in methods:
+        network = gradaug_hf.make_droppable(network)
     images = torch.randn(batch, 3, side, side, device=device)
     labels = torch.randint(0, network.num_classes, (batch,), device=device)
     if settings.channels_last:
@@ -200,8 +202,7 @@ def rows_of(
     sampler = BalancedSampler(3, min_width, 1.0, RESOLUTIONS[side], settings.width_levels)
     gradaug = gradaug_hf.GradAug(model, sampler=sampler)
     on_parts = gradaug_hf.GradAug(model, sampler=replace(sampler, subnet_images="split"))
-    few = {name: value for name, value in PRESETS["light"].items() if hasattr(sampler, name)}
-    lightly = gradaug_hf.GradAug(model, sampler=replace(sampler, **few))
+    lightly = gradaug_hf.GradAug(model, sampler=replace(sampler, **PRESETS["light"]))
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True)
     narrow: list[nn.Module] = []
 
@@ -255,14 +256,13 @@ def rows_of(
         "dense": dense,
     }
     rows = [Row(settings, method, steps[method], optimizer) for method in methods]
-    counted = {each.num_subnets: multiply_adds(network, side, each) for each in (sampler, lightly.sampler)}
     for row in rows:
         if row.name == "dense":
             row.prepare = extract
         if row.name != "plain":
             own = {"split": on_parts, "light": lightly}.get(row.name, gradaug).sampler
             row.bound = 1 + own.subnet_share * mean_bound(own, side)
-            row.counted = 1 + own.subnet_share * (counted[own.num_subnets] - 1)
+            row.counted = 1 + own.subnet_share * multiply_adds(network, side, own)
     return rows
 
 
@@ -304,22 +304,24 @@ def take_step(row: Row, step: int, device: torch.device) -> None:
 def mean_bound(sampler: BalancedSampler, side: int) -> float:
     """Multiply-adds of the sub-networks over those of the full network, as the paper counts them."""
     steps = [sampler.sample(step) for step in range(12)]
-    return sum((subnet.width * subnet.resolution / side) ** 2 for subnets in steps for subnet in subnets) / len(steps)
+    kept = (1 + sampler.min_survival) / 2 if drops_blocks(sampler.subnet_mode) else 1
+    return sum(kept * (s.width * s.resolution / side) ** 2 for subnets in steps for s in subnets) / len(steps)
 
 
 def multiply_adds(network: nn.Module, side: int, sampler: BalancedSampler) -> float:
-    """Multiply-adds of a GradAug step over those of a plain one, counted on the meta device."""
+    """Multiply-adds of the sub-networks of a step over those of the full network, counted on the meta device."""
     network = copy.deepcopy(network).to("meta")
 
-    def count(width: float, resolution: int) -> int:
-        with FlopCounterMode(display=False) as counter, subnet_pass(network, width):
+    @functools.cache
+    def count(width: float, resolution: int, dropped: frozenset[int]) -> int:
+        with FlopCounterMode(display=False) as counter, subnet_pass(network, width, dropped):
             network(torch.empty(2, 3, resolution, resolution, device="meta")).sum().backward()
         return counter.get_total_flops()
 
-    full = count(1.0, side)
+    blocks = num_droppable_blocks(network)
     steps = [sampler.sample(step) for step in range(12)]
-    found = {key: count(*key) for key in {(s.width, s.resolution) for subnets in steps for s in subnets}}
-    return 1 + sum(found[s.width, s.resolution] for subnets in steps for s in subnets) / len(steps) / full
+    found = [count(s.width, s.resolution, s.dropped_blocks(blocks)) for subnets in steps for s in subnets]
+    return sum(found) / len(steps) / count(1.0, side, frozenset())
 
 
 def peak_memory(row: Row, device: torch.device) -> float:

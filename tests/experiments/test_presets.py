@@ -35,7 +35,7 @@ def test_the_fast_preset_is_what_the_documentation_says(cpu_with_bfloat16, tmp_p
 @pytest.mark.parametrize(("min_width", "resolutions"), [(0.9, [224, 192, 160, 128]), (0.8, [32, 28, 24]), (0.9, None)])
 def test_the_light_preset_costs_at_most_1_6_plain_steps(cpu_with_bfloat16, tmp_path, min_width, resolutions):
     light = preset_settings("light")
-    assert light == FAST | {"num_subnets": 1, "kl_warmup": 1 / 3}
+    assert light == FAST | {"subnet_mode": "depth", "min_survival": 0.5, "subnet_images": "split"}
     config = GradAugConfig(str(tmp_path), **light, min_width=min_width, resolutions=resolutions)
     assert 1.4 < relative_cost(config, None if resolutions else 224) <= 1.6
 
@@ -44,8 +44,8 @@ def test_the_light_preset_costs_at_most_1_6_plain_steps(cpu_with_bfloat16, tmp_p
 def test_the_light_preset_leaves_plain_training_without_sub_networks(tmp_path, method):
     settings = parsed(f"--preset light --method {method} --output_dir {tmp_path}")
     assert settings["num_subnets"] == 0 and settings["channels_last"]
-    assert parsed("--preset light")["num_subnets"] == 1
-    assert parsed("--preset light --num_subnets 2")["num_subnets"] == 2
+    assert parsed("--preset light")["subnet_mode"] == "depth"
+    assert parsed("--preset light --subnet_mode width")["subnet_mode"] == "width"
 
 
 def test_the_exact_preset_sets_nothing():
