@@ -1,7 +1,9 @@
 import re
 import sys
+import time
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from gradaug_hf import cli
 from gradaug_hf.cli import main
@@ -98,6 +100,19 @@ def test_a_terminal_shows_the_line_in_red(capsys, monkeypatch):
     assert ending(capsys, "results", ".").startswith("\033[1;31merror: ")
     monkeypatch.setenv("NO_COLOR", "1")
     assert ending(capsys, "results", ".").startswith("error: ")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("words", [["results", "."], ["results", "--folder", "."]])
+def test_torch_s_launcher_ends_its_own_lines_with_that_of_any_process(capsys, monkeypatch, tmp_path, rank, words):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    line = ending(capsys, *words)
+    monkeypatch.setenv("RANK", rank)
+    ending(capsys, *words)
+    failure = ProcessFailure(local_rank=int(rank), pid=1, exitcode=1, error_file=str(file))
+    assert f"{failure.message}\n" == line
+    assert abs(failure.timestamp - time.time()) < 600
 
 
 def test_of_several_processes_the_first_alone_speaks_of_a_wrong_flag(capsys, monkeypatch):

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, set_seed
 from transformers.hf_argparser import HfArg
+from transformers.trainer_utils import get_last_checkpoint
 
 from gradaug_hf.data.decoding import with_pixels
 from gradaug_hf.data.digits import load_digits_data
@@ -30,7 +31,7 @@ from gradaug_hf.experiments.comparison import Comparison, make_comparison
 from gradaug_hf.experiments.memory import PeakMemory
 from gradaug_hf.experiments.results import RESULTS, load_runs, save_results
 from gradaug_hf.experiments.run import check_batch, first_on_main_process
-from gradaug_hf.experiments.sweep import PlannedRun, record_settings, report, unfinished_runs
+from gradaug_hf.experiments.sweep import PlannedRun, record_settings, remove_checkpoints, report, unfinished_runs
 from gradaug_hf.hub.networks import accepted_arguments
 from gradaug_hf.hub.preprocessing import image_processor_of
 from gradaug_hf.reports.runs import Result
@@ -43,6 +44,12 @@ from gradaug_hf.utils.threads import use_all_cores
 PLAIN, GRADAUG = "plain", "gradaug"
 EVAL_BATCH_SIZE = 100
 SMALL = 16  # side of images in pixels with which a second thread waits longer than it helps
+
+
+class QuickstartTrainer(GradAugTrainer):
+    """Train as GradAugTrainer does; started again after an interruption, the quickstart itself resumes."""
+
+    _to_go_on = "the same command"
 
 
 @dataclass
@@ -81,7 +88,7 @@ class QuickstartArguments(CheckedArguments):
 def main(description: str | None = None) -> None:
     """Train a model by each method with each seed, and compare them.
 
-    A run that is finished is kept: started again after an interruption, the command goes on behind it.
+    Started again after an interruption, the command goes on where it was.
 
     Args:
         description: shown by `--help`, above the flags.
@@ -197,7 +204,7 @@ def train(args: QuickstartArguments, run: PlannedRun, data: DatasetDict) -> Resu
         model.parameters(), lr=args.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
     )
     flip = args.dataset_name is not None  # a mirrored digit is no digit
-    trainer = GradAugTrainer(
+    trainer = QuickstartTrainer(
         model,
         config,
         train_dataset=with_pixels(training_images(args, data, seed), transform_for(model, train=True, flip=flip)),
@@ -208,8 +215,10 @@ def train(args: QuickstartArguments, run: PlannedRun, data: DatasetDict) -> Resu
         card_metadata={"dataset": args.dataset_name or "handwritten digits of scikit-learn"},
     )
     trainer.remove_callback(PrinterCallback)
+    interrupted = get_last_checkpoint(folder) if folder.is_dir() else None
     with PeakMemory(config.device) as peak:
-        seconds = trainer.train().metrics["train_runtime"]
+        trainer.train(resume_from_checkpoint=interrupted)
+    seconds = trainer.training_seconds()
     final, steps = trainer.evaluate(), trainer.state.global_step
     if (run.row, seed) == (GRADAUG, args.seeds[0]):
         trainer.save_model()
@@ -224,6 +233,7 @@ def train(args: QuickstartArguments, run: PlannedRun, data: DatasetDict) -> Resu
     )
     if config.should_save:
         save_results([result], folder / RESULTS, dict(run.settings), config.device)
+        remove_checkpoints(folder)
     return result
 
 

@@ -29,6 +29,8 @@ class RecipeTrainer(GradAugTrainer):
         kwargs: further keyword arguments of GradAugTrainer.
     """
 
+    _to_go_on = "the same command with --resume_from_checkpoint last"
+
     def __init__(
         self,
         model: nn.Module,

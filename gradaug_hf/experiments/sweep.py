@@ -6,7 +6,7 @@ its last checkpoint.
 
 import json
 import shlex
-import subprocess
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from gradaug_hf.experiments.arguments import as_flags
 from gradaug_hf.experiments.methods import METHODS, concerns_subnets, trains_plainly
@@ -24,6 +24,7 @@ from gradaug_hf.reports.differences import interval, paired_differences
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
 from gradaug_hf.reports.runs import Result
 from gradaug_hf.utils.command_line import is_first_process
+from gradaug_hf.utils.processes import run_to_end
 from gradaug_hf.utils.tables import markdown_table
 
 # Files of a run that are not pushed with it, as they name folders of the machine.
@@ -160,7 +161,12 @@ def train_all(plan: Plan, folder: Path, launch: str = LAUNCH, seeds: Sequence[in
     failed, start = [], time.monotonic()
     for number, run in enumerate(waiting, start=1):
         print(f"[{number}/{len(waiting)}] {run.name}: ", end="", flush=True)
-        if (error := _train(run, plan.recipe, folder / run.name, launch)) is not None:
+        try:
+            error = _train(run, plan.recipe, folder / run.name, launch)
+        except (KeyboardInterrupt, SystemExit):
+            print("interrupted; the same command goes on with it", flush=True)
+            raise
+        if error is not None:
             failed.append(run)
             print(f"failed\n{error}", flush=True)
             continue
@@ -217,14 +223,22 @@ def _train(run: PlannedRun, recipe: Path | str, folder: Path, launch: str) -> st
     if get_last_checkpoint(folder) is not None:
         flags += ["--resume_from_checkpoint", "last"]
     with open(folder / LOG, "a", encoding="utf-8") as log:
-        code = subprocess.run([*_command(recipe, launch), *flags], stdout=log, stderr=subprocess.STDOUT).returncode
+        code = run_to_end([*_command(recipe, launch), *flags], log)
     if code == 0 and (folder / RESULTS).exists():
+        if "save_total_limit" not in run.settings:
+            remove_checkpoints(folder)
         return None
     lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     lines = [line for line in lines if line.startswith("error: ")] or lines  # a launcher adds a trace of its own
     return "\n".join(
         [f"    {line[-300:]}" for line in lines[-SHOWN_LINES:]] + [f"    exit code {code}; see {folder / LOG}"]
     )
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run that is finished, each of which is larger than its model; the model is kept."""
+    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(checkpoint)
 
 
 def _command(recipe: Path | str, launch: str) -> list[str]:

@@ -154,8 +154,13 @@ class Interruption(TrainerCallback):
 
     # ---- after the training ----
 
-    def end_process(self, state: TrainerState, last_checkpoint: str) -> None:
+    def end_process(self, state: TrainerState, last_checkpoint: str, to_go_on: str) -> None:
         """Do what the signal would have done, if one has ended the training.
+
+        Args:
+            state: of the training.
+            last_checkpoint: sentence on the last checkpoint.
+            to_go_on: what resumes the training from it.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C.
@@ -166,8 +171,7 @@ class Interruption(TrainerCallback):
         if self._is_first:
             message = (
                 f"{self.signal.name}: training stopped after step {state.global_step} of {state.max_steps}, and "
-                f"{last_checkpoint}. To go on: trainer.train(resume_from_checkpoint=True), or a recipe's command line "
-                "with --resume_from_checkpoint last"
+                f"{last_checkpoint}. To go on: {to_go_on}"
             )
             print(f"\n{message}", file=sys.stderr, flush=True)
         if self.signal == signal.SIGINT:

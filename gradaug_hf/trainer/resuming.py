@@ -60,7 +60,7 @@ def checkpoint_to_resume(
         check_whole(Path(folder))
     if not args.ignore_config_change:
         check_settings(Path(folder), settings, may_be_longer)
-    if not own_files:
+    if not own_files and args.num_subnets > 0:  # else the Trainer, or the model's own load_state_dict, judges
         prefix = getattr(model, "base_model_prefix", "")  # a timm model is saved without its wrapper's
         check_weights(Path(folder), model, f"{prefix}." if prefix else "")
     return folder

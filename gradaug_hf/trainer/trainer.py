@@ -144,6 +144,7 @@ class GradAugTrainer(Trainer):
     """
 
     _subnets_class = TrainingSubnets
+    _to_go_on = "trainer.train(resume_from_checkpoint=True)"  # said where a signal ends a training
 
     def __init__(
         self,
@@ -321,7 +322,7 @@ class GradAugTrainer(Trainer):
             if isinstance(error, NonFiniteLossError):
                 raise NonFiniteLossError(f"{error}; {describe_last(run_dir)}") from error
             raise
-        self._interruption.end_process(self.state, describe_last(run_dir))
+        self._interruption.end_process(self.state, describe_last(run_dir), self._to_go_on)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

@@ -1,12 +1,15 @@
 """Command lines that answer what is wrong in one line."""
 
+import json
 import os
 import signal
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 from gradaug_hf.utils.launch import process_state
@@ -47,7 +50,9 @@ class BriefParser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the process with one line."""
-        self.exit(2, f"{marked(f'error: {message}')}\n" if is_first_process() else None)
+        line = marked(f"error: {message}")
+        tell_launcher(line)
+        self.exit(2, f"{line}\n" if is_first_process() else None)
 
 
 @contextmanager
@@ -63,8 +68,19 @@ def errors_as_messages(*kinds: type[Exception], of_one_process: bool = False) ->
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except kinds as error:
+        line = marked(f"error: {error}")
+        tell_launcher(line)
         speaks = of_one_process or process_state().is_main_process
-        raise SystemExit(marked(f"error: {error}") if speaks else 1) from error
+        raise SystemExit(line if speaks else 1) from error
+
+
+def tell_launcher(line: str) -> None:
+    """Write why this process ends to where torch's launcher of several looks for it, which ends its own lines with it.
+
+    So it is read even where the launcher ends the process that was to say it, since another has ended before.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))
 
 
 def is_first_process() -> bool:

@@ -1,14 +1,17 @@
 import json
+import os
+import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from gradaug_hf.cli import main
-from gradaug_hf.experiments.sweep import Plan, flag_settings, read_plan, summary_table, train_all
+from gradaug_hf.experiments.sweep import Plan, flag_settings, read_plan, summary_table, train_all, train_and_report
+from tests.helpers.small_training import checkpoints, start, status_of, wait_for_step
 
+ROOT = Path(__file__).parents[2]
 # Stands for a recipe: writes down that it ran, and results that follow from its flags.
 RECIPE = """
 import json, sys
@@ -75,7 +78,7 @@ def test_a_recipe_may_be_a_module(recipe, tmp_path, monkeypatch):
 def test_accelerate_is_that_of_this_python_whatever_the_path_names(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     started = []
-    monkeypatch.setattr("subprocess.run", lambda words, **_: started.append(words) or SimpleNamespace(returncode=1))
+    monkeypatch.setattr("gradaug_hf.experiments.sweep.run_to_end", lambda words, log: started.append(words) or 1)
     train_all(make_plan(recipe, seeds=[0]), tmp_path / "runs", "accelerate launch --cpu")
     assert started[0][0] == sys.executable and started[0][3:6] == ["launch", "--cpu", str(recipe)]
 
@@ -112,6 +115,45 @@ def test_finished_runs_are_skipped_and_interrupted_ones_go_on(recipe, tmp_path, 
     assert "4 runs, 1 of them finished before" in capsys.readouterr().out
     assert again.endswith("ours-seed0 --resume_from_checkpoint last")
     assert len(new) == 2 and all("--seed 1" in call and "resume" not in call for call in new)
+
+
+# Trains a little, slowly, with a launcher that SIGTERM ends at once.
+TRAINING = """
+import subprocess, sys
+from pathlib import Path
+if sys.argv[1] == "launched":
+    from tests.helpers.small_training import Slow, train
+    folder = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    train(folder, [Slow(folder)], max_steps=60, save_strategy="no")
+else:
+    sys.exit(subprocess.run([sys.executable, sys.argv[0], "launched", *sys.argv[1:]]).returncode)
+"""
+
+
+def test_sigterm_ends_a_sweep_once_its_training_has_written_a_checkpoint(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    recipe, folder = tmp_path / "recipe.py", tmp_path / "runs" / "plain-seed0"
+    recipe.write_text(TRAINING)
+    rows = {"plain": {"method": "baseline"}, "ours": {"method": "gradaug"}}
+    pid = start(lambda: train_and_report(make_plan(recipe, rows=rows), tmp_path / "runs", LAUNCH))
+    wait_for_step(folder, 2)
+    os.kill(pid, signal.SIGTERM)
+    assert status_of(pid) == 143
+    (step,) = checkpoints(folder)
+    assert 2 <= step < 60
+    assert f"training stopped after step {step} of 60" in (folder / "_log.txt").read_text()
+    assert "plain-seed0: interrupted; the same command goes on with it" in capfd.readouterr().out
+    assert not (tmp_path / "runs" / "ours-seed0").exists()
+
+
+@pytest.mark.parametrize("limit", [{}, {"save_total_limit": 1}])
+def test_a_finished_run_keeps_its_checkpoints_where_their_number_is_given_alone(recipe, tmp_path, limit):
+    folder = tmp_path / "runs" / "plain-seed0"
+    (folder / "checkpoint-7").mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    train_all(make_plan(recipe, seeds=[0], settings=limit), tmp_path / "runs", LAUNCH)
+    assert (folder / "checkpoint-7").exists() == bool(limit)
+    assert (folder / "model.safetensors").exists() and (folder / "results.json").exists()
 
 
 def test_only_some_seeds_are_trained_where_asked_for(recipe, tmp_path):
@@ -215,7 +257,7 @@ def test_file_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_the_ablation_of_the_recipes_is_a_plan():
-    plan = read_plan(Path(__file__).parents[2] / "recipes" / "ablation.yaml")
+    plan = read_plan(ROOT / "recipes" / "ablation.yaml")
     assert len(plan.runs()) == len(plan.rows) * len(plan.seeds)
     assert next(iter(plan.rows)) == "baseline"
 

@@ -57,17 +57,34 @@ def test_each_of_two_machines_starts_eight_processes_and_meets_the_other(monkeyp
         assert args.rdzv_endpoint == "10.0.0.1:29500"
 
 
-@pytest.mark.slow
-def test_launched_quietly_in_one_process_a_recipe_ends_with_its_own_line():
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "1"]
-    done = subprocess.run(
-        [*launch, "recipes/cifar_wideresnet.py", "--num_train_epochs", "0"],
+def launched(words: list[str], flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words, "recipes/cifar_wideresnet.py", *flags.split()],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1000,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--num_train_epochs 0", "error: num_train_epochs is 0.0; it must be above 0"),
+        ("--nm_subnets 2", "error: --nm_subnets is no flag; near it: --num_subnets"),
+    ],
+)
+def test_launched_in_two_processes_the_last_words_are_those_of_the_recipe(flags, line):
+    done = launched(["--config_file", "recipes/accelerate/cpu_2.yaml"], flags)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2] == f"  traceback : {line}"  # a ruled line follows
+
+
+@pytest.mark.slow
+def test_launched_quietly_in_one_process_a_recipe_ends_with_its_own_line():
+    done = launched(["--quiet", "--cpu", "--num_processes", "1"], "--num_train_epochs 0")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: num_train_epochs is 0.0; it must be above 0"
     assert "Traceback" not in done.stderr

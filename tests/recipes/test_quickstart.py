@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import timm
 import torch
 from datasets import DatasetDict
 from huggingface_hub import ModelCard
+from transformers import TrainerCallback
 
 from gradaug_hf.experiments import quickstart
 from gradaug_hf.experiments.quickstart import (
@@ -26,7 +28,7 @@ from gradaug_hf.experiments.quickstart import (
     train,
     training_images,
 )
-from gradaug_hf.experiments.results import RESULTS, save_results
+from gradaug_hf.experiments.results import RESULTS, load_runs, save_results
 from gradaug_hf.experiments.sweep import PlannedRun, record_settings
 from gradaug_hf.reports.runs import Result
 from gradaug_hf.trainer.trainer import GradAugTrainer
@@ -149,9 +151,39 @@ def test_an_interruption_keeps_what_is_finished_and_the_command_goes_on_behind_i
         run_here([*flags, "--learning_rate", "0.2"])
 
 
+class Sends(TrainerCallback):
+    """Sends Ctrl-C to this process after a step."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_that_is_interrupted_goes_on_by_the_same_command_and_keeps_no_checkpoint(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(quickstart, "check_checkpoint", lambda args: None)
+    flags = ["--labels_per_class", "1", "--epochs", "4", "--max_eval_samples", "10", "--seeds", "0", "--output_dir"]
+    made = quickstart.QuickstartTrainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            quickstart.QuickstartTrainer,
+            "__init__",
+            lambda self, *args, **kwargs: made(self, *args, callbacks=[Sends()], **kwargs),
+        )
+        with pytest.raises(SystemExit, match="130"):
+            run_here([*flags, str(tmp_path)])
+    assert "after step 2 of 4" in (said := capfd.readouterr().err)
+    assert said.rstrip().endswith("To go on: the same command")
+    assert (tmp_path / "plain-seed0" / "checkpoint-2").exists()
+    run_here([*flags, str(tmp_path)])
+    run_here([*flags, str(tmp_path / "whole")])
+    resumed, whole = (load_runs(folder / "plain-seed0")[0].result for folder in (tmp_path, tmp_path / "whole"))
+    assert (resumed.top1, resumed.steps) == (whole.top1, 4)
+    assert not list(tmp_path.glob("*/checkpoint-*"))
+
+
 def test_methods_start_from_the_same_weights(tmp_path, monkeypatch):
     starts = []
-    monkeypatch.setattr(GradAugTrainer, "train", lambda self: starts.append(self.model.state_dict()) or 1 / 0)
+    monkeypatch.setattr(GradAugTrainer, "train", lambda self, **_: starts.append(self.model.state_dict()) or 1 / 0)
     args = QuickstartArguments(labels_per_class=1, max_eval_samples=10, output_dir=str(tmp_path), seeds=[3])
     data = load_data(args)
     for run in make_plan(args, 10).runs():

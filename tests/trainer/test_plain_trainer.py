@@ -223,6 +223,38 @@ def test_a_data_loader_that_accelerate_has_not_wrapped_is_taken(tmp_path, monkey
     assert len(trainer.get_eval_dataloader()) == len(trainer.get_train_dataloader()) == 2
 
 
+class Order(Regression):
+    """Writes down which numbers it saw, in a buffer that grows, and takes one of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.empty(0))
+
+    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+        self.seen = torch.empty_like(state_dict["seen"])
+        return super().load_state_dict(state_dict, strict)
+
+    def forward(self, input_x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        if self.training:
+            self.seen = torch.cat([self.seen, input_x])
+        return super().forward(input_x, labels)
+
+
+def order_of(kind: type[Trainer], folder: Path, checkpoint: str | None = None) -> Tensor:
+    torch.manual_seed(0)
+    settings = QUIET | {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "no"}
+    args = GradAugConfig(str(folder), num_subnets=0, per_device_train_batch_size=2, num_train_epochs=2, **settings)
+    trainer = kind(Order(), args, train_dataset=numbers())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer.model.seen
+
+
+def test_a_model_that_takes_buffers_of_another_shape_is_resumed_as_by_the_trainer(tmp_path):
+    whole = order_of(GradAugTrainer, tmp_path / "ours")
+    for kind in (GradAugTrainer, Trainer):
+        assert torch.equal(order_of(kind, tmp_path / "again", str(tmp_path / "ours" / "checkpoint-3")), whole)
+
+
 class Weighted:
     """Overrides the loss, as users of a Trainer do."""
 
