@@ -1,0 +1,100 @@
+"""Plot docs/results/cost.png, the gain of each compared setting against what it costs: `python docs/cost_plot.py`.
+
+It reads the records of the sweeps that lie beside it. A cost is the steps over those of plain training, times the
+arithmetic of one step (`relative_cost`). A gain is the mean difference to plain training with the same seed, with its
+95 % interval.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gradaug_hf.experiments.cost import relative_cost
+from gradaug_hf.objective.sampling import SubnetSettings
+from gradaug_hf.reports.differences import by_column, half_interval, paired_differences
+
+RESULTS = Path(__file__).parent / "results"
+PLAIN = "plain"
+MIN_SEEDS = 3
+CIFAR_SIDE = 32
+
+
+class Panel(NamedTuple):
+    """One training task: the file of its records, their column, and the title of the plot."""
+
+    file: str
+    column: str
+    title: str
+
+
+PANELS = (
+    Panel("split_scratch", "", "CIFAR-10, 250 labels, from scratch"),
+    Panel("split_fine_tuning", "ants and bees", "ants and bees, fine-tuned"),
+    Panel("split_fine_tuning", "100 labels", "CIFAR-10, 100 labels, fine-tuned"),
+)
+
+
+class Point(NamedTuple):
+    """What one row costs and gains over plain training, in points of accuracy."""
+
+    row: str
+    cost: float
+    gain: float
+    half_interval: float
+
+
+def main() -> None:
+    """Plot all panels."""
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        records = json.loads((RESULTS / f"{panel.file}.json").read_text(encoding="utf-8"))
+        plot(axes, panel.title, points(by_column(records)[panel.column]))
+    figure.savefig(RESULTS / "cost.png", dpi=110)
+
+
+def points(records: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Return the points of the rows that share at least MIN_SEEDS seeds with plain training, the cheapest first."""
+    first = {record["row"]: record for record in reversed(records)}
+    found = []
+    for row, record in first.items():
+        gains = paired_differences(records, row, PLAIN)
+        if row != PLAIN and len(gains) >= MIN_SEEDS:
+            found.append(Point(row, cost(record, first[PLAIN]), statistics.mean(gains), half_interval(gains)))
+    return sorted(found, key=lambda point: point.cost)
+
+
+def cost(record: Mapping[str, Any], plain: Mapping[str, Any]) -> float:
+    """Return the multiply-adds of a run over those of plain training."""
+    given = record["settings"]
+    own = {each.name: given[each.name] for each in fields(SubnetSettings) if each.name in given}
+    if given.get("method") == "baseline":
+        own["num_subnets"] = 0
+    step = relative_cost(SubnetSettings(**own), given.get("image_size", CIFAR_SIDE))
+    return step * record["steps"] / plain["steps"]
+
+
+def plot(axes: Axes, title: str, found: Sequence[Point]) -> None:
+    """Plot the points of one task, plain training at the origin, and the frontier of those that gain most so far."""
+    axes.axhline(0, color="0.8", zorder=0)
+    axes.plot(1, 0, "o", color="0.3")
+    frontier = [(1.0, 0.0)]
+    for point in found:
+        colour = "0.3" if point.row.startswith(PLAIN) else "C0"
+        axes.errorbar(point.cost, point.gain, point.half_interval, fmt="o", color=colour, capsize=3)
+        axes.annotate(point.row, (point.cost, point.gain), (4, 4), textcoords="offset points", fontsize=8)
+        if point.gain > frontier[-1][1]:
+            frontier.append((point.cost, point.gain))
+    axes.plot(*zip(*frontier, strict=True), "--", color="C1", zorder=0, drawstyle="steps-post", label="frontier")
+    axes.set(title=title, xlabel="multiply-adds of the training, plain = 1", ylabel="gain over plain, points")
+    axes.set_xlim(0.9, 3.2)
+    axes.legend(loc="lower right", fontsize=8)
+
+
+if __name__ == "__main__":
+    main()
