@@ -135,8 +135,8 @@ def test_sigterm_ends_a_sweep_once_its_training_has_written_a_checkpoint(tmp_pat
     recipe, folder = tmp_path / "recipe.py", tmp_path / "runs" / "plain-seed0"
     recipe.write_text(TRAINING)
     rows = {"plain": {"method": "baseline"}, "ours": {"method": "gradaug"}}
-    pid = start(lambda: train_and_report(make_plan(recipe, rows=rows), tmp_path / "runs", LAUNCH))
-    wait_for_step(folder, 2)
+    pid = start(lambda: train_and_report(make_plan(recipe, rows=rows, seeds=[0]), tmp_path / "runs", LAUNCH))
+    wait_for_step(folder, 2, seconds=280)
     os.kill(pid, signal.SIGTERM)
     assert status_of(pid) == 143
     (step,) = checkpoints(folder)
