@@ -421,7 +421,7 @@ def test_an_argument_that_is_no_json_is_named():
 
 def test_a_network_of_transformers_without_an_image_processor_is_said_to_lack_it(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("gradaug_hf.trainer.trainer.logger.warning_once", said.append)
+    monkeypatch.setattr("gradaug_hf.hub.configs.logger.warning_once", said.append)
     trained(resnet(), tmp_path / "with", processing_class=ViTImageProcessor())
     assert not said
     trained(resnet(), tmp_path / "without")
