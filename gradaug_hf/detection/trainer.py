@@ -113,14 +113,14 @@ class DetectionReport(ReportCallback):
 
     def write_card(self, folder: Path, metadata: Mapping[str, Any]) -> None:
         """Write the model card into a folder, with the statements of its author."""
-        args, hub_id = self._trainer.args, self._trainer.hub_model_id
+        trainer = self._trainer
         write_detector_card(
             folder,
-            self._trainer.accelerator.unwrap_model(self._trainer.model, keep_torch_compile=False).settings,
-            at_step(self.evaluations(), self._trainer.state.global_step),
-            name=metadata.get("model_name") or Path(args.output_dir).absolute().name,
-            source=hub_id or folder.absolute().name,
-            num_subnets=args.num_subnets,
+            trainer._detector.settings,
+            at_step(self.evaluations(), trainer.state.global_step),
+            name=metadata.get("model_name") or Path(trainer.args.output_dir).absolute().name,
+            source=trainer.hub_model_id or folder.absolute().name,
+            num_subnets=trainer.args.num_subnets,
             license=metadata.get("license"),
             tags=metadata.get("tags") or (),
         )

@@ -119,7 +119,7 @@ class TrainingSubnets:
         """
         images, labels, others = split_batch(inputs)
         if self.objective is None:
-            self.objective = self._objective(model, trainer, images, full_loss)
+            self.objective = self.begin(trainer, model, images, full_loss)
         step = trainer.state.global_step
         subnets = self.objective.sampler.sample(step)
         sequential = self.args.subnet_backward == "sequential" and self._step is not None
@@ -135,7 +135,7 @@ class TrainingSubnets:
             done.append(replace(early, loss=early.loss.detach()))
         return [*done, next(passes)]
 
-    def _objective(self, model: nn.Module, trainer: Trainer, images: Any, full_loss: FullLoss | None) -> GradAug:
+    def begin(self, trainer: Trainer, model: nn.Module, images: Any, full_loss: FullLoss | None) -> GradAug:
         """Return the objective of a training, whose resolutions are settled by a first batch if they were not."""
         if self.resolutions is None:
             self._settle_resolutions(trainer.model, images)
