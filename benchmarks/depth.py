@@ -4,7 +4,7 @@
     python benchmarks/depth.py --network resnet110_cifar:32:128 --steps 20 --device cuda
 
 The steps of all methods take turns in one process, so that whatever else the machine does falls on all alike. All
-sub-networks see the images at full size; the share of the block passes that is dropped is that of the drawn steps.
+sub-networks see the images at full size; the share of the block passes that is dropped is that of the sampled steps.
 """
 
 import argparse

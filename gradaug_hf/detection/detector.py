@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,14 @@ from transformers import AutoModelForImageClassification
 from transformers.hf_argparser import HfArg
 
 from gradaug_hf.detection.pyramid import Pyramid
+from gradaug_hf.experiments.arguments import CheckedArguments
 from gradaug_hf.hub.configs import CONFIG, timm_network
 from gradaug_hf.hub.networks import pixel_statistics, timm_name
+from gradaug_hf.hub.weights import read_json
 from gradaug_hf.slimming import make_slimmable, meta_copy
 from gradaug_hf.slimming.meta import example_images
 from gradaug_hf.trainer.ranges import check_side
+from gradaug_hf.utils.attributes import replaced
 
 DETECTORS = ("mask_rcnn", "faster_rcnn")
 WEIGHTS = "model.safetensors"
@@ -39,7 +41,7 @@ MASK_LAYERS = 4
 
 
 @dataclass(frozen=True)
-class DetectorSettings:
+class DetectorSettings(CheckedArguments):
     """Kind, image sides and sizes of a new detector."""
 
     detector: str = HfArg(
@@ -55,15 +57,11 @@ class DetectorSettings:
     rois_per_image: int = HfArg(default=512, help="Proposals of an image that box and mask head are trained on.")
 
     def __post_init__(self) -> None:
-        if self.detector not in DETECTORS:
-            raise ValueError(f"detector is {self.detector!r}; it must be one of {', '.join(map(repr, DETECTORS))}")
+        self._check("detector", self.detector in DETECTORS, f"one of {', '.join(map(repr, DETECTORS))}")
         for name in ("min_size", "channels", "box_head_size", "rois_per_image"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
-        if self.max_size < self.min_size:
-            raise ValueError(f"max_size is {self.max_size!r}; it must be at least min_size, {self.min_size}")
-        if not 0 < self.anchor_scale < math.inf:
-            raise ValueError(f"anchor_scale is {self.anchor_scale!r}; it must be above 0 and finite")
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("max_size", self.max_size >= self.min_size, f"at least min_size, {self.min_size}")
+        self._check("anchor_scale", 0 < self.anchor_scale < math.inf, "above 0 and finite")
         check_side("max_size", self.max_size)
 
     @property
@@ -123,20 +121,10 @@ class Detector(nn.Module):
             resolution: shorter side in pixels that images and targets are resized to; None: `settings.min_size`.
                 The longest side changes with it.
         """
-        with self._at_resolution(resolution):
+        side = resolution or self.settings.min_size
+        longest = round(self.settings.max_size * side / self.settings.min_size)
+        with replaced(self.rcnn.transform, min_size=(side,), max_size=longest):
             return self.rcnn(images, targets)
-
-    @contextmanager
-    def _at_resolution(self, resolution: int | None) -> Iterator[None]:
-        transform = self.rcnn.transform
-        before = transform.min_size, transform.max_size
-        if resolution is not None:
-            transform.min_size = (resolution,)
-            transform.max_size = round(self.settings.max_size * resolution / self.settings.min_size)
-        try:
-            yield
-        finally:
-            transform.min_size, transform.max_size = before
 
     @property
     def bottom_up(self) -> nn.Module:
@@ -288,12 +276,8 @@ def _make_roi_pool(strides: Sequence[int], output_size: int) -> MultiScaleRoIAli
 
 
 def _read_settings(file: Path) -> DetectorConfig:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    names = {f.name for f in fields(DetectorConfig)}
-    if not isinstance(content, dict) or not {"backbone", "categories"} <= set(content) <= names:
+    content, names = read_json(file), {f.name for f in fields(DetectorConfig)}
+    if not {"backbone", "categories"} <= set(content) <= names:
         raise ValueError(f"{file} is not that of a detector, which has {', '.join(sorted(names))}")
     return DetectorConfig(**content)
 

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from gradaug_hf.experiments.results import percent
 from gradaug_hf.utils.tables import markdown_table
 
 # The first of COCO's twelve figures.
@@ -71,12 +72,9 @@ def average_precision(coco: COCO, results: Sequence[dict[str, Any]], masks: bool
 def precision_table(figures: Mapping[str, float]) -> str:
     """Return average precisions in 0..1 as a Markdown table in %, with a dash where there is no object to find."""
     kinds = [kind for kind in KINDS if f"{kind}_AP" in figures]
-    rows = [[kind, *(_percent(figures[f"{kind}_{name}"]) for name in FIGURES)] for kind in kinds]
+    shares = {name: None if share < 0 else share for name, share in figures.items()}
+    rows = [[kind, *(percent(shares[f"{kind}_{name}"]) for name in FIGURES)] for kind in kinds]
     return markdown_table(("%", *(name.replace("_", " ") for name in FIGURES)), rows)
-
-
-def _percent(share: float) -> str:
-    return "-" if share < 0 else f"{share:.2%}"[:-1]
 
 
 def _detected(coco: COCO, results: Sequence[dict[str, Any]], kind: str) -> COCO:

@@ -1,7 +1,7 @@
 """DetectionTrainer: the Trainer of transformers for detectors, with GradAug's sub-networks of the backbone."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from gradaug_hf.objective.sampling import Subnet
 from gradaug_hf.reports.history import at_step
 from gradaug_hf.slimming import slicing_report
 from gradaug_hf.slimming.widths import is_slimmable
+from gradaug_hf.trainer.callbacks import ReportCallback
 from gradaug_hf.trainer.checks import check_checkpointing
 from gradaug_hf.trainer.subnets import TrainingSubnets
 from gradaug_hf.trainer.trainer import IMAGES, LABELS, GradAugTrainer
@@ -107,6 +108,24 @@ class DetectionSubnets(TrainingSubnets):
         """Keep no batch for the plots, which show images of one size."""
 
 
+class DetectionReport(ReportCallback):
+    """Write the card of a detector in place of an image classifier's."""
+
+    def write_card(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the model card into a folder, with the statements of its author."""
+        trainer = self._trainer
+        write_detector_card(
+            folder,
+            trainer._detector.settings,
+            at_step(self.evaluations(), trainer.state.global_step),
+            name=metadata.get("model_name") or Path(trainer.args.output_dir).absolute().name,
+            source=trainer.hub_model_id or folder.absolute().name,
+            num_subnets=trainer.args.num_subnets,
+            license=metadata.get("license"),
+            tags=metadata.get("tags") or (),
+        )
+
+
 class DetectionTrainer(GradAugTrainer):
     """`GradAugTrainer` for detectors, evaluated with COCO's average precision.
 
@@ -128,7 +147,7 @@ class DetectionTrainer(GradAugTrainer):
         ValueError: a setting is about classes rather than objects, or they do not fit each other.
     """
 
-    _subnets_class = DetectionSubnets
+    _subnets_class, _report_class = DetectionSubnets, DetectionReport
 
     def __init__(
         self,
@@ -147,7 +166,7 @@ class DetectionTrainer(GradAugTrainer):
             raise ValueError("subnet_transform is given, but it would move the images and not their boxes")
         self.detections: list[dict[str, Any]] | None = None
         super().__init__(model, args, data_collator or collate, *trainer_args, **kwargs)
-        if self._has_own_full_loss or self.compute_loss_func is not None or self.teacher is not None:
+        if self._plain.has_own_full_loss or self.compute_loss_func is not None or self.teacher is not None:
             raise ValueError("full_loss, compute_loss_func or teacher is given; a detector has its own losses alone")
 
     # ---- the detector and its sub-networks ----
@@ -205,18 +224,6 @@ class DetectionTrainer(GradAugTrainer):
         return found
 
     # ---- checkpoint ----
-
-    def _write_card(self, folder: Path, metadata: dict[str, Any]) -> None:
-        write_detector_card(
-            folder,
-            self._detector.settings,
-            at_step(self.evaluations, self.state.global_step),
-            name=metadata.get("model_name") or Path(self.args.output_dir).absolute().name,
-            source=self.hub_model_id or folder.absolute().name,
-            num_subnets=self.args.num_subnets,
-            license=metadata.get("license"),
-            tags=metadata.get("tags") or (),
-        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)

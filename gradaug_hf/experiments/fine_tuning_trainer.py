@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,6 @@ from gradaug_hf.experiments.lora import adapted_state, has_adapters, merge_adapt
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.hub.configs import plain_state, timm_network
 from gradaug_hf.objective.class_weights import weighted_cross_entropy
-from gradaug_hf.reports.model_card import ModelFacts
 from gradaug_hf.slimming import make_slimmable
 from gradaug_hf.trainer.batches import split_batch
 from gradaug_hf.trainer.checkpoints import ResumeError
@@ -66,7 +64,6 @@ class FineTuningTrainer(RecipeTrainer):
         **kwargs: Any,
     ) -> None:
         self.layer_decay = layer_decay
-        self.class_table: str | None = None  # on the model card, once the classes are evaluated
         self.class_weights = class_weights
         self.freeze_statistics = freeze_statistics
         self._has_adapters = has_adapters(model)
@@ -160,9 +157,6 @@ class FineTuningTrainer(RecipeTrainer):
             labels = split_batch(inputs)[1]
             loss = weighted_cross_entropy(logits, labels, self.class_weights, self.args.label_smoothing_factor)
         return loss, logits
-
-    def _card_facts(self) -> ModelFacts:
-        return replace(super()._card_facts(), classes=self.class_table)
 
     # ---- averaged weights ----
 

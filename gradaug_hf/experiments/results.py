@@ -42,14 +42,7 @@ def results_table(results: Sequence[Result]) -> str:
     """Return results as a Markdown table, one row each."""
     header = ("method", "top-1 %", "top-5 %", "steps", "seconds", "peak memory MiB")
     rows = [
-        (
-            r.method,
-            percent(r.top1),
-            percent(r.top5),
-            str(r.steps),
-            f"{r.seconds:.1f}",
-            f"{r.peak_memory:.0f}",
-        )
+        (r.method, percent(r.top1), percent(r.top5), str(r.steps), f"{r.seconds:.1f}", f"{r.peak_memory:.0f}")
         for r in results
     ]
     return markdown_table(header, rows)

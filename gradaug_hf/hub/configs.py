@@ -12,11 +12,14 @@ from timm.models._hub import save_config_for_hf
 from timm.models._input import get_model_args, get_model_input_config
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
-from transformers import TimmWrapperForImageClassification
+from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
 
 from gradaug_hf.hub.preprocessing import processor_data_config
 from gradaug_hf.hub.weights import CONFIG
+
+logger = logging.get_logger(__name__)
 
 PREPROCESSOR = "preprocessor_config.json"
 # Fields about classes, which are written from the model and the names of its classes instead.
@@ -60,6 +63,15 @@ def why_not_rebuilt(network: nn.Module) -> str | None:
         f"timm.create_model gives {name} the shape {found.get(name)} instead of {expected.get(name)}; "
         f"{len(different)} tensors differ"
     )
+
+
+def warn_of_weights_alone(model: nn.Module) -> None:
+    """Warn if `timm.create_model` cannot build the timm model again that a model is or wraps."""
+    network = timm_network(model)
+    reason = None if network is None else why_not_rebuilt(network)
+    if reason is not None:
+        name = type(network).__name__
+        warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=3)
 
 
 def tensor_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -164,6 +176,15 @@ def warn_of_other_size(model: nn.Module, processor: BaseImageProcessor | None, s
             f"images of {size[0]} x {size[1]} pixels were evaluated, but {PREPROCESSOR} will have {prepared[0]} x "
             f"{prepared[1]}: give the trainer the image processor of the evaluation as processing_class",
             stacklevel=2,
+        )
+
+
+def warn_of_no_processor(model: nn.Module, processor: BaseImageProcessor | None) -> None:
+    """Warn once if a model of transformers is saved without an image processor."""
+    if isinstance(model, PreTrainedModel) and processor is None:
+        logger.warning_once(
+            f"no {PREPROCESSOR} is written, which a pipeline needs: give GradAugTrainer the image processor as "
+            "processing_class"
         )
 
 

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from gradaug_hf.hub.configs import PREPROCESSOR, check_class_names, label_names
+from gradaug_hf.hub.preprocessing import processor_data_config
 from gradaug_hf.hub.weights import CONFIG, WeightsError, check_finite, read_config, weight_shapes, weights_files
 from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
 from gradaug_hf.utils.randomness import random_states_kept
@@ -391,8 +392,6 @@ def pixel_statistics(model: nn.Module, processor: BaseImageProcessor | None) -> 
     """
     if hasattr(model, "pretrained_cfg"):
         config = timm.data.resolve_model_data_config(model)
-    elif processor is None:
-        return {}
-    else:  # the processor of a TimmWrapper has timm's configuration
-        config = getattr(processor, "data_config", None) or {"mean": processor.image_mean, "std": processor.image_std}
-    return {name: tuple(config[name]) for name in ("mean", "std")}
+    else:
+        config = {} if processor is None else processor_data_config(processor)
+    return {name: tuple(config[name]) for name in ("mean", "std") if name in config}

@@ -7,11 +7,19 @@ from typing import Any
 import timm
 from torch import nn
 from torchvision.transforms import v2
-from transformers import BitImageProcessor, ViTImageProcessor
+from transformers import (
+    BitImageProcessor,
+    FeatureExtractionMixin,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    ViTImageProcessor,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
+# What a Trainer takes to prepare inputs, and saves with its model.
+ProcessingClass = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 # From this side on, ConvNextImageProcessor brings an image to a square without cropping it.
 CONVNEXT_UNCROPPED = 384
 

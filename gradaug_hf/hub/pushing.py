@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 # hf_xet, which uploads large files, raises ConnectionError and errors of its own.
 HUB_ERRORS = (HTTPError, HFValidationError, ConnectionError)
@@ -59,22 +59,22 @@ def push_errors(
         raise PushError(f"{repository_name(args, hub_model_id)} {failure}: {reason(cause)}.{how}") from error
 
 
-def make_branch(args: TrainingArguments, hub_model_id: str, revision: str | None, token: str | None = None) -> None:
-    """Make the branch that a revision names, unless it is there or names a pull request.
+def make_branch(trainer: Trainer, revision: str | None, token: str | None = None) -> None:
+    """Make the branch that a revision names, from one process, unless it is there or names a pull request.
 
     Args:
-        args: the settings of the training.
-        hub_model_id: the repository.
+        trainer: whose repository it is of.
         revision: name of the branch; None makes nothing.
         token: with the right to write; None: `args.hub_token`.
 
     Raises:
         PushError: the Hub refuses, or cannot be reached.
     """
-    if revision is None or revision.startswith("refs/"):
+    if revision is None or revision.startswith("refs/") or not trainer.is_world_process_zero():
         return
-    with push_errors(args, hub_model_id, "cannot be pushed to", revision):
-        HfApi().create_branch(hub_model_id, branch=revision, token=token or args.hub_token, exist_ok=True)
+    args, repository = trainer.args, trainer.hub_model_id
+    with push_errors(args, repository, "cannot be pushed to", revision):
+        HfApi().create_branch(repository, branch=revision, token=token or args.hub_token, exist_ok=True)
 
 
 def warn_of_failed_push(args: TrainingArguments, hub_model_id: str | None, error: BaseException) -> None:

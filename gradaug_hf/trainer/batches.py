@@ -8,6 +8,9 @@ from transformers import TrainingArguments
 from transformers.utils.generic import find_labels
 
 IMAGES, LABELS = "pixel_values", "labels"
+Batch = dict[str, Any]
+# The label that a Trainer counts as no item of a batch.
+IGNORED = -100
 
 
 def images_of(batch: Any) -> Tensor:

@@ -2,7 +2,9 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,23 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gradaug_hf.hub.configs import PREPROCESSOR
 from gradaug_hf.hub.pushing import warn_of_failed_push
 from gradaug_hf.reports.history import Entry, Evaluation, evaluations
-from gradaug_hf.reports.model_card import CARD, may_be_written
-from gradaug_hf.reports.plots import SeenBatch
+from gradaug_hf.reports.model_card import CARD, as_metadata, may_be_written, write_model_card
+from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, PLOTS, SeenBatch, can_plot, plot_training
+from gradaug_hf.trainer.card_facts import model_facts
 from gradaug_hf.trainer.interruption import ends_epoch
 
 
 class ReportCallback(TrainerCallback):
-    """Keep the facts of plots and model card that the Trainer's log lacks.
+    """Keep the facts of plots and model card that the Trainer's log lacks, and write both.
 
     Nothing is written at an event: a checkpoint has to have its card before it is put in its place and pushed.
+
+    Args:
+        trainer: whose training is reported.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
         self.seen: SeenBatch | None = None
         self._elsewhere: list[Entry] = []
 
@@ -31,14 +38,36 @@ class ReportCallback(TrainerCallback):
         """Forget the batch of the training before."""
         self.seen = None
 
-    def set_aside(self, entries: Sequence[Entry]) -> None:
-        """Leave entries of the log out of the evaluations, since they are of other data than `eval_dataset`."""
-        self._elsewhere += entries
+    @contextmanager
+    def set_aside(self, is_elsewhere: bool) -> Iterator[None]:
+        """Leave what the block logs out of the evaluations, if it is of other data than `eval_dataset`."""
+        logged_before = len(self._trainer.state.log_history)
+        yield
+        if is_elsewhere:
+            self._elsewhere += self._trainer.state.log_history[logged_before:]
 
-    def evaluations(self, state: TrainerState, names: Sequence[str] = ()) -> list[Evaluation]:
+    def evaluations(self) -> list[Evaluation]:
         """Return the evaluations on `eval_dataset` so far."""
-        own = [entry for entry in state.log_history if not any(entry is other for other in self._elsewhere)]
-        return evaluations(own, names)
+        history, data = self._trainer.state.log_history, self._trainer.eval_dataset
+        own = [entry for entry in history if not any(entry is other for other in self._elsewhere)]
+        return evaluations(own, list(data) if isinstance(data, dict) else ())
+
+    def plot(self, folder: str | Path | None = None) -> list[Path]:
+        """Plot the training so far into a folder, by default `plots` in `args.output_dir`, and return the files."""
+        folder = Path(self._trainer.args.output_dir) / PLOTS if folder is None else Path(folder)
+        return plot_training(self._trainer.state.log_history, self.evaluations(), self.seen, folder)
+
+    def write(self, folder: Path, with_plots: bool) -> None:
+        """Write the model card of a saved model, and `plots`, or warn that matplotlib is missing for them."""
+        if with_plots and can_plot():
+            self.plot(folder / PLOTS)
+        elif with_plots:
+            warnings.warn(f"{folder / PLOTS} is not written: {NEEDS_MATPLOTLIB}", stacklevel=3)
+        self.write_card(folder, self._trainer.card_metadata)
+
+    def write_card(self, folder: Path, metadata: Mapping[str, Any]) -> None:
+        """Write the model card into a folder, with the statements of its author."""
+        write_model_card(folder, model_facts(self._trainer), as_metadata(metadata))
 
 
 class SpeedCallback(TrainerCallback):
@@ -88,6 +117,15 @@ class PushCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wait for the last push."""
         self.finish()
+
+    @contextmanager
+    def finished_after_error(self) -> Iterator[None]:
+        """Wait for the push under way if an error ends the block."""
+        try:
+            yield
+        except Exception:
+            self.finish()
+            raise
 
     def finish(self) -> None:
         """Wait for the push under way, and warn if it fails."""

@@ -40,6 +40,7 @@ def model_facts(trainer: Trainer) -> ModelFacts:
         data=data_facts(trainer.train_dataset, None if several_sets else trainer.eval_dataset),
         train_images=number_of_images(trainer.train_dataset),
         eval_images=None if several_sets else number_of_images(trainer.eval_dataset),
+        classes=trainer.class_table,
         measured=at_step(trainer.evaluations, step),
         steps=state.global_step,
         subnets=dict(subnets) if trained else {},

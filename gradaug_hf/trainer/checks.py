@@ -126,12 +126,14 @@ def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
         )
 
 
-def check_teacher(teacher: nn.Module, model: nn.Module, args: GradAugConfig) -> None:
-    """Make sure that there are sub-networks, and that they can learn another model's prediction.
+def check_teacher(teacher: nn.Module | None, model: nn.Module, args: GradAugConfig) -> None:
+    """Make sure that, if there is a teacher, there are sub-networks that can learn its prediction.
 
     Raises:
         ValueError: there are none, or they cannot.
     """
+    if teacher is None:
+        return
     if args.num_subnets == 0:
         raise ValueError("teacher is given, but with num_subnets=0 there are no sub-networks to learn its prediction")
     check_taught(teacher, model, args.subnet_target)

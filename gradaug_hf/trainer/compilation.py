@@ -12,13 +12,18 @@ from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.utils.compat import compiles_stale_graphs, recompile_limits
 
 
-def compile_statically(accelerator: Accelerator) -> None:
-    """Have a model compiled for each width and resolution by itself.
+def compile_statically(sampler: SubnetSampler, args: GradAugConfig, accelerator: Accelerator) -> None:
+    """Have a model compiled for each width and resolution by itself, if it is to be compiled.
 
     Otherwise the second width or resolution makes torch.compile turn widths and shapes into symbols. Its backend then
     makes one graph for all, slowly: minutes for the smallest model.
+
+    Raises:
+        ValueError: as `check_compilable`.
     """
-    accelerator.state.dynamo_plugin.dynamic = False
+    if args.torch_compile:
+        check_compilable(sampler)
+        accelerator.state.dynamo_plugin.dynamic = False
 
 
 def check_compilable(sampler: SubnetSampler) -> None:

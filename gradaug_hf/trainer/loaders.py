@@ -1,5 +1,6 @@
 """Data loaders of training sets: images that are seeded, and streams that divide themselves among the processes."""
 
+from collections.abc import Callable
 from typing import Any
 
 from accelerate.data_loader import prepare_data_loader
@@ -11,13 +12,13 @@ from gradaug_hf.data.seeded import SeededDataset
 from gradaug_hf.data.streaming import SEEN, ShardedStream
 
 
-def train_loader(trainer: Trainer) -> DataLoader | None:
-    """Return a data loader for a training set that is to be seeded, or divides itself; None for others."""
+def train_loader(trainer: Trainer, default: Callable[[], DataLoader]) -> DataLoader:
+    """Return a data loader for a training set that is to be seeded, or divides itself; for others the default."""
     data, args = trainer.train_dataset, trainer.args
     if isinstance(data, ShardedStream):
         return stream_loader(trainer, data)
     if not args.seed_train_data or isinstance(data, (SeededDataset, IterableDataset)) or not has_length(data):
-        return None
+        return default()
     return trainer._get_dataloader(
         SeededDataset(data, args.seed if args.data_seed is None else args.data_seed),
         "Training",

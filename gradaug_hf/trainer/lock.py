@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from gradaug_hf.trainer.checkpoints import CheckpointError
+from gradaug_hf.trainer.checkpoints import CheckpointError, remove_partial
 
 # Begins with an underscore, as what is never pushed does.
 LOCK = "_training.lock"
@@ -19,7 +19,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keep other trainings out of a folder while the block runs.
+    """Keep other trainings out of a folder while the block runs; what a killed one had begun to write is removed.
 
     The lock is the operating system's and ends with its process, however that ends: a file that a killed training left
     behind is taken over. Worker processes, which may outlive it for a moment, do not hold it.
@@ -36,6 +36,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{socket.gethostname()} {os.getpid()}\n")
         lock.flush()
+        remove_partial(run_dir)
         try:
             yield
         finally:

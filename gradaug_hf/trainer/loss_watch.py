@@ -1,8 +1,10 @@
 """Stop a training whose loss is not finite, without a device that waits for it."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,20 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gradaug_hf.objective.sampling import Subnet
+from gradaug_hf.trainer.checkpoints import describe_last
 
 
 class NonFiniteLossError(ArithmeticError):
     """The loss is infinite or not a number."""
+
+
+@contextmanager
+def last_checkpoint_named(run_dir: Path) -> Iterator[None]:
+    """Add to a NonFiniteLossError which checkpoint of a folder is the last."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        raise NonFiniteLossError(f"{error}; {describe_last(run_dir)}") from error
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,23 @@ class TrainingMixer:
 
     Args:
         model: states the number of its classes.
-        args: the settings.
+        args: the settings; with neither Mixup nor CutMix, batches stay as they are.
 
     Raises:
         ValueError: the model does not state it.
     """
 
     def __init__(self, model: nn.Module, args: GradAugConfig) -> None:
-        num_classes = num_classes_of(model)
-        if num_classes is None:
-            raise ValueError(
-                f"mixup_alpha or cutmix_alpha is on, but {type(model).__name__} has neither num_classes nor "
-                "config.num_labels"
-            )
-        self._mix = BatchMixer(num_classes, args.mixup_alpha, args.cutmix_alpha, args.mix_prob)
         self._args = args
+        self._is_on = args.mixup_alpha > 0 or args.cutmix_alpha > 0
+        if self._is_on:
+            num_classes = num_classes_of(model)
+            if num_classes is None:
+                raise ValueError(
+                    f"mixup_alpha or cutmix_alpha is on, but {type(model).__name__} has neither num_classes nor "
+                    "config.num_labels"
+                )
+            self._mix = BatchMixer(num_classes, args.mixup_alpha, args.cutmix_alpha, args.mix_prob)
         self.begin()
 
     def begin(self) -> None:
@@ -38,7 +40,9 @@ class TrainingMixer:
         self._step, self._batch = -1, 0
 
     def __call__(self, inputs: dict[str, Any], step: int) -> dict[str, Any]:
-        """Return the next batch of a step, mixed."""
+        """Return the next batch of a step, mixed if there is mixing."""
+        if not self._is_on:
+            return inputs
         self._step, self._batch = step, self._batch + 1 if step == self._step else 0
         generator = random.Random(f"{self._args.seed} {step} {self._batch} {self._args.process_index}")
         images, labels, others = split_batch(inputs)

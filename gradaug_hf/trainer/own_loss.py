@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gradaug_hf.objective.logits import logits_of
 from gradaug_hf.objective.objective import GradAug, Pass
 from gradaug_hf.objective.transforms import check_images
-from gradaug_hf.trainer.batches import IMAGES, LABELS
+from gradaug_hf.trainer.batches import IMAGES, LABELS, split_batch
 
 FullLoss = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Any]]
 
@@ -28,12 +28,15 @@ class OwnLossGradAug(GradAug):
 
     def _full_pass(self, images: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Pass:
         check_images(images)
-        loss, output = loss_and_output(self._full_loss, self.model, {IMAGES: images, LABELS: labels, **inputs})
-        return Pass(loss, logits_of(output, len(labels), self.num_classes).detach())
+        batch = {IMAGES: images, LABELS: labels, **inputs}
+        loss, logits = loss_and_logits(self._full_loss, self.model, batch, self.num_classes)
+        return Pass(loss, logits.detach())
 
 
-def loss_and_output(full_loss: FullLoss, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-    """Return the full network's loss of a batch and its output.
+def loss_and_logits(
+    full_loss: FullLoss, model: nn.Module, batch: dict[str, Any], num_classes: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the full network's loss of a batch and its logits (N, classes).
 
     Raises:
         ValueError: `full_loss` returned something else.
@@ -45,4 +48,5 @@ def loss_and_output(full_loss: FullLoss, model: nn.Module, batch: dict[str, Any]
             f"{owner}.full_loss returned a {type(found).__name__}; expected a tuple of the loss and the output, whose "
             "logits the sub-networks learn"
         )
-    return found
+    loss, output = found
+    return loss, logits_of(output, len(split_batch(batch)[1]), num_classes)

@@ -1,66 +1,71 @@
 """The loss of a batch that no sub-network sees: whether the Trainer computes it, or GradAug."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
+from transformers.utils.generic import find_labels
 
 from gradaug_hf.hub.configs import timm_network
 from gradaug_hf.objective.losses import SUM_TOLERANCE
 from gradaug_hf.trainer.batches import IMAGES, LABELS
-from gradaug_hf.trainer.config import GradAugConfig
 
 
-@dataclass(frozen=True)
 class PlainLoss:
     """Decide whose loss a batch has that no sub-network sees.
 
     Args:
-        args: the settings.
-        model_has_loss: whether the model returns a loss itself.
-        compute_loss_func: of the Trainer, a user's; None: there is none.
-        has_own_full_loss: whether a subclass of the trainer has a `full_loss` of its own.
-        has_own_compute_loss: whether it has a `compute_loss` of its own.
+        trainer: its arguments, its model, a user's `compute_loss_func`, and what its class overrides.
+        base: the class whose `full_loss` and `compute_loss` are no user's.
     """
 
-    args: GradAugConfig
-    model_has_loss: bool
-    compute_loss_func: Callable | None
-    has_own_full_loss: bool
-    has_own_compute_loss: bool
+    def __init__(self, trainer: Trainer, base: type[Trainer]) -> None:
+        self._trainer = trainer
+        self.model_has_loss = bool(find_labels(type(trainer.model)))
+        self.has_own_full_loss = type(trainer).full_loss is not base.full_loss
+        self._has_own_compute_loss = type(trainer).compute_loss is not base.compute_loss
+        self.was_computed = False  # by the base in this training
 
     @property
     def is_given(self) -> bool:
         """Return True if the full network's loss is a user's."""
-        return self.has_own_full_loss or self.compute_loss_func is not None
+        return self.has_own_full_loss or self._trainer.compute_loss_func is not None
 
-    def is_trainers(self, model: nn.Module, inputs: Mapping[str, Any] | None = None) -> bool:
+    def is_trainers(self, inputs: Mapping[str, Any] | None = None) -> bool:
         """Return True if the loss is `Trainer`'s, or a user's, as it is without sub-networks and mixing.
 
         A classifier of images without a loss of its own, such as a timm model, gets cross-entropy even then.
 
         Args:
-            model: the model, not wrapped.
-            inputs: a batch, which can show that it is no classifier of images; None before there is one.
+            inputs: a batch, which can show that the model is no classifier of images; None before there is one.
         """
-        args = self.args
+        args, model = self._trainer.args, self._trainer.model
         if args.num_subnets > 0 or args.mixup_alpha > 0 or args.cutmix_alpha > 0 or self.has_own_full_loss:
             return False
-        is_another = self.has_own_compute_loss if inputs is None else IMAGES not in inputs
-        is_users = self.compute_loss_func is not None and timm_network(model) is None
+        is_another = self._has_own_compute_loss if inputs is None else IMAGES not in inputs
+        is_users = self._trainer.compute_loss_func is not None and timm_network(model) is None
         return self.model_has_loss or is_users or is_another
 
-    def is_left_to_trainer(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    def is_left_to_trainer(self, inputs: Mapping[str, Any]) -> bool:
         """Return True if `Trainer.compute_loss` computes the loss of a batch, by itself or with the model's own."""
         labels = inputs.get(LABELS)
         has_soft_labels = isinstance(labels, Tensor) and labels.is_floating_point()
-        is_trainers = self.is_trainers(model, inputs)
-        if is_trainers and has_soft_labels and IMAGES in inputs and self.compute_loss_func is None:
-            is_trainers = not learns_one_class(model, labels)
+        is_trainers = self.is_trainers(inputs)
+        if is_trainers and has_soft_labels and IMAGES in inputs and self._trainer.compute_loss_func is None:
+            is_trainers = not learns_one_class(self._trainer.model, labels)
         return is_trainers or (self.model_has_loss and not has_soft_labels and not self.is_given)
+
+    def warn_if_passed_over(self) -> None:
+        """Warn once if a user's `compute_loss` does not call the base's, which runs the sub-networks."""
+        if self._trainer.args.num_subnets > 0 and not self.was_computed:
+            self.was_computed = True
+            warnings.warn(
+                f"{type(self._trainer).__name__}.compute_loss does not call that of GradAugTrainer, so that no "
+                "sub-network is trained; override full_loss(model, inputs) for another loss of the full network",
+                stacklevel=3,
+            )
 
 
 def learns_one_class(model: nn.Module, labels: Tensor) -> bool:

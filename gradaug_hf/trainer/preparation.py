@@ -6,17 +6,26 @@ import torch
 from torch import nn
 
 from gradaug_hf.hub.weights import take_saved_names
+from gradaug_hf.objective.problems import problem_of
 from gradaug_hf.objective.sampling import drops_blocks, drops_channels
 from gradaug_hf.slimming import make_slimmable, slicing_report
 from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.sync_batchnorm import synchronise_batchnorm
 from gradaug_hf.slimming.tokens import find_tokens
+from gradaug_hf.trainer.batches import name_images
 from gradaug_hf.trainer.config import GradAugConfig
 
 
 def lay_out(model: nn.Module, args: GradAugConfig) -> None:
-    """Give a model its memory format, its batch norm and the names of its folder, before it is made slimmable."""
+    """Give a model its memory format, its batch norm and its names for tensors, input and kind of classification.
+
+    Raises:
+        ValueError: it states another `problem_type` than the settings.
+    """
     take_saved_names(model)
+    name_images(model)
+    if args.problem_type is not None:
+        problem_of(model, args.problem_type)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.sync_batchnorm and args.world_size > 1:

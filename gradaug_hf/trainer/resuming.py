@@ -16,53 +16,51 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint, has_length
 
 from gradaug_hf.data.streaming import ShardedStream
+from gradaug_hf.hub.configs import label_names
 from gradaug_hf.hub.weights import check_weights
+from gradaug_hf.trainer import sharding
 from gradaug_hf.trainer.checkpoints import (
+    CLASS_NAMES,
     ResumeError,
     as_resume_errors,
     check_settings,
     check_whole,
     read_state,
+    settings_of_training,
     write_state,
 )
 from gradaug_hf.trainer.running_means import RunningMeans
+from gradaug_hf.trainer.subnets import TrainingSubnets
 from gradaug_hf.utils.randomness import random_states_kept
 
 
 @as_resume_errors()
-def checkpoint_to_resume(
-    given: str | bool | None,
-    args: TrainingArguments,
-    settings: Mapping[str, Any],
-    model: nn.Module,
-    own_files: bool,
-    may_be_longer: bool,
-) -> str | None:
+def checkpoint_to_resume(trainer: Trainer, given: str | bool | None) -> str | None:
     """Return the folder of the checkpoint that a training goes on from, or None.
 
     Args:
+        trainer: a GradAugTrainer.
         given: a folder; True: the last checkpoint in `args.output_dir`; None or False: none.
-        args: the settings of the Trainer.
-        settings: those that have to be the same as before, by name.
-        model: the model that is trained.
-        own_files: whether the weights lie in files of DeepSpeed's or FSDP's own, which are not looked into.
-        may_be_longer: whether the steps do not depend on their number, so that there may be more than before.
 
     Raises:
         ResumeError: the checkpoint cannot be read, is of another model, or was trained with other settings.
     """
+    args, model = trainer.args, trainer.model
     folder = get_last_checkpoint(args.output_dir) if given is True else given or None
     if given is True and folder is None:
         raise ResumeError(f"resume_from_checkpoint is True, but {args.output_dir} holds no checkpoint")
     if folder is None:
         return None
+    own_files = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # which are not looked into
     if not own_files:
         check_whole(Path(folder))
     if not args.ignore_config_change:
-        check_settings(Path(folder), settings, may_be_longer)
+        check_settings(Path(folder), trainer.settings(), has_fixed_schedule(trainer))
     if not own_files and args.num_subnets > 0:  # else the Trainer, or the model's own load_state_dict, judges
         prefix = getattr(model, "base_model_prefix", "")  # a timm model is saved without its wrapper's
         check_weights(Path(folder), model, f"{prefix}." if prefix else "")
+    if sharding.is_sharded(trainer.accelerator):
+        sharding.check_parts(Path(folder), trainer.accelerator)
     return folder
 
 
@@ -112,11 +110,43 @@ class ProgressCallback(TrainerCallback):
         self._stored: dict[str, Any] = {}
         self._epoch_is_over = False
         self._started = time.perf_counter()
-        self.first_step = 0  # from which the Trainer's sum of losses counts
+        self._first_step = 0  # from which the Trainer's sum of losses counts
+        self._fingerprint: str | None = None  # of the training set
 
-    def begin(self, checkpoint: str | None) -> None:
-        """Begin a training, from the progress that a checkpoint holds or anew."""
-        self._stored = {} if checkpoint is None else read_state(Path(checkpoint))["progress"]
+    def begin(self, given: str | bool | None) -> str | None:
+        """Begin a training, from the progress that a checkpoint holds or anew, and return the checkpoint's folder.
+
+        Args:
+            given: as for `checkpoint_to_resume`.
+
+        Raises:
+            ResumeError: as `checkpoint_to_resume`.
+        """
+        self._fingerprint = dataset_fingerprint(self._trainer.train_dataset)
+        folder = checkpoint_to_resume(self._trainer, given)
+        self._stored = {} if folder is None else read_state(Path(folder))["progress"]
+        return folder
+
+    def settings(self, subnets: TrainingSubnets) -> dict[str, Any]:
+        """Return the settings that have to be the same when the training is resumed, by name."""
+        own = {
+            "subnet_sampler": subnets.given_sampler,
+            "subnet_transform": subnets.transform,
+            "teacher": subnets.teacher,
+        }
+        kinds = {name: None if value is None else type(value).__name__ for name, value in own.items()}
+        names = label_names(nn.Identity(), self._trainer.train_dataset)
+        data = {"train_dataset": self._fingerprint} | ({CLASS_NAMES: names} if names else {})
+        return settings_of_training(self._trainer.args) | kinds | data
+
+    def complete_log(self, logs: dict[str, float]) -> None:
+        """Add the means of the losses and the sub-networks to a log, or make its `train_loss` that of all steps."""
+        trainer = self._trainer
+        if "loss" in logs:
+            for name, mean in self.means.take().items():
+                logs[name] = trainer.accelerator.reduce(mean, "mean").item() if isinstance(mean, Tensor) else mean
+        if "train_loss" in logs:
+            logs["train_loss"] = trainer._total_loss_scalar / max(trainer.state.global_step - self._first_step, 0.001)
 
     def seconds(self) -> float:
         """Return the seconds that the training has taken, with those before the checkpoint it was resumed from."""
@@ -159,7 +189,7 @@ class ProgressCallback(TrainerCallback):
         """Go on with the sums of the checkpoint, now that the Trainer has set its own to zero."""
         self._started, self.means = time.perf_counter(), RunningMeans()
         processes = self._stored.get("processes", [])
-        self.first_step = 0 if processes else state.global_step
+        self._first_step = 0 if processes else state.global_step
         if not processes:
             return
         own = processes[args.process_index] if len(processes) == args.world_size else _mean_of(processes)

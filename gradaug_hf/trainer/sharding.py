@@ -192,8 +192,8 @@ class ShardingCallback(TrainerCallback):
 
 
 def stores_parts(accelerator: Accelerator) -> bool:
-    """Return True if each process writes its part of a checkpoint."""
-    return "SHARDED" in str(accelerator.state.fsdp_plugin.state_dict_type)
+    """Return True if FSDP2 divides the model, and each process writes its part of a checkpoint."""
+    return is_sharded(accelerator) and "SHARDED" in str(accelerator.state.fsdp_plugin.state_dict_type)
 
 
 def check_parts(folder: Path, accelerator: Accelerator) -> None:

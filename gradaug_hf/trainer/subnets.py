@@ -1,29 +1,33 @@
 """The sub-networks of a training: what they leave out and see is settled before any long work."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import DataCollator
+from transformers import DataCollator, Trainer
 
-from gradaug_hf.objective.objective import GradAug, ObjectiveSettings
+from gradaug_hf.objective.objective import GradAug, ObjectiveSettings, Pass
 from gradaug_hf.objective.resolutions import ResolutionTrial
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 from gradaug_hf.objective.transforms import ImageTransform
 from gradaug_hf.reports.plots import IMAGES_SHOWN, SeenBatch
+from gradaug_hf.trainer import sharding
 from gradaug_hf.trainer.batches import split_batch
 from gradaug_hf.trainer.checks import check_checkpointing, check_train_dataset
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.own_loss import FullLoss, OwnLossGradAug
 from gradaug_hf.trainer.preparation import leave_out_anything, make_subnets_possible
+from gradaug_hf.utils.attributes import replaced
 from gradaug_hf.utils.randomness import random_states_kept
 from gradaug_hf.utils.settings import taken_from
 
 
 class TrainingSubnets:
-    """Prepare a model for its sub-networks, and make the objective that trains them.
+    """Prepare a model for its sub-networks, and run the passes of the objective that trains them.
 
     Args:
         args: the settings.
@@ -46,6 +50,7 @@ class TrainingSubnets:
         self.transform = transform
         self.teacher = teacher
         self.objective: GradAug | None = None  # of the training under way
+        self._step: ExitStack | None = None  # what is closed at the end of the step under way
         self.resolutions: list[int] | None = None  # None until they are settled
         self.trial: ResolutionTrial | None = None  # of the model that was prepared
 
@@ -95,24 +100,56 @@ class TrainingSubnets:
                 f"is {self.resolutions}, the size of the images; set num_subnets=0, or give further resolutions"
             )
 
-    def begin(
-        self, model: nn.Module, network: nn.Module, images: Any, total_steps: int, full_loss: FullLoss | None
-    ) -> GradAug:
-        """Return the objective of a training; `network` is the model without its wrappers, `images` a first batch."""
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Leave the last sub-network in place until the block, a step of a Trainer, is over."""
+        with ExitStack() as stack, replaced(self, _step=stack):
+            yield
+
+    def run(self, trainer: Trainer, model: nn.Module, inputs: Any, full_loss: FullLoss | None) -> list[Pass]:
+        """Run the passes of a batch.
+
+        In a step with `subnet_backward="sequential"` all but the last have their backward, as the Trainer does it.
+
+        Args:
+            trainer: of the training.
+            model: as the Trainer has wrapped it.
+            inputs: the batch.
+            full_loss: a user's loss of the full network; None: that of the objective.
+        """
+        images, labels, others = split_batch(inputs)
+        if self.objective is None:
+            self.objective = self.begin(trainer, model, images, full_loss)
+        step = trainer.state.global_step
+        subnets = self.objective.sampler.sample(step)
+        sequential = self.args.subnet_backward == "sequential" and self._step is not None
+        passes = self.objective.passes(images, labels, subnets, step=step, direct=sequential, **others)
+        if not sequential:
+            return list(passes)
+        self._step.enter_context(closing(passes))
+        done = []
+        for _ in subnets:
+            with sharding.gradients_held_back(trainer.accelerator, model):  # they cross ranks in the last backward
+                early = next(passes)
+                trainer.accelerator.backward(early.loss / trainer.current_gradient_accumulation_steps)
+            done.append(replace(early, loss=early.loss.detach()))
+        return [*done, next(passes)]
+
+    def begin(self, trainer: Trainer, model: nn.Module, images: Any, full_loss: FullLoss | None) -> GradAug:
+        """Return the objective of a training, whose resolutions are settled by a first batch if they were not."""
         if self.resolutions is None:
-            self._settle_resolutions(network, images)
+            self._settle_resolutions(trainer.model, images)
         kind = self.objective_class if full_loss is None else partial(OwnLossGradAug, full_loss=full_loss)
-        self.objective = kind(
+        return kind(
             model,
             sampler=self.given_sampler,
             transform=self.transform,
             teacher=self.teacher,
             label_smoothing=self.args.label_smoothing_factor,
             seed=self.args.seed,
-            total_steps=total_steps,
+            total_steps=trainer.state.max_steps,
             **taken_from(ObjectiveSettings, self.args) | {"resolutions": self.resolutions or None},
         )
-        return self.objective
 
     def side(self, images: Any) -> int:
         """Return the shorter side in pixels of a batch of images."""

@@ -1,9 +1,7 @@
 """GradAugTrainer: the Trainer of transformers with the GradAug objective."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,89 +10,42 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import (
-    BaseImageProcessor,
-    DataCollator,
-    EvalPrediction,
-    FeatureExtractionMixin,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.data.data_collator import DataCollator, default_data_collator
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
-from transformers.utils import logging
-from transformers.utils.generic import find_labels
 
 from gradaug_hf.data.collator import collate_images
 from gradaug_hf.data.seeded import EpochCallback
-from gradaug_hf.hub.configs import (
-    label_names,
-    plain_state,
-    save_configs,
-    timm_network,
-    warn_of_other_size,
-    why_not_rebuilt,
-)
+from gradaug_hf.hub import configs
 from gradaug_hf.hub.networks import image_processor, network_to_train
+from gradaug_hf.hub.preprocessing import ProcessingClass
 from gradaug_hf.hub.pushing import make_branch, push_errors
 from gradaug_hf.objective.logits import logits_of, num_classes_of
-from gradaug_hf.objective.objective import Pass
 from gradaug_hf.objective.problems import criterion_of, problem_of
 from gradaug_hf.objective.sampling import SubnetSampler
 from gradaug_hf.objective.transforms import ImageTransform
 from gradaug_hf.reports.history import Evaluation
-from gradaug_hf.reports.model_card import ModelFacts, as_metadata, write_model_card
-from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, PLOTS, can_plot, plot_training
+from gradaug_hf.reports.model_card import as_metadata
 from gradaug_hf.slimming.widths import num_droppable_blocks
-from gradaug_hf.trainer import sharding
-from gradaug_hf.trainer.batches import IMAGES, LABELS, as_evaluated, images_of, name_images, split_batch
+from gradaug_hf.trainer import checks, sharding
+from gradaug_hf.trainer.batches import IGNORED, IMAGES, LABELS, Batch, as_evaluated, images_of, split_batch
 from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportCallback, SpeedCallback
-from gradaug_hf.trainer.card_facts import model_facts
-from gradaug_hf.trainer.checkpoints import (
-    CLASS_NAMES,
-    describe_last,
-    place_once,
-    remove_partial,
-    settings_of_training,
-    written_whole,
-)
-from gradaug_hf.trainer.checks import (
-    LabelCheckingCollator,
-    check_columns,
-    check_even_batches,
-    check_launch,
-    check_output_dir,
-    check_teacher,
-)
-from gradaug_hf.trainer.compilation import check_compilable, compile_statically, compiling
+from gradaug_hf.trainer.checkpoints import describe_last, place_once, written_whole
+from gradaug_hf.trainer.compilation import compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
 from gradaug_hf.trainer.interruption import Interruption
 from gradaug_hf.trainer.loaders import train_loader
 from gradaug_hf.trainer.lock import locked
-from gradaug_hf.trainer.loss_watch import LossWatch, NonFiniteLossError
+from gradaug_hf.trainer.loss_watch import LossWatch, last_checkpoint_named
 from gradaug_hf.trainer.mixing import TrainingMixer
-from gradaug_hf.trainer.own_loss import loss_and_output
+from gradaug_hf.trainer.own_loss import loss_and_logits
 from gradaug_hf.trainer.plain_loss import PlainLoss
 from gradaug_hf.trainer.preparation import lay_out
-from gradaug_hf.trainer.resuming import (
-    ProgressCallback,
-    checkpoint_to_resume,
-    dataset_fingerprint,
-    has_fixed_schedule,
-)
+from gradaug_hf.trainer.resuming import ProgressCallback
 from gradaug_hf.trainer.subnets import TrainingSubnets
-from gradaug_hf.trainer.width_evaluation import evaluate_at_width
+from gradaug_hf.trainer.width_evaluation import evaluate_at_widths
 from gradaug_hf.utils.attributes import replaced
-
-# The label that a Trainer counts as no item of a batch.
-IGNORED = -100
-
-logger = logging.get_logger(__name__)
 
 
 class GradAugTrainer(Trainer):
@@ -143,7 +94,8 @@ class GradAugTrainer(Trainer):
         >>> trainer.train()  # doctest: +SKIP
     """
 
-    _subnets_class = TrainingSubnets
+    _subnets_class, _report_class = TrainingSubnets, ReportCallback
+    class_table: str | None = None  # of the results of each class, for the model card
     _to_go_on = "trainer.train(resume_from_checkpoint=True)"  # said where a signal ends a training
 
     def __init__(
@@ -153,11 +105,7 @@ class GradAugTrainer(Trainer):
         data_collator: DataCollator | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase
-        | BaseImageProcessor
-        | FeatureExtractionMixin
-        | ProcessorMixin
-        | None = None,
+        processing_class: ProcessingClass | None = None,
         model_init: Callable[..., PreTrainedModel | nn.Module] | None = None,
         compute_loss_func: Callable | None = None,
         compute_metrics: Callable[[EvalPrediction], dict] | None = None,
@@ -174,20 +122,15 @@ class GradAugTrainer(Trainer):
         args = GradAugConfig("tmp_trainer") if args is None else as_gradaug_config(args)
         self.card_metadata = dict(card_metadata or {})
         as_metadata(self.card_metadata)
-        check_output_dir(args)
+        checks.check_output_dir(args)
         if args.num_subnets > 0:
             sharding.check_version(args)  # another one the Trainer's constructor may not stand
         checkpoint = model if isinstance(model, str) else None
         if checkpoint:
             model = network_to_train(checkpoint, train_dataset, eval_dataset)
-        self.subnet_transform = subnet_transform
-        self.teacher = teacher
+        self.subnet_transform, self.teacher = subnet_transform, teacher
         self._subnets = self._subnets_class(args, subnet_sampler, subnet_transform, teacher)
-        self._mixer: TrainingMixer | None = None
-        self._step_stack: ExitStack | None = None
         self._partial_folder: Path | None = None  # while a checkpoint is written
-        self._fingerprint: str | None = None  # of the training set
-        self._loss_was_computed = False
         self._evaluated_size: tuple[int, ...] | None = None  # height and width of the images
         was_set_aside = not isinstance(model, PreTrainedModel)  # the Trainer asks any other one for a config
         with replaced(args, label_smoothing_factor=0.0) if was_set_aside else nullcontext():
@@ -208,68 +151,43 @@ class GradAugTrainer(Trainer):
             )
         if self.data_collator is default_data_collator:
             self.data_collator = collate_images
-        self._loss_watch = LossWatch()
-        self._interruption = Interruption()
-        self._progress = ProgressCallback(self)
-        self._speed = SpeedCallback()
-        self._report = ReportCallback()
-        self._pushes = PushCallback(self)
+        self._loss_watch, self._interruption = LossWatch(), Interruption()
+        self._progress, self._speed = ProgressCallback(self), SpeedCallback()
+        self._report, self._pushes = self._report_class(self), PushCallback(self)
         own_callbacks = (self._speed, self._loss_watch, EpochCallback(), self._interruption, LastStepCallback())
         for callback in (*own_callbacks, self._progress, self._report, self._pushes):
             self.add_callback(callback)
         if checkpoint and self.processing_class is None:
             self.processing_class = image_processor(checkpoint)
-        self._plain = PlainLoss(
-            args,
-            model_has_loss=bool(find_labels(type(self.model))),
-            compute_loss_func=compute_loss_func,
-            has_own_full_loss=self._has_own_full_loss,
-            has_own_compute_loss=type(self).compute_loss is not GradAugTrainer.compute_loss,
-        )
-        self._is_plain = self._plain.is_trainers(self.model)
+        self._plain = PlainLoss(self, GradAugTrainer)
+        self._is_plain = self._plain.is_trainers()
         smooths = args.label_smoothing_factor > 0 and (self._is_plain or isinstance(self.model, PreTrainedModel))
         if was_set_aside and smooths:
             self.label_smoother = LabelSmoother(epsilon=args.label_smoothing_factor)
         if not (self._plain.model_has_loss or self._is_plain):
             self.label_names = args.label_names or [LABELS]
             self._signature_columns = [IMAGES, "label", "label_ids", *self.label_names]
-        if args.mixup_alpha > 0 or args.cutmix_alpha > 0:
-            self._mixer = TrainingMixer(self.model, args)
-        if args.problem_type is not None:
-            problem_of(self.model, args.problem_type)
-        if teacher is not None:
-            check_teacher(teacher, self.model, args)
+        self._mixer = TrainingMixer(self.model, args)
+        checks.check_teacher(teacher, self.model, args)
         if not self._is_plain:
-            self._use_own_loss()
-            check_columns(args, train_dataset, eval_dataset)
-        network = timm_network(self.model)
+            problem = problem_of(self.model, args.problem_type)
+            criterion_of(problem, compute_loss_func, args.label_smoothing_factor)
+            self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = False
+            self.data_collator = checks.LabelCheckingCollator(self.data_collator, num_classes_of(self.model), problem)
+            checks.check_columns(args, train_dataset, eval_dataset)
         with self._as_saved():
-            reason = None if network is None else why_not_rebuilt(network)
-        if reason is not None:
-            name = type(network).__name__
-            warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=2)
+            configs.warn_of_weights_alone(self.model)
         sharding.keep_contiguous(args, self.accelerator)
-        if self.model_init is None:
-            name_images(self.model)
-            lay_out(self.model, self.args)
+        lay_out(self.model, args)
         if args.num_subnets > 0:
-            check_launch(args, self.is_deepspeed_enabled)
+            checks.check_launch(args, self.is_deepspeed_enabled)
             sharding.check_sharding(args, self.accelerator, self.model)
-            if args.torch_compile:
-                check_compilable(self.subnet_sampler)
-                compile_statically(self.accelerator)
-            if self.model_init is None and self.train_dataset is not None:
-                self._subnets.prepare(self.model, self.train_dataset, self.data_collator)
+            compile_statically(self.subnet_sampler, args, self.accelerator)
+            if model_init is None and train_dataset is not None:
+                self._subnets.prepare(self.model, train_dataset, self.data_collator)
         if sharding.is_sharded(self.accelerator):
             sharding.plan_sharding(self.accelerator, self.model, args.num_subnets)
             self.add_callback(sharding.ShardingCallback())
-
-    def _use_own_loss(self) -> None:
-        problem = problem_of(self.model, self.args.problem_type)
-        criterion_of(problem, self.compute_loss_func, self.args.label_smoothing_factor)
-        self.loss_is_scaled_for_ga = False
-        self.model_accepts_loss_kwargs = False
-        self.data_collator = LabelCheckingCollator(self.data_collator, num_classes_of(self.model), problem)
 
     # ---- the model and its sub-networks ----
 
@@ -292,59 +210,39 @@ class GradAugTrainer(Trainer):
             CheckpointError: a checkpoint cannot be written, or another training writes to `args.output_dir`.
             KeyboardInterrupt: after Ctrl-C, once the checkpoint is written; SIGTERM ends the process with status 143.
         """
-        if self._mixer is not None:
-            self._mixer.begin()
+        self._mixer.begin()
         self._subnets.objective = None  # model and settings may be others than in an earlier training
-        self._loss_was_computed = False
+        self._plain.was_computed = False
         if self.args.num_subnets > 0 and self.model_init is None and self._subnets.trial is None:
             self._subnets.prepare(self.model, self.train_dataset, self.data_collator)
-        check_even_batches(self.args, self.train_dataset)
-        self._fingerprint = dataset_fingerprint(self.train_dataset)
-        own_files = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        checks.check_even_batches(self.args, self.train_dataset)
         with self._as_saved():
-            folder = checkpoint_to_resume(
-                resume_from_checkpoint, self.args, self.settings(), self.model, own_files, has_fixed_schedule(self)
-            )
-        if folder is not None and sharding.is_sharded(self.accelerator):
-            sharding.check_parts(Path(folder), self.accelerator)
-        self._progress.begin(folder)
+            folder = self._progress.begin(resume_from_checkpoint)
         run_dir = Path(self._get_output_dir(trial))
-        try:
-            with ExitStack() as stack:
-                if self.args.should_save:
-                    stack.enter_context(locked(run_dir))
-                    remove_partial(run_dir)
-                stack.enter_context(compiling(self.subnet_sampler, self.args))
-                stack.enter_context(self._interruption.listening(self.args))
-                output = super().train(folder, trial, ignore_keys_for_eval)
-        except Exception as error:
-            self._pushes.finish()
-            if isinstance(error, NonFiniteLossError):
-                raise NonFiniteLossError(f"{error}; {describe_last(run_dir)}") from error
-            raise
+        with (
+            last_checkpoint_named(run_dir),
+            self._pushes.finished_after_error(),
+            locked(run_dir) if self.args.should_save else nullcontext(),
+            compiling(self.subnet_sampler, self.args),
+            self._interruption.listening(self.args),
+        ):
+            output = super().train(folder, trial, ignore_keys_for_eval)
         self._interruption.end_process(self.state, describe_last(run_dir), self._to_go_on)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return the model of `model_init`; one that is about to be trained is made slimmable."""
         network = super().call_model_init(trial)
-        name_images(network)
         if not getattr(self, "is_in_train", False):
             return network
-        if self.args.problem_type is not None:
-            problem_of(network, self.args.problem_type)
         lay_out(network, self.args)
         if self.args.num_subnets > 0:
             self._subnets.prepare(network, self.train_dataset, self.data_collator)
         return network
 
-    # ---- the data ----
-
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training set, which seeds the random augmentation of a map-style one."""
-        loader = train_loader(self)
-        if loader is None:
-            loader = super().get_train_dataloader()
+        loader = train_loader(self, super().get_train_dataloader)
         return self._progress.start_workers_aside(loader, was_started=True)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
@@ -357,21 +255,15 @@ class GradAugTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Do a step of `Trainer`; the last sub-network stays in place until its backward is over."""
-        with ExitStack() as stack, replaced(self, _step_stack=stack):
+        with self._subnets.step():
             loss = super().training_step(*args, **kwargs)
-        if self.args.num_subnets > 0 and not self._loss_was_computed:
-            self._loss_was_computed = True  # warn once
-            warnings.warn(
-                f"{type(self).__name__}.compute_loss does not call that of GradAugTrainer, so that no sub-network is "
-                "trained; override full_loss(model, inputs) for another loss of the full network",
-                stacklevel=2,
-            )
+        self._plain.warn_if_passed_over()
         return loss
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
@@ -380,29 +272,25 @@ class GradAugTrainer(Trainer):
         In a training step with `subnet_backward="sequential"` all passes but the last have had their backward when
         this returns: the loss has the value of the whole objective and the graph of the last pass.
         """
-        self._loss_was_computed = True
-        if model.training and self._mixer is not None:
+        self._plain.was_computed = True
+        if model.training:
             inputs = self._mixer(inputs, self.state.global_step)
         if self.args.num_subnets == 0 or not model.training:
             found = self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
             if model.training and not (self._is_plain and self.args.logging_nan_inf_filter):
                 self._loss_watch.add(self.state.global_step + 1, [found[0] if return_outputs else found])
             return found
-        images, labels, others = split_batch(inputs)
-        objective = self._subnets.objective
-        if objective is None:
-            full_loss = self.full_loss if self._plain.is_given else None
-            objective = self._subnets.begin(model, self.model, images, self.state.max_steps, full_loss)
-        step = self.state.global_step
-        subnets = objective.sampler.sample(step)
-        sequential = self.args.subnet_backward == "sequential" and self._step_stack is not None
-        passes = objective.passes(images, labels, subnets, step=step, direct=sequential, **others)
-        done = self._run_sequentially(model, passes, len(subnets)) if sequential else list(passes)
-        self._record(done, images)
+        done = self._subnets.run(self, model, inputs, self.full_loss if self._plain.is_given else None)
+        subnets, images = [p.subnet for p in done[1:]], inputs[IMAGES]
+        side, num_blocks = self._subnets.side(images), num_droppable_blocks(self.model)
+        self._loss_watch.add(self.state.global_step + 1, [p.loss for p in done], subnets)
+        self._progress.means.add_passes(done, side, num_blocks)
+        if self._report.seen is None and subnets:
+            self._report.seen = self._subnets.seen(images, subnets, num_blocks)
         loss = sum(p.loss for p in done)
         return (loss, {"loss": loss, "logits": done[0].logits}) if return_outputs else loss
 
-    def full_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+    def full_loss(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Any]:
         """Return the loss of the full network and its output; override it for another loss.
 
         It is that of `compute_loss_func` if there is one, else the cross-entropy or, with several classes in an image,
@@ -429,35 +317,18 @@ class GradAugTrainer(Trainer):
         problem = problem_of(self.model, self.args.problem_type)
         return criterion_of(problem, label_smoothing=self.args.label_smoothing_factor)(logits, labels), logits
 
-    @property
-    def _has_own_full_loss(self) -> bool:
-        return type(self).full_loss is not GradAugTrainer.full_loss
-
-    def _run_sequentially(self, model: nn.Module, passes: Iterator[Pass], num_early: int) -> list[Pass]:
-        """Run the passes and the backward of all but the last, which is the Trainer's, as it does that one."""
-        self._step_stack.enter_context(closing(passes))
-        done = []
-        for _ in range(num_early):
-            with sharding.gradients_held_back(self.accelerator, model):  # they cross ranks once, in the last backward
-                early = next(passes)
-                self.accelerator.backward(early.loss / self.current_gradient_accumulation_steps)
-            done.append(replace(early, loss=early.loss.detach()))
-        return [*done, next(passes)]
-
     def _plain_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
+        self, model: nn.Module, inputs: Batch, return_outputs: bool, num_items_in_batch: Tensor | int | None
     ) -> Tensor | tuple[Tensor, Any]:
-        if self._plain.is_left_to_trainer(self.model, inputs):
+        if self._plain.is_left_to_trainer(inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = split_batch(inputs)[1]
-        loss, output = loss_and_output(self.full_loss, model, inputs)
-        logits = logits_of(output, len(labels), num_classes_of(self.model))
+        loss, logits = loss_and_logits(self.full_loss, model, inputs, num_classes_of(self.model))
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -465,7 +336,7 @@ class GradAugTrainer(Trainer):
         inputs = as_evaluated(inputs, model, self.args)
         if isinstance(images := inputs.get(IMAGES), Tensor) and images.ndim == 4:
             self._evaluated_size = tuple(images.shape[2:])
-        has_loss = self._plain.is_trainers(self.model, inputs) or self._plain.model_has_loss
+        has_loss = self._plain.is_trainers(inputs) or self._plain.model_has_loss
         if has_loss or inputs.get(LABELS) is not None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -474,67 +345,39 @@ class GradAugTrainer(Trainer):
         return None, None if prediction_loss_only else logits, None
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate as `Trainer` does, then at each of `args.eval_widths`, as `eval_width0.9_loss` and so on.
 
         Raises:
             ValueError: there are widths but no `train_dataset`, of which batch norm is recalibrated.
         """
-        logged_before = len(self.state.log_history)
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         is_own = eval_dataset is None or eval_dataset is self.eval_dataset or isinstance(eval_dataset, str)
-        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(eval_dataset, dict):  # each was evaluated by a call of its own
-            return metrics
-        for width in self.args.eval_widths:
-            found = evaluate_at_width(self, width, eval_dataset, ignore_keys, f"{metric_key_prefix}_width{width:g}")
-            self.log(found)
-            metrics.update(found)
-        if not is_own:
-            self._report.set_aside(self.state.log_history[logged_before:])
+        with self._report.set_aside(not is_own):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+            if not isinstance(eval_dataset, dict):  # of which each was evaluated by a call of its own
+                metrics |= evaluate_at_widths(self, eval_dataset, ignore_keys, metric_key_prefix)
         return metrics
 
-    # ---- log and checkpoint ----
+    # ---- log, plots and model card ----
 
     @property
     def subnet_sampler(self) -> SubnetSampler:
         """Return the sampler of the sub-networks."""
         return self._subnets.sampler
 
-    def _record(self, passes: list[Pass], images: Tensor) -> None:
-        subnets = [p.subnet for p in passes[1:]]
-        self._loss_watch.add(self.state.global_step + 1, [p.loss for p in passes], subnets)
-        side, num_blocks = self._subnets.side(images), num_droppable_blocks(self.model)
-        self._progress.means.add_passes(passes, side, num_blocks)
-        if self._report.seen is None and subnets:
-            self._report.seen = self._subnets.seen(images, subnets, num_blocks)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, with the parts of the loss and the sub-networks added to the log of training.
-
-        The `train_loss` of a resumed training is that of all its steps.
-        """
-        if "loss" in logs:
-            if isinstance(self.train_dataset, IterableDataset):  # which its loader may slow down
-                logs |= self._speed.take()
-            for name, mean in self._progress.means.take().items():
-                logs[name] = self.accelerator.reduce(mean, "mean").item() if isinstance(mean, Tensor) else mean
-        if "train_loss" in logs:
-            steps = self.state.global_step - self._progress.first_step
-            logs["train_loss"] = self._total_loss_scalar / max(steps, 0.001)
+        """Log as `Trainer` does, with the parts of the loss and the sub-networks added to the log of training."""
+        if "loss" in logs and isinstance(self.train_dataset, IterableDataset):  # which its loader may slow down
+            logs |= self._speed.take()
+        self._progress.complete_log(logs)
         super().log(logs, start_time)
-
-    # ---- plots and model card ----
 
     @property
     def evaluations(self) -> list[Evaluation]:
         """Return the evaluations on `eval_dataset` so far."""
-        names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else ()
-        return self._report.evaluations(self.state, names)
+        return self._report.evaluations()
 
     def plot(self, folder: str | Path | None = None) -> list[Path]:
         """Plot the training so far: loss and accuracy over the epochs, accuracy against width, a batch as it was seen.
@@ -548,8 +391,7 @@ class GradAugTrainer(Trainer):
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
         """
-        folder = Path(self.args.output_dir) / PLOTS if folder is None else Path(folder)
-        return plot_training(self.state.log_history, self.evaluations, self._report.seen, folder)
+        return self._report.plot(folder)
 
     def create_model_card(self, **metadata: Any) -> None:
         """Write the model card, `README.md`, to `args.output_dir`; one whose comment was removed is left as it is.
@@ -558,27 +400,13 @@ class GradAugTrainer(Trainer):
             metadata: keyword arguments of `Trainer.create_model_card`; they win over `card_metadata`.
         """
         if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir), {**self.card_metadata, **metadata})
+            self._report.write_card(Path(self.args.output_dir), {**self.card_metadata, **metadata})
 
-    def _write_card(self, folder: Path, metadata: Mapping[str, Any]) -> None:
-        write_model_card(folder, self._card_facts(), as_metadata(metadata))
-
-    def _card_facts(self) -> ModelFacts:
-        return model_facts(self)
-
-    # ---- checkpoint ----
+    # ---- checkpoint and Hub ----
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that have to be the same when a training is resumed, by name."""
-        own = {
-            "subnet_sampler": self._subnets.given_sampler,
-            "subnet_transform": self.subnet_transform,
-            "teacher": self.teacher,
-        }
-        kinds = {name: None if value is None else type(value).__name__ for name, value in own.items()}
-        names = label_names(nn.Identity(), self.train_dataset)
-        data = {"train_dataset": self._fingerprint} | ({CLASS_NAMES: names} if names else {})
-        return settings_of_training(self.args) | kinds | data
+        return self._progress.settings(self._subnets)
 
     def training_seconds(self) -> float:
         """Return the seconds that the training took so far, with those before the checkpoint it was resumed from."""
@@ -621,50 +449,37 @@ class GradAugTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `Trainer` does, with its card and, unless it is for a checkpoint, `plots`."""
-        accelerator = self.accelerator
-        if sharding.is_sharded(accelerator) and sharding.stores_parts(accelerator):
-            # The Trainer makes no whole of the parts.
-            self._save(output_dir, accelerator.get_state_dict(self.model))
+        if sharding.stores_parts(self.accelerator):  # of which the Trainer makes no whole
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
             is_checkpoint = _internal_call and output_dir is not None
-            if not is_checkpoint and can_plot():
-                self.plot(folder / PLOTS)
-            elif not is_checkpoint:
-                warnings.warn(f"{folder / PLOTS} is not written: {NEEDS_MATPLOTLIB}", stacklevel=2)
-            self._write_card(folder, self.card_metadata)
+            self._report.write(Path(output_dir or self.args.output_dir), with_plots=not is_checkpoint)
 
     # Every folder that is saved loads in timm and in transformers, whatever wraps the model.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self._evaluated_size is not None:
-            warn_of_other_size(model, self.processing_class, self._evaluated_size)
-        network = timm_network(model)
-        if network is None or why_not_rebuilt(network):
-            if isinstance(model, PreTrainedModel) and self.processing_class is None:
-                logger.warning_once(
-                    "no preprocessor_config.json is written, which a pipeline needs: give GradAugTrainer the image "
-                    "processor as processing_class"
-                )
+            configs.warn_of_other_size(model, self.processing_class, self._evaluated_size)
+        network = configs.timm_network(model)
+        if network is None or configs.why_not_rebuilt(network):
+            configs.warn_of_no_processor(model, self.processing_class)
             if not isinstance(model, PreTrainedModel):  # which unties its tensors itself
-                state_dict = plain_state(model.state_dict() if state_dict is None else state_dict)
+                state_dict = configs.plain_state(model.state_dict() if state_dict is None else state_dict)
             return super()._save(output_dir, state_dict)
         state_dict = model.state_dict() if state_dict is None else state_dict
         prefix = "" if network is model else f"{model.base_model_prefix}."
         with replaced(self, model=network, processing_class=None):  # the weights alone, not what wraps them
-            super()._save(output_dir, plain_state({k.removeprefix(prefix): v for k, v in state_dict.items()}))
+            super()._save(output_dir, configs.plain_state({k.removeprefix(prefix): v for k, v in state_dict.items()}))
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
-            names = label_names(model, self.train_dataset, self.eval_dataset)
-            save_configs(model, folder, names, self.processing_class, self.args.problem_type)
+            names = configs.label_names(model, self.train_dataset, self.eval_dataset)
+            configs.save_configs(model, folder, names, self.processing_class, self.args.problem_type)
 
     @contextmanager
     def _as_saved(self) -> Iterator[None]:
         """Give the model for a while the form in which it is saved, which a subclass may change."""
         yield
-
-    # ---- the Hub ----
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, as `Trainer` does, and the branch `args.hub_revision`.
@@ -676,8 +491,7 @@ class GradAugTrainer(Trainer):
             self.args.hub_private_repo = private
         with push_errors(self.args, self.hub_model_id, "cannot be pushed to"):
             super().init_hf_repo(token)
-        if self.is_world_process_zero():
-            make_branch(self.args, self.hub_model_id, self.args.hub_revision, token)
+        make_branch(self, self.args.hub_revision, token)
 
     def push_to_hub(
         self,
@@ -695,7 +509,6 @@ class GradAugTrainer(Trainer):
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
-        if self.is_world_process_zero():
-            make_branch(self.args, self.hub_model_id, revision, token)
+        make_branch(self, revision, token)
         with push_errors(self.args, self.hub_model_id, "was not pushed to", revision):
             return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)

@@ -20,14 +20,25 @@ from gradaug_hf.utils.randomness import random_states_kept, seed_everything
 CALIBRATION_IMAGES = 1024
 
 
-def evaluate_at_width(
-    trainer: Trainer, width: float, eval_dataset: Any, ignore_keys: list[str] | None, prefix: str
+def evaluate_at_widths(
+    trainer: Trainer, eval_dataset: Any, ignore_keys: list[str] | None, prefix: str
 ) -> dict[str, float]:
-    """Return the metrics of a trainer's model at a width.
+    """Return the metrics of a trainer's model at each of `args.eval_widths`, after logging them.
 
     Raises:
         ValueError: the trainer has no `train_dataset`.
     """
+    metrics = {}
+    for width in trainer.args.eval_widths:
+        found = _evaluate_at_width(trainer, width, eval_dataset, ignore_keys, f"{prefix}_width{width:g}")
+        trainer.log(found)
+        metrics |= found
+    return metrics
+
+
+def _evaluate_at_width(
+    trainer: Trainer, width: float, eval_dataset: Any, ignore_keys: list[str] | None, prefix: str
+) -> dict[str, float]:
     if not is_slimmable(trainer.model):
         make_slimmable(trainer.model, width_divisor=trainer.args.width_divisor)
     with random_states_kept(), recalibrate_batchnorm(trainer.model, width, _calibration_batches(trainer)):

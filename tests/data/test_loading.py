@@ -246,7 +246,7 @@ def test_stream_needs_a_second_split_and_names_of_the_classes(tmp_path):
         stream_image_data(str(tmp_path / "numbers.parquet"), eval_split="train")
 
 
-def test_taken_images_are_drawn_from_the_seed():
+def test_taken_images_are_sampled_from_the_seed():
     data = load_digits_data(size=8)["train"]
     rows = [list(take_images(data, 30, seed)["row"]) for seed in (0, 0, 1)]
     assert rows[0] == rows[1] != rows[2]
@@ -254,7 +254,7 @@ def test_taken_images_are_drawn_from_the_seed():
     assert len(take_images(data, 10**6, 0)) == len(data)
 
 
-def test_balanced_subset_draws_as_many_of_each_class_and_depends_on_the_seed():
+def test_balanced_subset_samples_as_many_of_each_class_and_depends_on_the_seed():
     data = load_digits_data(size=8)["train"]
     subset = balanced_subset(data, 7, seed=1)
     assert Counter(subset["label"]) == dict.fromkeys(range(10), 7)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from gradaug_hf.data.seeded import SeededDataset, SeededStream
 
 
-def draws() -> list[float]:
+def samples() -> list[float]:
     return [random.random(), np.random.random(), torch.rand(()).item()]
 
 
@@ -19,7 +19,7 @@ class Noise(Dataset):
         return 12
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.tensor([index, *draws()], dtype=torch.float64)
+        return torch.tensor([index, *samples()], dtype=torch.float64)
 
 
 class Stream(IterableDataset):
@@ -30,7 +30,7 @@ class Stream(IterableDataset):
         self.epoch = epoch
 
     def __iter__(self):
-        return (torch.tensor([index, *draws()], dtype=torch.float64) for index in range(12))
+        return (torch.tensor([index, *samples()], dtype=torch.float64) for index in range(12))
 
 
 def read(dataset: Dataset, indices: list[int] | None = None, workers: int = 0) -> torch.Tensor:
@@ -62,14 +62,14 @@ def test_global_random_numbers_neither_matter_nor_change(make):
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
-        before = draws()
+        before = samples()
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
         data = make()
         examples = data if isinstance(data, SeededStream) else (data[index] for index in range(12))
         states.append(torch.stack(list(examples)))
-        assert draws() == before
+        assert samples() == before
     assert torch.equal(*states)
 
 

@@ -37,9 +37,9 @@ def test_cifar_training_crops_from_a_reflected_border_and_flips_half(flip: bool)
                 crops[key] = (top, left, flipped)
     torch.manual_seed(0)
     transform = cifar_transform(True, flip=flip)
-    drawn = [crops[torch.round(transform(image).double() * 1000).int().numpy().tobytes()] for _ in range(300)]
-    assert {top for top, _, _ in drawn} == {left for _, left, _ in drawn} == set(range(9))
-    assert np.mean([flipped for _, _, flipped in drawn]) == pytest.approx(0.5 if flip else 0, abs=0.1)
+    sampled = [crops[torch.round(transform(image).double() * 1000).int().numpy().tobytes()] for _ in range(300)]
+    assert {top for top, _, _ in sampled} == {left for _, left, _ in sampled} == set(range(9))
+    assert np.mean([flipped for _, _, flipped in sampled]) == pytest.approx(0.5 if flip else 0, abs=0.1)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -88,11 +88,11 @@ def test_imagenet_evaluation_takes_the_centre_of_256():
 def test_imagenet_training_varies_crop_flip_and_colour():
     torch.manual_seed(0)
     grey = PIL.Image.new("RGB", (300, 300), (128, 128, 128))
-    drawn = torch.stack([imagenet_transform(True, mean=(0, 0, 0), std=(1, 1, 1))(grey).mean() for _ in range(100)])
-    assert drawn.min() < 0.5 * 0.75
-    assert drawn.max() > 0.5 * 1.25
-    assert drawn.min() >= 0.5 * 0.6 - 0.01
-    assert drawn.max() <= 0.5 * 1.4 + 0.01
+    sampled = torch.stack([imagenet_transform(True, mean=(0, 0, 0), std=(1, 1, 1))(grey).mean() for _ in range(100)])
+    assert sampled.min() < 0.5 * 0.75
+    assert sampled.max() > 0.5 * 1.25
+    assert sampled.min() >= 0.5 * 0.6 - 0.01
+    assert sampled.max() <= 0.5 * 1.4 + 0.01
     half = PIL.Image.new("RGB", (300, 300))
     half.paste((255, 255, 255), (150, 0, 300, 300))
     whites = [imagenet_transform(True)(half).flatten(1).mean().item() for _ in range(20)]

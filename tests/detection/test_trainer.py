@@ -35,7 +35,7 @@ def in_double(images: list[Tensor], targets: list[dict]) -> tuple[list[Tensor], 
 
 
 def sample_alike(detector: Detector) -> None:
-    """Anchors and proposals are drawn from the same random numbers in each pass."""
+    """Anchors and proposals are sampled from the same random numbers in each pass."""
     detector.rcnn.rpn.register_forward_pre_hook(lambda *_: torch.manual_seed(7) and None)
 
 
@@ -187,7 +187,7 @@ def test_without_subnetworks_training_is_that_of_torchvisions_losses(data, tmp_p
 def test_the_objective_has_the_settings_of_the_trainer(data, tmp_path):
     args = settings(tmp_path, subnet_interval=2, width_levels=3, max_width=0.9, kl_weight=WEIGHT, seed=3)
     trainer = DetectionTrainer(make_detector(), args, train_dataset=data)
-    gradaug = trainer._subnets.begin(trainer.model, trainer.model, make_batch(data)[0], total_steps=1, full_loss=None)
+    gradaug = trainer._subnets.begin(trainer, trainer.model, make_batch(data)[0], full_loss=None)
     assert isinstance(gradaug, DetectionGradAug)
     sampler = gradaug.sampler
     assert (sampler.subnet_interval, sampler.width_levels, sampler.max_width, sampler.seed) == (2, 3, 0.9, 3)

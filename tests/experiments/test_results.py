@@ -84,15 +84,15 @@ def test_results_without_widths_of_the_quickstart_can_be_read(tmp_path):
 
 
 def test_runs_on_two_datasets_stand_in_two_panels(tmp_path, monkeypatch, capsys):
-    drawn = []
-    monkeypatch.setattr(plots, "plot_spreads", lambda *given: drawn.append(given))
+    plotted = []
+    monkeypatch.setattr(plots, "plot_spreads", lambda *given: plotted.append(given))
     folders = [
         finished(tmp_path / "a", PLAIN, seed=0),
         finished(tmp_path / "b", GRADAUG, seed=0),
         finished(tmp_path / "c", replace(PLAIN, top1=0.25), seed=0, data="other/set"),
     ]
     main(["results", *folders, "--plot", str(tmp_path / "all.png")])
-    ((labels, panels, _),) = drawn
+    ((labels, panels, _),) = plotted
     assert labels == ["plain, net, 160 steps", "gradaug, net, 160 steps"]
     assert panels == {"some/set": [[0.87654], [0.9]], "other/set": [[0.25], []]}
 

@@ -12,7 +12,7 @@ from gradaug_hf.hub.configs import plain_state, save_configs
 
 
 def save_network(folder: Path, seed: int, num_classes: int = 3, name: str = "resnet20_cifar") -> str:
-    """A folder with a network that was drawn from a seed, and whose batch norm has seen images."""
+    """A folder with a network that was sampled from a seed, and whose batch norm has seen images."""
     torch.manual_seed(seed)
     network = timm.create_model(name, num_classes=num_classes).train()
     with torch.no_grad():

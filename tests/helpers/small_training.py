@@ -31,8 +31,8 @@ STEPS = 9
 
 
 def images(count: int, seed: int) -> datasets.Dataset:
-    draw = np.random.default_rng(seed)
-    pixels = draw.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
     features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.ClassLabel(num_classes=3)})
     encoded = datasets.Features({"image": datasets.Image(), "label": features["label"]})
     split = datasets.Dataset.from_dict(

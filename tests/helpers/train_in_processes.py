@@ -1,4 +1,4 @@
-"""Trains small networks for a few steps; every process writes its gradients, weights and draws.
+"""Trains small networks for a few steps; every process writes its gradients, weights and samples.
 
 accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/helpers/train_in_processes.py FOLDER
 
@@ -65,7 +65,7 @@ class Die(TrainerCallback):
 class RecordingSampler(SubnetSampler):
     def sample(self, step: int) -> list:
         subnets = super().sample(step)
-        self.drawn = [*getattr(self, "drawn", []), (step, subnets)]
+        self.sampled = [*getattr(self, "sampled", []), (step, subnets)]
         return subnets
 
 
@@ -159,8 +159,8 @@ def train(network_name: str, flags: str) -> dict:
         "gradients": keeper.steps,
         "reductions": counter.count,
         "graphs": counters["stats"]["unique_graphs"],
-        "subnets": len({(subnet.width, subnet.resolution) for _, subnets in sampler.drawn for subnet in subnets}),
-        "drawn": repr(sampler.drawn),
+        "subnets": len({(subnet.width, subnet.resolution) for _, subnets in sampler.sampled for subnet in subnets}),
+        "sampled": repr(sampler.sampled),
         "turns": turn.turns,
         "computed": computed,
         "batches": batches,

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -37,10 +35,9 @@ from gradaug_hf.hub.preprocessing import as_its_pipeline, image_processor_of
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-# Loads folders with timm and with transformers, in a process that cannot import gradaug_hf.
+# Loads folders with timm and with transformers.
 LOAD = """
 import sys
-sys.modules["gradaug_hf"] = None
 import timm, torch
 from transformers import AutoModelForImageClassification
 for folder in sys.argv[1:]:
@@ -53,17 +50,11 @@ for folder in sys.argv[1:]:
 """
 NAME_THE_PHOTO = """
 import json, sys
-sys.modules["gradaug_hf"] = None
 from transformers import pipeline
 photo, *folders = sys.argv[1:]
 best = [pipeline("image-classification", model=folder, device="cpu")(photo)[0] for folder in folders]
 print(json.dumps(best))
 """
-
-
-def run_elsewhere(code: str, *arguments: Path) -> str:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def logits_by(model: nn.Module, images: Tensor) -> Tensor:
@@ -146,7 +137,7 @@ def tied_resnet() -> nn.Module:
 # ---- each way to make a model, and each folder that is written ----
 
 
-def test_what_the_trainer_saves_loads_in_timm_and_transformers(tmp_path):
+def test_what_the_trainer_saves_loads_in_timm_and_transformers(tmp_path, elsewhere):
     models = {
         "timm": (lambda: timm.create_model("test_resnet", num_classes=7), {}),
         "wrapper": (wrapped, {}),
@@ -166,7 +157,7 @@ def test_what_the_trainer_saves_loads_in_timm_and_transformers(tmp_path):
         for folder in (tmp_path / name, tmp_path / name / "checkpoint-1"):
             torch.save(images, folder / "images.pt")
             expected[folder] = logits_by(model, images)
-    run_elsewhere(LOAD, *expected)
+    elsewhere.run(LOAD, *expected)
     for folder, logits in expected.items():
         found = torch.load(folder / "logits.pt")
         assert len(found) == (1 if "resnet_of_transformers" in str(folder) else 2)
@@ -239,7 +230,7 @@ def with_other_statistics() -> nn.Module:
     return timm.create_model("test_resnet", num_classes=7, global_pool="max", pretrained_cfg_overlay=settings)
 
 
-def test_pipeline_names_the_class_of_a_photo_as_the_trained_network_does(tmp_path, real_data):
+def test_pipeline_names_the_class_of_a_photo_as_the_trained_network_does(tmp_path, real_data, elsewhere):
     photos = Dataset.from_parquet(str(next((real_data / "hymenoptera").rglob("*.parquet"))))
     photos[0]["image"].convert("RGB").save(tmp_path / "photo.png")
     models = {
@@ -269,7 +260,7 @@ def test_pipeline_names_the_class_of_a_photo_as_the_trained_network_does(tmp_pat
             score, label = logits_by(model, evaluation(photo)[None]).softmax(1)[0].max(0)
         names = label_names(model) or [f"LABEL_{index}" for index in range(7)]
         expected[tmp_path / name] = names[label], score.item()
-    named = json.loads(run_elsewhere(NAME_THE_PHOTO, tmp_path / "photo.png", *expected))
+    named = json.loads(elsewhere.run(NAME_THE_PHOTO, tmp_path / "photo.png", *expected))
     for folder, best, (label, score) in zip(expected, named, expected.values(), strict=True):
         assert best["label"] == label, folder
         assert best["score"] == pytest.approx(score, abs=1e-6), folder
@@ -421,7 +412,7 @@ def test_an_argument_that_is_no_json_is_named():
 
 def test_a_network_of_transformers_without_an_image_processor_is_said_to_lack_it(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("gradaug_hf.trainer.trainer.logger.warning_once", said.append)
+    monkeypatch.setattr("gradaug_hf.hub.configs.logger.warning_once", said.append)
     trained(resnet(), tmp_path / "with", processing_class=ViTImageProcessor())
     assert not said
     trained(resnet(), tmp_path / "without")

@@ -29,8 +29,8 @@ ROUNDING = 2e-6  # of pixels between 0 and 255, divided and then multiplied, or 
 
 @pytest.fixture
 def photo() -> PIL.Image.Image:
-    draw = np.random.default_rng(0)
-    return PIL.Image.fromarray(draw.integers(0, 256, (230, 311, 3), dtype=np.uint8))
+    generator = np.random.default_rng(0)
+    return PIL.Image.fromarray(generator.integers(0, 256, (230, 311, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def labels() -> torch.Tensor:
     return torch.tensor([0, 4, 2, 2, 1, 3])
 
 
-def drawn(gradaug: GradAug, step: int = STEP) -> list[tuple[float, int]]:
+def sampled(gradaug: GradAug, step: int = STEP) -> list[tuple[float, int]]:
     return [(subnet.width, subnet.resolution) for subnet in gradaug.sampler.sample(step)]
 
 
@@ -56,8 +56,8 @@ def test_gradients_and_loss_of_a_step_are_those_of_the_formula(images, labels, s
         labels = torch.softmax(torch.randn(6, CLASSES, dtype=torch.float64), dim=1)
     network = make_network()
     gradaug = GradAug(network, kl_weight=0.7, **SETTINGS)
-    assert len({width for width, _ in drawn(gradaug)}) == 3
-    expected_loss, expected = gradients_by_hand(network, images, labels, drawn(gradaug), kl_weight=0.7)
+    assert len({width for width, _ in sampled(gradaug)}) == 3
+    expected_loss, expected = gradients_by_hand(network, images, labels, sampled(gradaug), kl_weight=0.7)
     loss = gradaug.backward(images, labels, step=STEP)
     assert loss.item() == pytest.approx(expected_loss, abs=1e-10)
     assert not loss.requires_grad
@@ -69,7 +69,7 @@ def test_subnetworks_may_learn_the_labels_instead(images, labels):
     p = {name: parameter.detach().clone().requires_grad_() for name, parameter in network.named_parameters()}
     gradaug = GradAug(network, subnet_target="label", kl_weight=0.7, **SETTINGS)
     expected = objective_by_hand(p, images, labels, [])[0]
-    for width, side in drawn(gradaug):
+    for width, side in sampled(gradaug):
         logits = narrow_forward(p, resize_by_hand(images, side), width)
         chosen = logits[range(len(labels)), labels]
         expected = expected + 0.7 * (logits.exp().sum(dim=1).log() - chosen).mean()
@@ -217,7 +217,7 @@ def test_between_the_steps_of_the_interval_the_full_network_learns_alone(images,
     always = GradAug(make_network(), **SETTINGS)
     for step in range(4):
         network.zero_grad()
-        subnets = [] if step % 2 else drawn(always, step)
+        subnets = [] if step % 2 else sampled(always, step)
         expected_loss, expected = gradients_by_hand(network, images, labels, subnets)
         assert gradaug.backward(images, labels).item() == pytest.approx(expected_loss, abs=1e-10)
         assert_close(gradients(network), expected)

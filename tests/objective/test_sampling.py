@@ -13,7 +13,7 @@ from gradaug_hf.objective.sampling import Subnet, SubnetSampler
 SETTINGS = {"num_subnets": 3, "min_width": 0.8, "resolutions": [32, 28, 24], "seed": 5}
 
 
-def test_a_new_process_draws_the_same_subnetworks():
+def test_a_new_process_samples_the_same_subnetworks():
     code = f"""
 import sys, types
 package = sys.modules["gradaug_hf"] = types.ModuleType("gradaug_hf")  # the whole of it would take long to import
@@ -25,7 +25,7 @@ print(SubnetSampler(**{SETTINGS!r}).sample(1234))
     assert printed.strip() == repr(SubnetSampler(**SETTINGS).sample(1234))
 
 
-def test_the_draw_depends_on_step_and_seed_only():
+def test_what_is_sampled_depends_on_step_and_seed_only():
     sampler = SubnetSampler(**SETTINGS)
     first = sampler.sample(7)
     assert sampler.sample(8) != first
@@ -57,19 +57,19 @@ def test_widths_descend_to_the_minimum_and_stay_in_their_range():
 
 def test_widths_are_uniform_and_resolutions_equally_likely_for_every_subnetwork():
     sampler = SubnetSampler(2, 0.8, 1.0, [32, 28, 24])
-    drawn = [sampler.sample(step) for step in range(3000)]
-    wide = [subnets[0].width for subnets in drawn]
+    sampled = [sampler.sample(step) for step in range(3000)]
+    wide = [subnets[0].width for subnets in sampled]
     assert statistics.mean(wide) == pytest.approx(0.9, abs=0.004)  # the deviation of the mean is 0.00105
     assert statistics.stdev(wide) == pytest.approx(0.2 / 12**0.5, abs=0.003)
     for index in (0, 1):
-        counts = [sum(subnets[index].resolution == side for subnets in drawn) for side in (32, 28, 24)]
+        counts = [sum(subnets[index].resolution == side for subnets in sampled) for side in (32, 28, 24)]
         assert sum(counts) == 3000
         assert all(abs(count - 1000) < 110 for count in counts)  # the deviation is 26
-    both_full = sum(subnets[0].resolution == subnets[1].resolution == 32 for subnets in drawn)
-    assert abs(both_full - 3000 / 9) < 75  # drawn with replacement; the deviation is 17
+    both_full = sum(subnets[0].resolution == subnets[1].resolution == 32 for subnets in sampled)
+    assert abs(both_full - 3000 / 9) < 75  # sampled with replacement; the deviation is 17
 
 
-def test_width_levels_are_evenly_spaced_and_all_drawn():
+def test_width_levels_are_evenly_spaced_and_all_sampled():
     sampler = SubnetSampler(3, 0.7, 1.0, [32], width_levels=4)
     widths = {subnet.width for step in range(300) for subnet in sampler.sample(step)}
     assert sorted(widths) == pytest.approx([0.7, 0.8, 0.9, 1.0], abs=1e-12)
@@ -88,14 +88,14 @@ def test_subnetworks_of_random_depth_are_wide_and_all_lose_blocks_at_random():
 
 
 def test_the_survival_of_blocks_falls_linearly_from_one_at_the_first():
-    draws = 4000
+    samples = 4000
     counts = [0] * 5
-    for seed in range(draws):
+    for seed in range(samples):
         for index in Subnet(seed=seed, survival=0.6).dropped_blocks(5):
             counts[index] += 1
     assert counts[0] == 0
     for count, expected in zip(counts, (0, 0.1, 0.2, 0.3, 0.4), strict=True):
-        assert count / draws == pytest.approx(expected, abs=0.035)  # the deviation of the last is 0.0077
+        assert count / samples == pytest.approx(expected, abs=0.035)  # the deviation of the last is 0.0077
 
 
 def test_blocks_are_dropped_independently_of_each_other():

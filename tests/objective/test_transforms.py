@@ -69,7 +69,7 @@ def turn_by_hand(image: Tensor) -> Tensor:
     ],
     ids=["turn", "affine", "erasing", "compose", "choice", "random", "numpy"],
 )
-def test_any_transform_draws_from_the_subnetworks_seed_alone(transform):
+def test_any_transform_samples_from_the_subnetworks_seed_alone(transform):
     images = torch.rand(2, 3, 8, 8)
     first = []
     for salt in (1, 2):

@@ -1,10 +1,12 @@
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor as Pool
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -46,9 +48,11 @@ def launch(flags: list[str]) -> str:
 
 
 def run_here(flags: list[str]) -> str:
-    """What the recipe printed, run in this process."""
+    """What the recipe printed, run in this process; its new process is a fork, which need not import anew."""
+    forks, one_thread = multiprocessing.get_context("fork"), (torch.set_num_threads, (1,))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
         patch.setattr(sys, "argv", ["recipes/quickstart.py", *flags])
+        patch.setattr(quickstart, "ProcessPoolExecutor", lambda n, mp_context: Pool(n, forks, *one_thread))
         main()
     return printed.getvalue()
 

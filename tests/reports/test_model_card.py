@@ -24,8 +24,10 @@ TOKEN = "hf_" + "aB3" * 11
 
 
 def rows(count: int, channels: int = 3) -> list[dict]:
-    draw = torch.Generator().manual_seed(0)
-    return [{"pixel_values": torch.randn(channels, SIDE, SIDE, generator=draw), "labels": i % 3} for i in range(count)]
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"pixel_values": torch.randn(channels, SIDE, SIDE, generator=generator), "labels": i % 3} for i in range(count)
+    ]
 
 
 def top1_and_top5(prediction: EvalPrediction) -> dict[str, float]:

@@ -60,7 +60,7 @@ def test_curves_of_several_evaluation_sets_are_named_after_them():
     assert list(lines(accuracies)) == ["top-1 accuracy, day", "top-1 accuracy, night"]
 
 
-def test_accuracy_is_drawn_against_width():
+def test_accuracy_is_plotted_against_width():
     measured = [e for e in evaluations(HISTORY) if e.step == 10]
     (axes,) = widths_figure(measured).axes
     assert lines(axes) == {"top-1 accuracy": [(0.5, 37.5), (1, 50)], "top-5 accuracy": [(0.5, 87.5), (1, 100)]}
@@ -103,7 +103,7 @@ def test_rows_show_what_a_transform_did_and_how_many_blocks_were_dropped():
     torch.testing.assert_close(shown, (turned - batch.images.min()) / (batch.images.max() - batch.images.min()))
 
 
-def test_only_what_was_measured_is_drawn(tmp_path):
+def test_only_what_was_measured_is_plotted(tmp_path):
     def names(files: list[Path]) -> list[str]:
         assert all(PIL.Image.open(file).format == "PNG" for file in files)
         return [file.name for file in files]

@@ -1,12 +1,7 @@
-"""Compares slimmed convolutions and networks with float64, each in a forked process, so that a crash is one's own.
-
-Prints a JSON object: case -> the largest error relative to float64 for each shape or width, or how the
-process ended.
-"""
+"""The largest errors of slimmed convolutions and networks relative to float64, for each shape or width."""
 
 import copy
 import itertools
-import json
 import multiprocessing
 from collections.abc import Callable
 
@@ -103,7 +98,12 @@ def in_child(function: Callable, *args: object) -> dict[str, float] | str:
     """Return what a function returns in a forked process, or how the process ended."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=lambda: sender.send(function(*args)))
+
+    def send() -> None:
+        torch.set_num_threads(1)
+        sender.send(function(*args))
+
+    child = context.Process(target=send)
     child.start()
     sender.close()
     answer = None
@@ -116,16 +116,3 @@ def in_child(function: Callable, *args: object) -> dict[str, float] | str:
         child.kill()
     child.join()
     return answer if child.exitcode == 0 else f"ended with {child.exitcode}"
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    results = {}
-    for kind, kernels, *others in CONVOLUTIONS:
-        results[f"{kind.__name__} kernels={kernels}"] = in_child(convolution_errors, kind, kernels, *others)
-    results |= {name: in_child(network_errors, name) for name in NETWORKS}
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()

@@ -70,7 +70,7 @@ def assert_same_state(model: nn.Module, before: dict[str, tuple[int, Tensor]]) -
 # ---- the objective ----
 
 
-@pytest.mark.parametrize("mode, step", [("depth", 17), ("width+depth", 34)])  # steps that draw every combination
+@pytest.mark.parametrize("mode, step", [("depth", 17), ("width+depth", 34)])  # steps that sample every combination
 @pytest.mark.parametrize("joint", [False, True])
 def test_gradients_and_loss_of_a_step_are_those_of_the_formula(images, labels, mode, step, joint):
     network = make_network()
@@ -237,10 +237,10 @@ def test_resnet110_loses_blocks_by_the_papers_rule():
         path = "downsample" if name in ("layer2.0", "layer3.0") else None
         assert (shortcut.index, shortcut.path, shortcut.act) == (index, path, "act2")
     sampler = SubnetSampler(3, resolutions=[32, 28, 24], subnet_mode="depth", min_survival=0.8)
-    drawn = [subnet.dropped_blocks(54) for step in range(1000) for subnet in sampler.sample(step)]
+    sampled = [subnet.dropped_blocks(54) for step in range(1000) for subnet in sampler.sample(step)]
     for index in (0, 26, 53):
         survival = 1 - 0.2 * index / 53
-        assert sum(index not in blocks for blocks in drawn) / 3000 == pytest.approx(survival, abs=0.03)
+        assert sum(index not in blocks for blocks in sampled) / 3000 == pytest.approx(survival, abs=0.03)
 
 
 def test_blocks_are_found_whatever_their_drop_path_is():

@@ -67,11 +67,10 @@ def launch(*arguments: str, **more: str) -> subprocess.CompletedProcess:
 
 
 def train_in_two_processes(folder: Path, runs: dict[str, tuple[str, str, str]]) -> dict[str, list[dict]]:
-    """What each rank recorded of each run, all of them in one launch."""
+    """What each rank recorded of each run, all of them in two forks of this process, which need not import anew."""
     listed = {name: (network, f"{flags} {batch}") for name, (network, flags, batch) in runs.items()}
     (folder / "runs.json").write_text(json.dumps(listed))
-    launched = launch(str(folder))
-    assert launched.returncode == 0, launched.stderr
+    assert [status_of(rank) for rank in start_ranks(lambda: train_runs(folder), free_port())] == [0, 0]
     found = {}
     for name in runs:
         found[name] = [torch.load(folder / f"{name}-rank{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -156,7 +155,7 @@ def test_with_batch_norm_each_process_normalises_its_half_and_gradients_are_aver
 
 def test_each_process_splits_its_own_images_by_the_same_positions(two_processes):
     ranks = two_processes["split"]
-    assert ranks[0]["drawn"] == ranks[1]["drawn"]
+    assert ranks[0]["sampled"] == ranks[1]["sampled"]
     expected = train_by_hand([list(zip(rank["batches"], rank["labels"], strict=True)) for rank in ranks], split=True)
     for rank, statistics in zip(ranks, expected["statistics"], strict=True):
         for found, gradients in zip(rank["gradients"], expected["gradients"], strict=True):
@@ -188,9 +187,9 @@ def train_by_hand(parts: Sequence[Sequence[tuple[Tensor, Tensor]]], split: bool 
     steps = []
     for step, batches in enumerate(list(zip(*parts, strict=True))[:STEPS]):
         subnets = sampler.sample(step)
-        drawn = [(subnet.width, subnet.resolution) for subnet in subnets]
+        sampled = [(subnet.width, subnet.resolution) for subnet in subnets]
         seen = [subnet.part.indices(len(batches[0][0])) for subnet in subnets] if split else None
-        found = [gradients_by_hand(network, images, labels, drawn, parts=seen)[1] for images, labels in batches]
+        found = [gradients_by_hand(network, images, labels, sampled, parts=seen)[1] for images, labels in batches]
         for reader, (images, _) in zip(readers, batches, strict=True):
             reader.load_state_dict(dict(network.named_parameters()), strict=False)
             reader(images)
@@ -206,9 +205,9 @@ def train_by_hand(parts: Sequence[Sequence[tuple[Tensor, Tensor]]], split: bool 
 
 
 @pytest.mark.parametrize("name", ["both_accumulated", "mixed"])
-def test_ranks_draw_the_same_subnetworks_and_transforms(name, two_processes):
+def test_ranks_sample_the_same_subnetworks_and_transforms(name, two_processes):
     first, second = two_processes[name]
-    for what in ("drawn", "turns", "computed"):
+    for what in ("sampled", "turns", "computed"):
         assert first[what] == second[what]
     assert len(set(first["turns"])) > 1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from transformers import TrainerCallback
 
 from tests.helpers.small_training import (
@@ -38,8 +38,16 @@ def end(folder: Path) -> dict:
     return json.loads((folder / END).read_text())
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict:
+    """The end of a training that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert status_of(start(lambda: train(folder, **SETTINGS))) == 0
+    return end(folder)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_training_with_a_checkpoint_from_which_it_goes_on(tmp_path, capfd, number, status):
+def test_a_signal_ends_training_with_a_checkpoint_from_which_it_goes_on(tmp_path, capfd, whole, number, status):
     folder = tmp_path / "interrupted"
     pid = start(lambda: train(folder, [Slow(folder)], **SETTINGS))
     wait_for_step(folder, 3)
@@ -53,12 +61,11 @@ def test_a_signal_ends_training_with_a_checkpoint_from_which_it_goes_on(tmp_path
     assert "To go on: trainer.train(resume_from_checkpoint=True)" in printed
 
     assert status_of(start(lambda: train(folder, **SETTINGS))) == 0
-    assert status_of(start(lambda: train(tmp_path / "whole", **SETTINGS))) == 0
-    assert end(folder) == end(tmp_path / "whole")
+    assert end(folder) == whole
 
 
 class SlowlyRead(Dataset):
-    """So slowly that training waits for the workers most of the time."""
+    """By workers so slowly that training waits for them most of the time."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -67,11 +74,12 @@ class SlowlyRead(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict:
-        time.sleep(0.3)
+        if get_worker_info() is not None:
+            time.sleep(0.2)
         return self.dataset[index]
 
 
-def test_a_signal_to_the_workers_too_ends_training_with_a_checkpoint(tmp_path):
+def test_a_signal_to_the_workers_too_ends_training_with_a_checkpoint(tmp_path, whole):
     def train_in_a_group() -> None:
         os.setpgrp()
         trainer = make_trainer(tmp_path, [Slow(tmp_path)], **SETTINGS)
@@ -86,8 +94,7 @@ def test_a_signal_to_the_workers_too_ends_training_with_a_checkpoint(tmp_path):
     (step,) = checkpoints(tmp_path)
     assert 2 <= step < 14
     assert status_of(start(lambda: train(tmp_path, **SETTINGS))) == 0
-    assert status_of(start(lambda: train(tmp_path / "whole", **SETTINGS))) == 0
-    assert end(tmp_path) == end(tmp_path / "whole")
+    assert end(tmp_path) == whole
 
 
 class Sends(TrainerCallback):

@@ -95,12 +95,12 @@ def test_a_training_that_is_killed_ten_times_ends_as_if_it_had_not_been(tmp_path
     begin = time.monotonic()
     assert status_of(start(lambda: train(tmp_path / "whole", **settings))) == 0
     duration = time.monotonic() - begin
-    draw = random.Random(f"{workers} {accumulation}")
+    generator = random.Random(f"{workers} {accumulation}")
     folder, kills = tmp_path / "killed", 0
     while not (folder / END).exists():
         pid = start(lambda: train(folder, **settings))
         if kills < 10:
-            time.sleep(draw.uniform(0, duration / 4))
+            time.sleep(generator.uniform(0, duration / 4))
             os.kill(pid, signal.SIGKILL)
             kills += 1
         status_of(pid)

@@ -101,9 +101,9 @@ def test_a_training_step_follows_the_gradients_of_the_formula(tmp_path, backward
     assert sorted(order) == list(range(6))
     images, labels = seen[0], torch.tensor(order) % 5
     subnets = SubnetSampler(3, 0.5, 1.0, [16, 12, 9], seed=args.seed).sample(0)
-    drawn = [(subnet.width, subnet.resolution) for subnet in subnets]
+    sampled = [(subnet.width, subnet.resolution) for subnet in subnets]
     reference = make_network()
-    loss, gradients = gradients_by_hand(reference, images, labels, drawn, kl_weight=0.7)
+    loss, gradients = gradients_by_hand(reference, images, labels, sampled, kl_weight=0.7)
     full, _ = gradients_by_hand(reference, images, labels, [])
     for name, parameter in network.named_parameters():
         torch.testing.assert_close((start[name] - parameter) / 0.1, gradients[name], rtol=0, atol=1e-10)
@@ -111,8 +111,8 @@ def test_a_training_step_follows_the_gradients_of_the_formula(tmp_path, backward
     assert log["loss"] == pytest.approx(loss, abs=1e-6)  # the Trainer adds losses up in float32
     assert log["loss_full"] == pytest.approx(full, abs=1e-10)
     assert log["loss_full"] + log["loss_subnets"] == pytest.approx(loss, abs=1e-10)
-    assert log["subnet_width"] == pytest.approx(sum(width for width, _ in drawn) / 3, abs=1e-12)
-    assert log["subnet_resolution"] == pytest.approx(sum(side for _, side in drawn) / 3, abs=1e-12)
+    assert log["subnet_width"] == pytest.approx(sum(width for width, _ in sampled) / 3, abs=1e-12)
+    assert log["subnet_resolution"] == pytest.approx(sum(side for _, side in sampled) / 3, abs=1e-12)
 
 
 def test_an_accumulated_step_on_parts_follows_the_gradients_of_the_formula(tmp_path):
@@ -141,9 +141,9 @@ def test_an_accumulated_step_on_parts_follows_the_gradients_of_the_formula(tmp_p
     batches.clear()  # the first image was looked at
     trainer.train()
     subnets = SubnetSampler(3, 0.5, 1.0, [16, 12, 9], seed=args.seed, subnet_images="split").sample(0)
-    drawn, parts = [(s.width, s.resolution) for s in subnets], [s.part.indices(5) for s in subnets]
+    sampled, parts = [(s.width, s.resolution) for s in subnets], [s.part.indices(5) for s in subnets]
     reference = make_network()
-    found = [gradients_by_hand(reference, b["pixel_values"], b["labels"], drawn, parts=parts)[1] for b in batches]
+    found = [gradients_by_hand(reference, b["pixel_values"], b["labels"], sampled, parts=parts)[1] for b in batches]
     for name, parameter in network.named_parameters():
         expected = (found[0][name] + found[1][name]) / 2
         torch.testing.assert_close((start[name] - parameter) / 0.1, expected, rtol=0, atol=1e-10)
@@ -188,8 +188,8 @@ def test_a_step_of_random_depth_follows_the_gradients_of_the_formula(tmp_path):
     dropped = [[f"block{index + 1}" for index in subnet.dropped_blocks(3)] for subnet in subnets]
     count = sum(map(len, dropped))
     assert count > 1
-    drawn = [(1.0, subnet.resolution, *names) for subnet, names in zip(subnets, dropped, strict=True)]
-    _, gradients = gradients_by_hand(make_network(), seen[0], labels, drawn)
+    sampled = [(1.0, subnet.resolution, *names) for subnet, names in zip(subnets, dropped, strict=True)]
+    _, gradients = gradients_by_hand(make_network(), seen[0], labels, sampled)
     for name, parameter in network.named_parameters():
         torch.testing.assert_close((start[name] - parameter) / 0.1, gradients[name], rtol=0, atol=1e-10)
     log = trainer.state.log_history[0]
@@ -367,9 +367,9 @@ def test_a_step_with_cutmix_follows_the_gradients_of_the_formula(tmp_path, smoot
     torch.testing.assert_close(labels.sum(dim=1), torch.ones(6, dtype=torch.float64))
     assert ((labels > 0) & (labels < 1)).any()
     subnets = SubnetSampler(3, 0.5, 1.0, [16, 12, 9], seed=args.seed).sample(0)
-    drawn = [(subnet.width, subnet.resolution) for subnet in subnets]
+    sampled = [(subnet.width, subnet.resolution) for subnet in subnets]
     target = (1 - smoothing) * labels + smoothing / 5
-    _, gradients = gradients_by_hand(make_network(), mixed, target, drawn)
+    _, gradients = gradients_by_hand(make_network(), mixed, target, sampled)
     for name, parameter in network.named_parameters():
         torch.testing.assert_close((start[name] - parameter) / 0.1, gradients[name], rtol=0, atol=1e-10)
 
@@ -814,9 +814,9 @@ def test_sub_networks_learn_from_a_full_network_with_another_loss(tmp_path, back
         [next(i for i, r in enumerate(data) if torch.equal(r["pixel_values"], x)) % 5 for x in images]
     )
     subnets = SubnetSampler(3, 0.5, 1.0, [16, 12], seed=args.seed).sample(0)
-    drawn = [(subnet.width, subnet.resolution) for subnet in subnets]
+    sampled = [(subnet.width, subnet.resolution) for subnet in subnets]
     reference = make_network()
-    _, whole = gradients_by_hand(reference, images, labels, drawn)
+    _, whole = gradients_by_hand(reference, images, labels, sampled)
     _, plain = gradients_by_hand(make_network(), images, labels, [])
     weighted = make_network()
     loss = nn.functional.cross_entropy(weighted(images), labels, weight=WEIGHTS)

@@ -66,11 +66,11 @@ def test_the_gradient_of_a_whole_accumulated_step_is_clipped(tmp_path):
     trainer = GradAugTrainer(network, args, train_dataset=data)
     trainer.train()
 
-    drawn = [(s.width, s.resolution) for s in SubnetSampler(3, 0.5, 1.0, [16, 12, 9], seed=args.seed).sample(0)]
+    sampled = [(s.width, s.resolution) for s in SubnetSampler(3, 0.5, 1.0, [16, 12, 9], seed=args.seed).sample(0)]
     parts = []
     for images in (seen[0], seen[4]):
         order = [next(i for i, row in enumerate(data) if torch.equal(row["pixel_values"], x)) for x in images]
-        parts.append(gradients_by_hand(make_network(), images, torch.tensor(order) % 5, drawn)[1])
+        parts.append(gradients_by_hand(make_network(), images, torch.tensor(order) % 5, sampled)[1])
     gradients = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}
     norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients.values()))
     assert norm > 0.1
@@ -201,7 +201,7 @@ def test_training_stops_early_once_the_metric_gets_no_better(tmp_path):
 
 
 class Search:
-    """Tries the given settings one after the other, as optuna tries those that it draws."""
+    """Tries the given settings one after the other, as optuna tries those that it samples."""
 
     trials: list[dict] = []
 

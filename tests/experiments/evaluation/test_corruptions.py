@@ -111,9 +111,9 @@ def test_each_corruption_changes_the_image_more_with_its_severity_and_follows_fr
     once, again, other = (corrupt_image(smooth, name, 3, seed) for seed in (5, 5, 6))
     assert once.shape == smooth.shape and once.dtype == torch.uint8
     assert torch.equal(once, again)
-    drawn = not torch.equal(once, other)
+    sampled = not torch.equal(once, other)
     without_chance = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"}
-    assert drawn == (name not in without_chance)
+    assert sampled == (name not in without_chance)
 
 
 def test_the_global_random_numbers_are_left_alone():

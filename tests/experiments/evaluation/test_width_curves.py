@@ -60,6 +60,6 @@ def test_plot_needs_no_colour(tmp_path):
     assert min(strokes[0], strokes[153]) > 1000
 
 
-def test_plot_of_one_network_and_one_width_is_drawn(tmp_path):
+def test_one_network_and_one_width_are_plotted(tmp_path):
     plot_widths({"plain": {1.0: RESULTS["plain"][1.0]}}, tmp_path / "plot.png", "one network")
     assert (tmp_path / "plot.png").stat().st_size > 1000
