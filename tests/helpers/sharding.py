@@ -150,7 +150,7 @@ def in_two_processes(function: Callable[[], None], fsdp: bool = True, count: int
             shard_on_cpu()
         function()
 
-    return [status_of(pid) for pid in start_ranks(run, count)]
+    return [status_of(pid) for pid in start_ranks(run, count=count)]
 
 
 def train_from_last(folder: Path, stop_after: int | None = None, **settings: Any) -> None:

@@ -179,7 +179,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_ranks(function: Callable[[], None], count: int = 2) -> list[int]:
+def start_ranks(function: Callable[[], None], *, count: int = 2) -> list[int]:
     """Run a function in several processes that train together."""
     # A port that is only found free may be another's before the processes meet there, so that this one serves it.
     _meetings.append(TCPStore(HOST, 0, is_master=True, wait_for_workers=False))

@@ -70,7 +70,7 @@ def train_in_two_processes(folder: Path, runs: dict[str, tuple[str, str, str]]) 
     """What each rank recorded of each run, all of them in two forks of this process, which need not import anew."""
     listed = {name: (network, f"{flags} {batch}") for name, (network, flags, batch) in runs.items()}
     (folder / "runs.json").write_text(json.dumps(listed))
-    assert [status_of(rank) for rank in start_ranks(lambda: train_runs(folder), free_port())] == [0, 0]
+    assert [status_of(rank) for rank in start_ranks(lambda: train_runs(folder))] == [0, 0]
     found = {}
     for name in runs:
         found[name] = [torch.load(folder / f"{name}-rank{rank}.pt", weights_only=True) for rank in (0, 1)]
