@@ -35,7 +35,7 @@ def test_the_fast_preset_is_what_the_documentation_says(cpu_with_bfloat16, tmp_p
 @pytest.mark.parametrize(("min_width", "resolutions"), [(0.9, [224, 192, 160, 128]), (0.8, [32, 28, 24]), (0.9, None)])
 def test_the_light_preset_costs_at_most_1_6_plain_steps(cpu_with_bfloat16, tmp_path, min_width, resolutions):
     light = preset_settings("light")
-    assert light == FAST | {"subnet_mode": "depth", "min_survival": 0.5, "subnet_images": "split"}
+    assert light == FAST | {"subnet_mode": "depth", "subnet_images": 0.25}
     config = GradAugConfig(str(tmp_path), **light, min_width=min_width, resolutions=resolutions)
     assert 1.4 < relative_cost(config, None if resolutions else 224) <= 1.6
 
