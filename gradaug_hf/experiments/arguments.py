@@ -101,7 +101,7 @@ class ExperimentArguments(ScheduleArguments, DataArguments):
         default="exact",
         help='"exact" trains with the arithmetic of the paper; "fast" with channels-last memory, bfloat16 where '
         'the device computes in it, channel counts that are multiples of 8, and five widths; "light" as "fast", '
-        "with sub-networks of fewer residual blocks, each on a quarter of the batch of its own, for about 1.5 times the "
+        "with sub-networks of fewer residual blocks, each on its own quarter of the batch, for about 1.5 times the "
         "arithmetic of plain training. Flags and the file win over it.",
         metadata={"choices": list(PRESETS)},
     )
