@@ -92,7 +92,7 @@ def plot(axes: Axes, title: str, found: Sequence[Point]) -> None:
             frontier.append((point.cost, point.gain))
     axes.plot(*zip(*frontier, strict=True), "--", color="C1", zorder=0, drawstyle="steps-post", label="frontier")
     axes.set(title=title, xlabel="multiply-adds of the training, plain = 1", ylabel="gain over plain, points")
-    axes.set_xlim(0.9, 3.2)
+    axes.set_xlim(0.9, 3.9)
     axes.legend(loc="lower right", fontsize=8)
 
 
