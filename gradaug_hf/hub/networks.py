@@ -386,6 +386,8 @@ def image_processor(model: str) -> BaseImageProcessor | None:
 def pixel_statistics(model: nn.Module, processor: BaseImageProcessor | None) -> dict[str, tuple[float, ...]]:
     """Return `mean` and `std` of the images that a model expects, of each channel in 0..1; nothing if it has none.
 
+    A processor that does not normalise leaves pixels in 0..1, with a mean of 0 and a deviation of 1.
+
     Args:
         model: of timm or transformers.
         processor: of a model of transformers.
@@ -393,5 +395,6 @@ def pixel_statistics(model: nn.Module, processor: BaseImageProcessor | None) -> 
     if hasattr(model, "pretrained_cfg"):
         config = timm.data.resolve_model_data_config(model)
     else:
-        config = {} if processor is None else processor_data_config(processor)
+        unchanged = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        config = {} if processor is None else unchanged | processor_data_config(processor)
     return {name: tuple(config[name]) for name in ("mean", "std") if name in config}

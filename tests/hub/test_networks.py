@@ -11,6 +11,7 @@ from transformers import (
     ResNetForImageClassification,
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
+    ViTImageProcessor,
 )
 
 from gradaug_hf.hub.networks import (
@@ -22,6 +23,7 @@ from gradaug_hf.hub.networks import (
     load_checkpoint,
     load_network,
     network_to_train,
+    pixel_statistics,
 )
 from tests.helpers.checkpoints import save_network
 from tests.helpers.hub_server import HubServer, Repository
@@ -380,3 +382,18 @@ def test_nothing_trusts_code_or_pickles_from_elsewhere():
 @pytest.mark.parametrize("name", ["wrn16_2", "deit_tiny_distilled_patch16_224"])
 def test_a_model_accepts_what_its_constructor_passes_on_to_that_of_its_base_class(name: str):
     assert "drop_path_rate" in accepted_arguments(name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))),
+        ({"do_normalize": False}, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))),
+    ],
+)
+def test_pixels_are_normalised_as_by_the_processor_of_a_model(settings, expected):
+    config = ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[4, 4, 4, 4], embedding_size=4)
+    model = ResNetForImageClassification(config)
+    found = pixel_statistics(model, ViTImageProcessor(**settings))
+    assert (found["mean"], found["std"]) == expected
+    assert pixel_statistics(model, None) == {}
