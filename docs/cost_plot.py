@@ -53,9 +53,14 @@ def main() -> None:
     """Plot all panels."""
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        records = json.loads((RESULTS / f"{panel.file}.json").read_text(encoding="utf-8"))
-        plot(axes, panel.title, points(by_column(records)[panel.column]))
+        plot(axes, panel.title, points(records_of(panel)))
     figure.savefig(RESULTS / "cost.png", dpi=110)
+
+
+def records_of(panel: Panel) -> list[Mapping[str, Any]]:
+    """Return the records of one task."""
+    records = json.loads((RESULTS / f"{panel.file}.json").read_text(encoding="utf-8"))
+    return by_column(records)[panel.column]
 
 
 def points(records: Sequence[Mapping[str, Any]]) -> list[Point]:

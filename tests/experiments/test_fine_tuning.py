@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from gradaug_hf.cli import main
 from gradaug_hf.experiments.arguments import as_flags
-from gradaug_hf.experiments.fine_tuning import make_plan
+from gradaug_hf.experiments.fine_tuning import make_plan, run
 from gradaug_hf.experiments.fine_tuning_arguments import parse
 from tests.helpers.checkpoints import save_network
 
@@ -239,3 +239,11 @@ def test_a_side_that_the_model_does_not_take_is_refused(monkeypatch, tmp_path, p
     ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
     with pytest.raises(SystemExit, match="image_size is 40, which .*vit does not take: .*; leave image_size out"):
         fine_tune(monkeypatch, tmp_path, tmp_path / "vit", f"--dataset_name {photos} --image_size 40")
+
+
+def test_processes_leave_their_group_once_all_is_pushed(tmp_path, monkeypatch):
+    done = []
+    for name in ("make_trainer", "plot_examples", "train_and_save", "report", "push", "leave_group"):
+        monkeypatch.setattr(f"gradaug_hf.experiments.fine_tuning.{name}", lambda *_, name=name: done.append(name))
+    run(["--model", "backbone", "--dataset_name", "photos", "--use_cpu", "--output_dir", str(tmp_path / "out")])
+    assert done == ["make_trainer", "plot_examples", "train_and_save", "report", "push", "leave_group"]
