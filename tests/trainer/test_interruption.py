@@ -3,7 +3,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,6 @@ from tests.helpers.small_training import (
 )
 
 SETTINGS = {"max_steps": 14, "save_strategy": "no", "dataloader_num_workers": 2}
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c_is_heard() -> Iterator[None]:
-    """As in a terminal; where the tests themselves run in the background, a shell has them ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def end(folder: Path) -> dict:

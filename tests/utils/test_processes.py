@@ -2,12 +2,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from gradaug_hf.utils.processes import SIGNALS, run_to_end
+from gradaug_hf.utils.processes import run_to_end
 from tests.helpers.small_training import start, status_of
 
 # A launcher that a signal ends at once, and a training that writes a checkpoint first.
@@ -39,15 +38,6 @@ def run(words: list[str], log: Path) -> int:
     return start(run_and_exit)
 
 
-@pytest.fixture
-def heard() -> Iterator[None]:
-    """As in a terminal; where the tests themselves run in the background, a shell has them ignore some signals."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def wait_for(file: Path) -> None:
     until = time.monotonic() + 120
     while not file.exists():
@@ -61,7 +51,7 @@ def test_a_command_ends_with_its_code_and_its_log(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
-def test_a_signal_to_one_process_ends_it_once_all_that_it_started_have_ended(tmp_path, heard, number, status):
+def test_a_signal_to_one_process_ends_it_once_all_that_it_started_have_ended(tmp_path, number, status):
     (tmp_path / "training.py").write_text(TRAINING)
     words = [sys.executable, "-c", LAUNCHER, str(tmp_path / "training.py"), str(tmp_path)]
     pid = run(words, tmp_path / "log")
