@@ -180,9 +180,10 @@ def test_the_size_of_images_comes_back_after_a_pass_and_after_an_error():
     transform = detector.rcnn.transform
     detector(images()[:1], resolution=32)
     detector(images()[:1])
+    detector([torch.rand(3, 40, 120)], resolution=32)  # at most 48 long: 16 x 48, padded to multiples of 32
     with pytest.raises(AssertionError):
         detector([torch.zeros(3)], resolution=32)
-    assert seen == [(32, 64), (64, 96)]
+    assert seen == [(32, 64), (64, 96), (32, 64)]
     assert (transform.min_size, transform.max_size) == ((64,), 96)
 
 

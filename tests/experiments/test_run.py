@@ -1,4 +1,5 @@
 import math
+import signal
 
 import PIL.Image
 import pytest
@@ -13,11 +14,12 @@ from gradaug_hf.experiments.recipes import CIFAR_WIDERESNET, RECIPES, start_as_i
 from gradaug_hf.experiments.run import SETTINGS, check_batch, complete, make_trainer, run
 from gradaug_hf.hub.networks import create_network
 from tests.helpers.checkpoints import save_images
+from tests.helpers.small_training import Sends, seeded_images
 
 
 def trainer_of(tmp_path, lr_drops: list[float] = (), **settings) -> RecipeTrainer:
     network = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
     )
     config = GradAugConfig(str(tmp_path), num_subnets=0, do_train=True, use_cpu=True, report_to="none", **settings)
     return RecipeTrainer(network, config, lr_drops=lr_drops)
@@ -128,6 +130,16 @@ def test_a_batch_that_is_larger_than_the_training_set_is_refused():
     check_batch(512, None)  # a stream that does not say how many images it has
     with pytest.raises(ValueError, match="batch_size is 512, but there are 244 images to train on"):
         check_batch(512, 244)
+
+
+def test_a_recipe_that_is_interrupted_says_how_its_command_goes_on(tmp_path, capfd):
+    trainer = trainer_of(tmp_path, max_steps=2, disable_tqdm=True)
+    trainer.train_dataset = seeded_images(0, False)
+    trainer.add_callback(Sends(signal.SIGINT, 1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    said = capfd.readouterr().err.rstrip()
+    assert said.endswith("To go on: the same command with --resume_from_checkpoint last")
 
 
 def test_processes_leave_their_group_once_all_is_pushed(tmp_path, monkeypatch):

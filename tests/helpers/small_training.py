@@ -195,6 +195,17 @@ def start_ranks(function: Callable[[], None], *, count: int = 2) -> list[int]:
     return [start(lambda rank=rank: run(rank)) for rank in range(count)]
 
 
+class Sends(TrainerCallback):
+    """Sends a signal to this process after a step."""
+
+    def __init__(self, number: signal.Signals, step: int) -> None:
+        self.number, self.step = number, step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
 class KillAtStep(TrainerCallback):
     """The process kills itself after a step."""
 

@@ -26,7 +26,7 @@ from transformers import (
 from transformers import TimmWrapperForImageClassification as TimmWrapper
 
 from gradaug_hf import GradAugConfig, GradAugTrainer
-from gradaug_hf.hub.pushing import PushError
+from gradaug_hf.hub.pushing import PushError, make_branch
 from gradaug_hf.trainer.checkpoints import written_whole
 from tests.helpers.hub_server import HubServer
 
@@ -168,6 +168,17 @@ def test_a_revision_is_a_branch_that_is_made_and_pulled_by_its_name(hub, tmp_pat
     assert torch.equal(logits_of(by_commit, images), logits_of(later, images))
     with pytest.raises(ValueError, match="'me/net@never', but me/net has no revision 'never'"):
         trainer_of("me/net@never", tmp_path / "other")
+
+
+def test_a_branch_is_made_by_the_first_of_several_processes(hub, tmp_path, monkeypatch):
+    trainer = trainer_of(wrapped(), tmp_path / "out", hub_model_id="me/net")
+    trainer.init_hf_repo()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "is_world_process_zero", lambda: False)
+        make_branch(trainer, "trial")
+    assert "trial" not in hub.repositories["me/net"].branches
+    make_branch(trainer, "trial")
+    assert "trial" in hub.repositories["me/net"].branches
 
 
 @pytest.mark.parametrize("strategy", ["every_save", "end"])

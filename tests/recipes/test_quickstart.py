@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor as Pool
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from gradaug_hf.experiments.results import RESULTS, load_runs, save_results
 from gradaug_hf.experiments.sweep import PlannedRun, record_settings
 from gradaug_hf.reports.runs import Result
 from gradaug_hf.trainer.trainer import GradAugTrainer
+from tests.helpers.small_training import Sends
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,30 +157,29 @@ def test_an_interruption_keeps_what_is_finished_and_the_command_goes_on_behind_i
         run_here([*flags, "--learning_rate", "0.2"])
 
 
-class Sends(TrainerCallback):
-    """Sends Ctrl-C to this process after a step."""
+class Begins(TrainerCallback):
+    """Writes down the steps after which trainings begin."""
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.steps.append(state.global_step)
 
 
 def test_a_run_that_is_interrupted_goes_on_by_the_same_command_and_keeps_no_checkpoint(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(quickstart, "check_checkpoint", lambda args: None)
     flags = ["--labels_per_class", "1", "--epochs", "4", "--max_eval_samples", "10", "--seeds", "0", "--output_dir"]
-    made = quickstart.QuickstartTrainer.__init__
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            quickstart.QuickstartTrainer,
-            "__init__",
-            lambda self, *args, **kwargs: made(self, *args, callbacks=[Sends()], **kwargs),
-        )
-        with pytest.raises(SystemExit, match="130"):
-            run_here([*flags, str(tmp_path)])
+    trainer = quickstart.QuickstartTrainer
+    monkeypatch.setattr(quickstart, "QuickstartTrainer", partial(trainer, callbacks=[Sends(signal.SIGINT, 2)]))
+    with pytest.raises(SystemExit, match="130"):
+        run_here([*flags, str(tmp_path)])
     assert "after step 2 of 4" in (said := capfd.readouterr().err)
     assert said.rstrip().endswith("To go on: the same command")
     assert (tmp_path / "plain-seed0" / "checkpoint-2").exists()
+    monkeypatch.setattr(quickstart, "QuickstartTrainer", partial(trainer, callbacks=[begins := Begins()]))
     run_here([*flags, str(tmp_path)])
+    assert begins.steps == [2, 0, 0]
     run_here([*flags, str(tmp_path / "whole")])
     resumed, whole = (load_runs(folder / "plain-seed0")[0].result for folder in (tmp_path, tmp_path / "whole"))
     assert (resumed.top1, resumed.steps) == (whole.top1, 4)

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from tests.helpers.small_training import (
     END,
+    Sends,
     Slow,
     checkpoints,
     make_trainer,
@@ -86,17 +87,6 @@ def test_a_signal_to_the_workers_too_ends_training_with_a_checkpoint(tmp_path, w
     assert 2 <= step < 14
     assert status_of(start(lambda: train(tmp_path, **SETTINGS))) == 0
     assert end(tmp_path) == whole
-
-
-class Sends(TrainerCallback):
-    """Sends a signal to this process after a step."""
-
-    def __init__(self, number: signal.Signals, step: int) -> None:
-        self.number, self.step = number, step
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.step:
-            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize("step", [3, 5, 9])

@@ -41,6 +41,13 @@ def test_a_second_training_in_a_folder_is_refused_and_leaves_it_as_it_is(tmp_pat
     assert checkpoints(tmp_path) == []
 
 
+def test_what_a_killed_training_had_begun_to_write_is_removed(tmp_path):
+    partial = tmp_path / "_tmp-checkpoint" / "checkpoint-1"
+    partial.mkdir(parents=True)
+    with locked(tmp_path):
+        assert not partial.parent.exists()
+
+
 def test_the_lock_of_a_killed_training_is_taken_over_though_its_workers_live(tmp_path, holder):
     os.kill(holder, signal.SIGKILL)
     assert os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT).si_status == signal.SIGKILL
