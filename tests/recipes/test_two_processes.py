@@ -1,4 +1,4 @@
-"""Recipes in two processes on the CPU, by the command line of the README."""
+"""Recipes in two processes on the CPU."""
 
 import json
 import os
@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from gradaug_hf.cli import main
+from gradaug_hf.experiments.recipes import CIFAR_WIDERESNET
+from gradaug_hf.experiments.run import run
 from tests.helpers.checkpoints import save_images, save_network
+from tests.helpers.small_training import start_ranks, status_of
 from tests.recipes.conftest import QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -39,18 +42,41 @@ def launch(script: str, flags: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "cifar_wideresnet" else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS]
-)
-def test_recipe_trains_in_two_processes_that_share_a_batch(name, few_images, tmp_path):
-    flags = f"--model {NETWORKS[name]} --dataset_name {few_images} --output_dir {tmp_path / 'out'} {QUICK}"
-    printed = launch(name, f"{flags} --sync_batchnorm --max_train_samples 16 --max_steps -1 --num_train_epochs 2")
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    (run,) = results["runs"]
-    assert run["steps"] == 4  # two epochs of 16 images, of which each process has four in a step
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_recipe_trains_in_two_launched_processes_that_share_a_batch(name, few_images, tmp_path):
+    printed = launch(name, sharing(name, few_images, tmp_path / "out"))
+    assert_shared(printed, tmp_path / "out")
+
+
+def test_recipe_trains_in_two_processes_that_share_a_batch(few_images, tmp_path, monkeypatch, capfd):
+    flags = sharing("cifar_wideresnet", few_images, tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["cifar_wideresnet.py", *flags.split()])
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "cifar_wideresnet.py", raising=False)
+
+    def train() -> None:
+        run(CIFAR_WIDERESNET)
+        sys.stdout.flush()  # forks end without
+
+    assert [status_of(rank) for rank in start_ranks(train)] == [0, 0]
+    assert_shared(capfd.readouterr().out, tmp_path / "out")
+
+
+def sharing(name: str, images: str, folder: Path) -> str:
+    """Flags of two epochs of 16 images, of which each process has four in a step."""
+    return (
+        f"--model {NETWORKS[name]} --dataset_name {images} --output_dir {folder} {QUICK} --sync_batchnorm "
+        "--max_train_samples 16 --max_steps -1 --num_train_epochs 2"
+    )
+
+
+def assert_shared(printed: str, folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    (record,) = results["runs"]
+    assert record["steps"] == 4
     assert results["settings"]["per_device_train_batch_size"] == 4
-    assert printed.count(f"wrote the model and results.json to {tmp_path / 'out'}") == 1
-    trained = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert printed.count(f"wrote the model and results.json to {folder}") == 1
+    trained = timm.create_model(f"local-dir:{folder}", pretrained=True)
     assert all(parameter.isfinite().all() for parameter in trained.parameters())
 
 
