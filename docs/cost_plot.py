@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradaug_hf.experiments.cost import relative_cost
+from gradaug_hf.experiments.methods import METHODS
 from gradaug_hf.objective.sampling import SubnetSettings
 from gradaug_hf.reports.differences import by_column, half_interval, paired_differences
 
@@ -34,10 +35,16 @@ class Panel(NamedTuple):
 
 
 PANELS = (
-    Panel("split_scratch", "", "CIFAR-10, 250 labels, from scratch"),
-    Panel("split_fine_tuning", "ants and bees", "ants and bees, fine-tuned"),
-    Panel("split_fine_tuning", "100 labels", "CIFAR-10, 100 labels, fine-tuned"),
+    Panel("split_scratch", "", "from scratch: 250 labels"),
+    Panel("split_networks", "1000 labels", "from scratch: 1,000 labels"),
+    Panel("split_networks", "wrn16_2", "from scratch: 250 labels, wrn16_2"),
+    Panel("vit_scratch", "", "from scratch: 1,000 labels, ViT"),
+    Panel("split_fine_tuning", "ants and bees", "fine-tuned: ants and bees"),
+    Panel("split_fine_tuning", "100 labels", "fine-tuned: 100 labels"),
+    Panel("split_fine_tuning", "250 labels", "fine-tuned: 250 labels"),
+    Panel("split_fine_tuning", "1000 labels", "fine-tuned: 1,000 labels"),
 )
+COLUMNS = 4
 
 
 class Point(NamedTuple):
@@ -51,8 +58,8 @@ class Point(NamedTuple):
 
 def main() -> None:
     """Plot all panels."""
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+    figure = Figure(figsize=(18, 9), layout="constrained")
+    for axes, panel in zip(figure.subplots(len(PANELS) // COLUMNS, COLUMNS).flat, PANELS, strict=True):
         plot(axes, panel.title, points(records_of(panel)))
     figure.savefig(RESULTS / "cost.png", dpi=110)
 
@@ -76,10 +83,8 @@ def points(records: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 def cost(record: Mapping[str, Any], plain: Mapping[str, Any]) -> float:
     """Return the multiply-adds of a run over those of plain training."""
-    given = record["settings"]
+    given = {**METHODS.get(record["settings"].get("method", ""), {}), **record["settings"]}
     own = {each.name: given[each.name] for each in fields(SubnetSettings) if each.name in given}
-    if given.get("method") == "baseline":
-        own["num_subnets"] = 0
     step = relative_cost(SubnetSettings(**own), given.get("image_size", CIFAR_SIDE))
     return step * record["steps"] / plain["steps"]
 
