@@ -163,7 +163,7 @@ def trainer_arguments(args: FineTuningArguments, config: GradAugConfig) -> dict[
     model = load_backbone(source, names, args.image_size)
     if args.freeze == "backbone":
         freeze_backbone(model)
-    inputs = input_config(model, image_processor(source), args.image_size)
+    inputs = input_config(model, image_processor(source), args.image_size, args.crop_pct)
     check_side(model, args.model, inputs["input_size"])
     if args.lora_rank is not None:
         add_adapters(model, args.lora_rank, inputs["input_size"])

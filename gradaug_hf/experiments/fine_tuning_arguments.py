@@ -19,6 +19,7 @@ from gradaug_hf.experiments.arguments import (
 )
 from gradaug_hf.experiments.run import SETTINGS
 from gradaug_hf.experiments.sweep import LAUNCH
+from gradaug_hf.hub.preprocessing import SMALL_CROP
 from gradaug_hf.trainer.config import GradAugConfig
 
 DESCRIPTION = (
@@ -91,6 +92,11 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
     image_size: int | None = HfArg(
         default=None, help="Side in pixels of the images; default: that of the pretrained model."
     )
+    crop_pct: float | None = HfArg(
+        default=None,
+        help="Share of a photo's short side that evaluation and prediction keep, from the centre, in (0, 1]. Default: "
+        f"that of the pretrained model, or at most {SMALL_CROP} where image_size is below its own.",
+    )
     batch_size: int = HfArg(
         default=BATCH_SIZE,
         help="Images in an optimiser step, over all processes and accumulated batches. The learning rate is "
@@ -141,6 +147,7 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
             value = getattr(self, name)
             self._check(name, value is None or value >= 1, "at least 1")
         self._check("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
+        self._check("crop_pct", self.crop_pct is None or 0 < self.crop_pct <= 1, "in (0, 1]")
         self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)")
         for name in ("hflip", "random_erasing"):
             self._check(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")

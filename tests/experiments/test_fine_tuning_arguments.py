@@ -69,6 +69,8 @@ def test_a_frozen_backbone_has_no_sub_networks():
         (f"{LINE} --ema_decay 1", "ema_decay is 1.0; it must be in (0, 1)"),
         (f"{LINE} --hflip 2", "hflip is 2.0; it must be in [0, 1]"),
         (f"{LINE} --random_erasing -1", "random_erasing is -1.0; it must be in [0, 1]"),
+        (f"{LINE} --crop_pct 0", "crop_pct is 0.0; it must be in (0, 1]"),
+        (f"{LINE} --crop_pct 80", "crop_pct is 80.0; it must be in (0, 1]"),
         (f"{LINE} --image_size 0", "image_size is 0; it must be at least 1"),
         (f"{LINE} --max_train_samples 0", "max_train_samples is 0; it must be at least 1"),
         (f"{LINE} --lora_rank 0", "lora_rank is 0; it must be at least 1"),

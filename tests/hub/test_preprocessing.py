@@ -18,7 +18,9 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 from gradaug_hf.data.transforms import cifar_transform, imagenet_transform
 from gradaug_hf.hub.preprocessing import (
     as_its_pipeline,
+    image_processor_doing,
     image_processor_of,
+    input_config,
     processor_data_config,
     transform_data_config,
 )
@@ -104,3 +106,41 @@ def test_the_processor_of_a_transform_does_what_it_does(photo):
     found = processor(photo, return_tensors="pt")["pixel_values"][0]
     assert torch.allclose(found, as_its_pipeline(transform, resnet)(photo), rtol=0, atol=ROUNDING)
     assert as_its_pipeline(transform, network) is transform
+
+
+@pytest.mark.parametrize(
+    ("side", "crop_pct", "expected"),
+    [
+        (None, None, (224, 0.875)),  # the model's own
+        (224, None, (224, 0.875)),
+        (288, None, (288, 0.875)),
+        (96, None, (96, 0.8)),  # a smaller size keeps less of the photo
+        (96, 0.875, (96, 0.875)),
+        (None, 1.0, (224, 1.0)),
+    ],
+)
+def test_a_model_of_timm_is_evaluated_by_its_own_crop_and_a_smaller_size_by_a_closer_one(side, crop_pct, expected):
+    model = timm.create_model("tf_efficientnet_lite0")
+    config = input_config(model, None, side, crop_pct)
+    assert (*config["input_size"][1:], config["crop_pct"]) == (expected[0], *expected)
+    assert config["crop_mode"] == "center"
+
+
+def test_a_crop_that_keeps_less_than_the_closer_one_stays():
+    model = timm.create_model("test_resnet")
+    model.pretrained_cfg = {**model.pretrained_cfg, "crop_pct": 0.7, "crop_mode": "center"}
+    assert input_config(model, None, 64)["crop_pct"] == 0.7
+
+
+def test_a_processor_that_squashes_does_so_at_another_size_and_crops_where_it_is_told_to(photo):
+    model = ResNetForImageClassification(ResNetConfig(hidden_sizes=[8, 8], depths=[1, 1], embedding_size=8))
+    processor = ViTImageProcessorPil(size={"height": 224, "width": 224})
+    squashed = input_config(model, processor, 96)
+    assert (squashed["crop_mode"], squashed["crop_pct"]) == ("squash", 1.0)
+    cropped = input_config(model, processor, 96, 0.75)
+    pixels = image_processor_doing(cropped, model)(photo, return_tensors="pt")["pixel_values"][0]
+    expected = v2.functional.center_crop(v2.functional.resize(photo, 128, cropped["interpolation"]), 96)
+    mean, std = (torch.tensor(cropped[name]).view(3, 1, 1) for name in ("mean", "std"))
+    assert (
+        pixels * std + mean - v2.functional.to_dtype(v2.functional.pil_to_tensor(expected), scale=True)
+    ).abs().max() < 1.5 / 255
