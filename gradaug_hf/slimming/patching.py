@@ -26,16 +26,6 @@ from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
 
 # What a patched model itself carries; the report only once it was made slimmable.
 MODEL_ATTRIBUTES = ("_width_state", "_slicing_report")
-MODULE_ATTRIBUTES = (
-    "_slices",
-    "_cuts",
-    "_state",
-    "_full",
-    "_overrides",
-    "_subnet_caches",
-    "_subnet_buffers",
-    "_shortcut",
-)
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -98,8 +88,8 @@ class Slices:
 
     tensors: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
     attributes: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
-    written: frozenset[str] = frozenset()
-    caches: frozenset[str] = frozenset()
+    written: set[str] = field(default_factory=set)
+    caches: set[str] = field(default_factory=set)
 
 
 class OwnBuffer(NamedTuple):
@@ -441,5 +431,5 @@ def _unpatch_module(module: nn.Module) -> None:
     unmark(module)
     if isinstance(module, SlimModule):
         module.__class__ = type(module)._unsliced
-        for name in MODULE_ATTRIBUTES:
+        for name in SlimModule.__annotations__ | DroppableBlock.__annotations__:
             vars(module).pop(name, None)

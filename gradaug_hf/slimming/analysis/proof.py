@@ -31,6 +31,7 @@ from gradaug_hf.slimming.analysis.tracing import (
 from gradaug_hf.slimming.extraction import narrow
 from gradaug_hf.slimming.meta import meta_copy
 from gradaug_hf.slimming.patterns import Width, pattern_size
+from gradaug_hf.utils.attributes import replaced
 
 # Widths at which sizes that only happen to agree (half of twelve heads and half of their channels) do not.
 PROOF_WIDTHS = {True: Width(0.69), False: Width(0.53)}
@@ -77,11 +78,8 @@ class _Check(TorchDispatchMode):
 
     def run_layer(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a layer that has a handler; only its output is compared."""
-        self.inside_layer = True
-        try:
+        with replaced(self, inside_layer=True):
             out = forward(*args, **kwargs)
-        finally:
-            self.inside_layer = False
         self.compare(type(module).__name__, [], out)
         return out
 
@@ -174,7 +172,7 @@ def _same_sizes(plan: Plan, run: Run, call: Call) -> Iterator[tuple[Slot, Call, 
     tried = set()
     for first in _slots(call.out_axes, is_result=True):
         for other in earlier:
-            for second in (*_slots(other.in_axes, False, longest=1), *_slots(other.out_axes, True, longest=1)):
+            for second in _single_slots(other):
                 if _size(call, first) != _size(other, second):
                     continue
                 a, b = _axis(call, first), _axis(other, second)
@@ -231,16 +229,9 @@ def _suspects(plan: Plan, deviation: Deviation) -> list[Unit]:
     run, wrong = _at(plan, deviation)
     before = list(reversed(run.calls[: deviation.place[1] + 1]))
     in_module = [call for call in before if call.module_name == wrong.module_name]
-    if suspects := plan.sliced_units(axis for call in in_module for axis in _all_axes(call)):
-        return suspects
-    for call in before:
-        if suspects := plan.sliced_units(_all_axes(call)):
-            return suspects
-    return plan.sliced_units(axis for call in plan.trace.calls for axis in _all_axes(call))
-
-
-def _all_axes(call: Call) -> list[Axis]:
-    return [axis for axes in (*call.in_axes, *call.out_axes) for axis in axes]
+    places = (in_module, *([call] for call in before), plan.trace.calls)
+    found = (plan.sliced_units(axis for call in calls for axis in call.axes()) for calls in places)
+    return next(filter(None, found), [])
 
 
 def _guilty(plan: Plan, example: torch.Tensor, deviation: Deviation, suspects: list[Unit]) -> list[Unit]:
