@@ -99,9 +99,8 @@ def at_width(model: nn.Module, width: float) -> Iterator[nn.Module]:
         >>> with at_width(make_slimmable(model), 0.5):
         ...     logits = model(images)
     """
-    state = width_state(model)
-    with state.kept():
-        state.set(Width(check_width(width), state.width.divisor), state.subnet_pass, state.dropped)
+    with width_state(model).kept():
+        set_width(model, width)
         yield model
 
 
