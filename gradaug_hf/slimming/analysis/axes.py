@@ -106,12 +106,8 @@ def split(axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
 def tie(first: Axis, second: Axis, reason: str) -> None:
     """Make two axes of equal size the same one.
 
-    Args:
-        first, second: the axes.
-        reason: why a unit stays whole that meets something whole or of another structure.
-
-    Raises:
-        ValueError: the sizes differ, which is a mistake of the caller.
+    The reason is why a unit stays whole that meets something whole or of another structure. A ValueError says that the
+    sizes differ, which is a mistake of the caller.
     """
     if axis_size(first) != axis_size(second):
         raise ValueError(f"cannot tie {first} of size {axis_size(first)} to {second} of size {axis_size(second)}")

@@ -11,11 +11,7 @@ from gradaug_hf.slimming.patterns import Kept, Pattern, Whole, is_sliced
 
 
 class Plan:
-    """Give the patterns of a trace. A unit is sliced while it is free and not held whole on trial.
-
-    Args:
-        trace: a model's finished trace.
-    """
+    """Give the patterns of a finished trace. A unit is sliced while it is free and not held whole on trial."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace

@@ -38,13 +38,7 @@ PROOF_WIDTHS = {True: Width(0.69), False: Width(0.53)}
 
 
 class Deviation(Exception):
-    """Raised where the sub-network does not do what the plan foretells.
-
-    Args:
-        run: index of the run in which it shows.
-        position: index of the call at which it shows.
-        message: what is wrong there.
-    """
+    """Raised where the sub-network does not do what the plan foretells: at a position among the calls of a run."""
 
     def __init__(self, run: int, position: int, message: str) -> None:
         super().__init__(message)
@@ -100,15 +94,7 @@ class _Check(TorchDispatchMode):
 
 
 def find_deviation(plan: Plan, example: torch.Tensor) -> Deviation | None:
-    """Run the sub-network of a plan on the meta device, in training and evaluation mode.
-
-    Args:
-        plan: the plan to prove.
-        example: the input of the trace.
-
-    Returns:
-        The first operation that does not follow the plan, or None.
-    """
+    """Return the first operation of the sub-network, in training or evaluation mode, that does not follow the plan."""
     slices = plan.slices()
     for index, run in enumerate(plan.trace.runs):
         subnet = meta_copy(plan.trace.network).train(run.training)
