@@ -23,21 +23,13 @@ class BriefParser(ArgumentParser):
     elsewhere: Mapping[str, str] = {}  # flags of sibling commands, with what to do instead
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
-        """Parse flags, and refuse those that are not known.
-
-        Raises:
-            SystemExit: a flag is not known, or its value has a wrong type.
-        """
+        """Parse flags, and end the process if one is not known or its value has a wrong type."""
         found, unknown = self.parse_known_args(args, namespace)
         self.refuse(unknown)
         return found
 
     def refuse(self, unknown: Sequence[str]) -> None:
-        """End the process if there are words that no flag takes.
-
-        Raises:
-            SystemExit: there are some.
-        """
+        """End the process if there are words that no flag takes."""
         if not unknown:
             return
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
