@@ -113,13 +113,7 @@ class ResolutionTrial:
 
 
 def dynamic_size_hint(model: nn.Module, sides: Iterable[int], shape: Sequence[int] | None = None) -> str:
-    """Return a hint how to build a timm model of fixed image size for other sides, or an empty string.
-
-    Args:
-        model: a timm model, a `TimmWrapperForImageClassification`, or any module.
-        sides: in pixels.
-        shape: (height, width) of the images in pixels; None: square ones.
-    """
+    """Return a hint how to build a timm model of fixed image size for other sides, or an empty string."""
     arguments = dynamic_size_arguments(model, sides, shape)
     if arguments is None:
         return ""

@@ -41,9 +41,6 @@ def checkpoint_to_resume(trainer: Trainer, given: str | bool | None) -> str | No
     Args:
         trainer: a GradAugTrainer.
         given: a folder; True: the last checkpoint in `args.output_dir`; None or False: none.
-
-    Raises:
-        ResumeError: the checkpoint cannot be read, is of another model, or was trained with other settings.
     """
     args, model = trainer.args, trainer.model
     folder = get_last_checkpoint(args.output_dir) if given is True else given or None
@@ -98,11 +95,7 @@ def _label(example: Any) -> Any:
 
 
 class ProgressCallback(TrainerCallback):
-    """Keep the sums of the next log, the time and the place in a stream, which the Trainer's checkpoints lack.
-
-    Args:
-        trainer: whose training is resumed.
-    """
+    """Keep the sums of the next log, the time and the place in a stream, which the Trainer's checkpoints lack."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.means = RunningMeans()
@@ -114,14 +107,7 @@ class ProgressCallback(TrainerCallback):
         self._fingerprint: str | None = None  # of the training set
 
     def begin(self, given: str | bool | None) -> str | None:
-        """Begin a training, from the progress that a checkpoint holds or anew, and return the checkpoint's folder.
-
-        Args:
-            given: as for `checkpoint_to_resume`.
-
-        Raises:
-            ResumeError: as `checkpoint_to_resume`.
-        """
+        """Begin a training, from the progress that a checkpoint holds or anew, and return the checkpoint's folder."""
         self._fingerprint = dataset_fingerprint(self._trainer.train_dataset)
         folder = checkpoint_to_resume(self._trainer, given)
         self._stored = {} if folder is None else read_state(Path(folder))["progress"]
@@ -155,12 +141,7 @@ class ProgressCallback(TrainerCallback):
     # ---- where a resumed training goes on ----
 
     def place(self, epoch: int, batches: int) -> tuple[int, int]:
-        """Return the epoch to go on in and the batches of it to leave out.
-
-        Args:
-            epoch: as the Trainer has it, which takes all epochs of a stream for one.
-            batches: as the Trainer has them.
-        """
+        """Return the epoch to go on in and its batches to leave out; the Trainer takes a stream for one epoch."""
         state, args = self._trainer.state, self._trainer.args
         if "stream" in self._stored:
             epoch, batches = self._stored["stream"]
@@ -175,9 +156,7 @@ class ProgressCallback(TrainerCallback):
     def start_workers_aside(self, loader: DataLoader, was_started: bool) -> DataLoader:
         """Start the workers of a data loader without the global random number that each start takes, if it was taken.
 
-        Args:
-            loader: of `Trainer`, whose workers are kept from epoch to epoch or not.
-            was_started: whether they had been started before the checkpoint that the training was resumed from.
+        That is where they had been started before the checkpoint that the training was resumed from.
         """
         base = getattr(loader, "base_dataloader", loader)  # accelerate has wrapped it, unless it was told not to
         if self._stored and was_started and base.persistent_workers and base.generator is None:

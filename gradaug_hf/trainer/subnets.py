@@ -19,7 +19,7 @@ from gradaug_hf.trainer import sharding
 from gradaug_hf.trainer.batches import split_batch
 from gradaug_hf.trainer.checks import check_checkpointing, check_train_dataset
 from gradaug_hf.trainer.config import GradAugConfig
-from gradaug_hf.trainer.own_loss import FullLoss, OwnLossGradAug
+from gradaug_hf.trainer.full_loss import FullLoss, OwnLossGradAug
 from gradaug_hf.trainer.preparation import leave_out_anything, make_subnets_possible
 from gradaug_hf.utils.attributes import replaced
 from gradaug_hf.utils.randomness import random_states_kept
@@ -29,11 +29,7 @@ from gradaug_hf.utils.settings import taken_from
 class TrainingSubnets:
     """Prepare a model for its sub-networks, and run the passes of the objective that trains them.
 
-    Args:
-        args: the settings.
-        sampler: samples the sub-networks; None: as the settings say.
-        transform: changes the images of a sub-network before they are resized.
-        teacher: another model that the sub-networks learn from.
+    Sampler, transform and teacher are those of `GradAugTrainer`.
     """
 
     objective_class: type[GradAug] = GradAug

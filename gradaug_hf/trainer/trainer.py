@@ -34,13 +34,12 @@ from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportC
 from gradaug_hf.trainer.checkpoints import describe_last, place_once, written_whole
 from gradaug_hf.trainer.compilation import compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
+from gradaug_hf.trainer.full_loss import PlainLoss, loss_and_logits
 from gradaug_hf.trainer.interruption import Interruption
 from gradaug_hf.trainer.loaders import train_loader
 from gradaug_hf.trainer.lock import locked
 from gradaug_hf.trainer.loss_watch import LossWatch, last_checkpoint_named
 from gradaug_hf.trainer.mixing import TrainingMixer
-from gradaug_hf.trainer.own_loss import loss_and_logits
-from gradaug_hf.trainer.plain_loss import PlainLoss
 from gradaug_hf.trainer.preparation import lay_out
 from gradaug_hf.trainer.resuming import ProgressCallback
 from gradaug_hf.trainer.subnets import TrainingSubnets
