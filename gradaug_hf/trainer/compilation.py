@@ -32,15 +32,12 @@ def check_compilable(sampler: SubnetSampler) -> None:
         )
     if not isinstance(sampler, SubnetSampler):
         return
-    if drops_blocks(sampler.subnet_mode):
+    mode = sampler.subnet_mode
+    if drops_blocks(mode) or mode == "tokens":
+        difference = "drops other blocks" if drops_blocks(mode) else "sees another share of the patches"
         raise ValueError(
-            f"torch_compile compiles each sub-network, but with subnet_mode {sampler.subnet_mode!r} each drops other "
-            "blocks; set subnet_mode='width', or leave out torch_compile"
-        )
-    if sampler.subnet_mode == "tokens":
-        raise ValueError(
-            "torch_compile compiles each sub-network, but with subnet_mode 'tokens' each sees another share of the "
-            "patches; set subnet_mode='width', or leave out torch_compile"
+            f"torch_compile compiles each sub-network, but with subnet_mode {mode!r} each {difference}; set "
+            "subnet_mode='width', or leave out torch_compile"
         )
     if number_of_widths(sampler) is None:
         raise ValueError(

@@ -190,20 +190,17 @@ class ProgressCallback(TrainerCallback):
     def complete_checkpoint(self, checkpoint: Path, settings: Mapping[str, Any]) -> None:
         """Write settings and progress into a checkpoint of the Trainer; on all processes."""
         trainer = self._trainer
-        processes = gather_object([self._sums()])
+        sums = {
+            "loss": trainer._tr_loss.item(),
+            "total_loss": trainer._total_loss_scalar,
+            "last_logged": trainer._globalstep_last_logged,
+            "means": self.means.state(),
+        }
+        processes = gather_object([sums])
         if trainer.args.should_save:
             trainer.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
             progress = {"seconds": trainer.training_seconds(), "processes": processes, **self._place_in_stream()}
             write_state(checkpoint, settings, progress)
-
-    def _sums(self) -> dict[str, Any]:
-        """Return the sums of this process."""
-        return {
-            "loss": self._trainer._tr_loss.item(),
-            "total_loss": self._trainer._total_loss_scalar,
-            "last_logged": self._trainer._globalstep_last_logged,
-            "means": self.means.state(),
-        }
 
     def _place_in_stream(self) -> dict[str, tuple[int, int]]:
         """Return the epoch of a training set without length, and the batches of it that were trained on."""

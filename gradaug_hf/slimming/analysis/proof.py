@@ -6,7 +6,7 @@ of the class at once, so that repeated blocks are mended together.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import combinations
+from itertools import combinations, takewhile
 from math import prod
 from typing import Any, NamedTuple
 
@@ -149,12 +149,8 @@ def _tie_sizes(plan: Plan, example: torch.Tensor, deviation: Deviation) -> bool:
 
 def _same_sizes(plan: Plan, run: Run, call: Call) -> Iterator[tuple[Slot, Call, Slot]]:
     """Yield dimensions of a view, or neighbouring ones together, with the size of one met earlier in its module."""
-    earlier = []
-    for other in run.calls:
-        if other is call:
-            break
-        if other.module_name == call.module_name or other.module_name.startswith(f"{call.module_name}."):
-            earlier.append(other)
+    before = takewhile(lambda other: other is not call, run.calls)
+    earlier = [other for other in before if f"{other.module_name}.".startswith(f"{call.module_name}.")]
     tried = set()
     for first in _slots(call.out_axes, is_result=True):
         for other in earlier:
@@ -207,7 +203,7 @@ def _siblings(run: Run, within: Call, *calls: Call) -> Iterator[tuple[Call, ...]
 
 def _below(run: Run, module_name: str) -> list[Call]:
     prefix = f"{module_name}." if module_name else ""
-    return [call for call in run.calls if call.module_name == module_name or call.module_name.startswith(prefix)]
+    return [call for call in run.calls if f"{call.module_name}.".startswith(prefix)]
 
 
 def _suspects(plan: Plan, deviation: Deviation) -> list[Unit]:
