@@ -1,4 +1,4 @@
-"""Find the shortcut that stays of each residual block when it is dropped, and make the blocks droppable.
+"""Find the shortcut that remains where a residual block is dropped, and make the blocks droppable.
 
 A residual block is known by its `drop_path`. It gives `act(shortcut(x) + drop_path(residual(x)))`, with a shortcut and
 an activation that go by many names. So they are not guessed but tried: with random weights and images a copy of the

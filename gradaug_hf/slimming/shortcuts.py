@@ -1,4 +1,4 @@
-"""Run the shortcut that stays of a residual block when it is dropped (stochastic depth, arXiv 1603.09382)."""
+"""Run the shortcut that remains where a residual block is dropped (stochastic depth, arXiv 1603.09382)."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -15,7 +15,7 @@ PREFIXES = ("cls_token", "distillation_token", "register_tokens")
 
 @dataclass(frozen=True)
 class TokenPlace:
-    """Where the tokens of a model have their positions, and the first block has not run.
+    """The place in a model where tokens have their positions and no block has run yet.
 
     Args:
         module: its output is the tokens (N, prefix + patches, C).

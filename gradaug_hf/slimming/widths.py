@@ -34,7 +34,7 @@ def check_unchanged(model: nn.Module) -> None:
 
 
 def accept_wrappers(model: nn.Module) -> None:
-    """Take a model, some of whose modules were wrapped since in others that do not change them, for unchanged."""
+    """Treat a model as unchanged although modules of it were wrapped in others, which compute the same."""
     patched = _patched_model(model)
     if patched is not None:
         mark(patched, patched._width_state)

@@ -74,7 +74,7 @@ class ResumeError(ValueError):
 
 @contextmanager
 def as_resume_errors() -> Iterator[None]:
-    """Raise what is wrong with a file of a checkpoint as the reason why a training cannot be resumed."""
+    """Turn an error about a file of a checkpoint into a ResumeError."""
     try:
         yield
     except WeightsError as error:

@@ -31,7 +31,7 @@ def train_loader(trainer: Trainer, default: Callable[[], DataLoader]) -> DataLoa
 
 @dataclass
 class SkippingCollator:
-    """Collate batches, but for those that a resumed training has seen and passes over, which are empty."""
+    """Collate batches; one that a resumed training has seen before is empty."""
 
     collate: DataCollator
 

@@ -180,11 +180,11 @@ class ProgressCallback(TrainerCallback):
     # ---- what a checkpoint holds ----
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Know that an epoch is under way."""
+        """Note that an epoch is under way."""
         self._epoch_is_over = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Know that a checkpoint is one of the next epoch's beginning."""
+        """Note that a checkpoint written now is of the beginning of the next epoch."""
         self._epoch_is_over = True
 
     def complete_checkpoint(self, checkpoint: Path, settings: Mapping[str, Any]) -> None:

@@ -123,7 +123,7 @@ class GradAugTrainer(Trainer):
         as_metadata(self.card_metadata)
         checks.check_output_dir(args)
         if args.num_subnets > 0:
-            sharding.check_version(args)  # another one the Trainer's constructor may not stand
+            sharding.check_version(args)  # with another the Trainer's constructor may fail
         checkpoint = model if isinstance(model, str) else None
         if checkpoint:
             model = network_to_train(checkpoint, train_dataset, eval_dataset)
@@ -444,7 +444,7 @@ class GradAugTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `Trainer` does, with its card and, unless it is for a checkpoint, `plots`."""
-        if sharding.stores_parts(self.accelerator):  # of which the Trainer makes no whole
+        if sharding.stores_parts(self.accelerator):  # which the Trainer does not gather
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:

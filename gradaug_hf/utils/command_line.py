@@ -67,9 +67,9 @@ def errors_as_messages(*kinds: type[Exception], of_one_process: bool = False) ->
 
 
 def tell_launcher(line: str) -> None:
-    """Write why this process ends to where torch's launcher of several looks for it, which ends its own lines with it.
+    """Write why this process ends to the file from which torch's launcher takes the last of the lines that it prints.
 
-    So it is read even where the launcher ends the process that was to say it, since another has ended before.
+    So the reason is shown even if the launcher, as another process has ended, ends the one that was to print it.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))

@@ -200,12 +200,12 @@ class Trace(TorchDispatchMode):
         self._alive.append(tensor)
 
     def set_whole(self, tensors: Any, reason: str = "") -> None:
-        """Make whole what tensors, in nested lists and the like, are made of."""
+        """Give tensors, also those in lists and mappings, axes that are whole."""
         for tensor in tensors_in(tensors):
             self.set_axes(tensor, tuple(fixed(size, reason) for size in tensor.shape))
 
     def keep_whole(self, tensors: Any, reason: str) -> None:
-        """Keep whole the axes that tensors, in nested lists and the like, have."""
+        """Keep the axes whole that tensors, also those in lists and mappings, have already."""
         for tensor in tensors_in(tensors):
             for axis in self.axes(tensor):
                 fix(axis, reason)
