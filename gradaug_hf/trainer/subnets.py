@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -26,29 +26,23 @@ from gradaug_hf.utils.randomness import random_states_kept
 from gradaug_hf.utils.settings import taken_from
 
 
+@dataclass(eq=False)
 class TrainingSubnets:
     """Prepare a model for its sub-networks, and run the passes of the objective that trains them.
 
     Sampler, transform and teacher are those of `GradAugTrainer`.
     """
 
-    objective_class: type[GradAug] = GradAug
+    args: GradAugConfig
+    given_sampler: SubnetSampler | None
+    transform: ImageTransform | None
+    teacher: nn.Module | None
+    objective: GradAug | None = None  # of the training under way
+    resolutions: list[int] | None = None  # None until they are settled
+    trial: ResolutionTrial | None = None  # of the model that was prepared
+    _step: ExitStack | None = None  # what is closed at the end of the step under way
 
-    def __init__(
-        self,
-        args: GradAugConfig,
-        sampler: SubnetSampler | None = None,
-        transform: ImageTransform | None = None,
-        teacher: nn.Module | None = None,
-    ) -> None:
-        self.args = args
-        self.given_sampler = sampler
-        self.transform = transform
-        self.teacher = teacher
-        self.objective: GradAug | None = None  # of the training under way
-        self._step: ExitStack | None = None  # what is closed at the end of the step under way
-        self.resolutions: list[int] | None = None  # None until they are settled
-        self.trial: ResolutionTrial | None = None  # of the model that was prepared
+    objective_class: ClassVar[type[GradAug]] = GradAug
 
     @property
     def sampler(self) -> SubnetSampler:
