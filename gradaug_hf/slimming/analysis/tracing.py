@@ -376,12 +376,12 @@ def _buffers_of(network: nn.Module) -> dict[tuple[str, str], torch.Tensor | None
 
 def _filled_dictionaries(network: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (module name, attribute) of the dictionaries, other than PyTorch's own, that hold tensors."""
-    pytorchs = vars(nn.Module())
+    inherited = vars(nn.Module())
     for module_name, module in network.named_modules():
-        own = {name: value for name, value in vars(module).items() if name not in pytorchs and isinstance(value, dict)}
-        yield from (
-            (module_name, name) for name in own if any(isinstance(v, torch.Tensor) for v in own[name].values())
-        )
+        for name, value in vars(module).items():
+            values = value.values() if isinstance(value, dict) and name not in inherited else ()
+            if any(isinstance(each, torch.Tensor) for each in values):
+                yield module_name, name
 
 
 def constants_in(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> list[Any]:
