@@ -63,8 +63,7 @@ from gradaug_hf.trainer.checkpoints import ResumeError
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.metrics import topk_accuracy
 from gradaug_hf.utils.command_line import errors_as_messages
-from gradaug_hf.utils.launch import leave_group, process_state
-from gradaug_hf.utils.threads import use_all_cores
+from gradaug_hf.utils.launch import leave_group, process_state, use_all_cores
 
 CLASSES = "classes.csv"
 EXAMPLES_SHOWN = 16

@@ -39,7 +39,7 @@ from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.metrics import topk_accuracy
 from gradaug_hf.trainer.trainer import GradAugTrainer
 from gradaug_hf.utils.command_line import errors_as_messages
-from gradaug_hf.utils.threads import use_all_cores
+from gradaug_hf.utils.launch import use_all_cores
 
 PLAIN, GRADAUG = "plain", "gradaug"
 EVAL_BATCH_SIZE = 100

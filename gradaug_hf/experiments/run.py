@@ -53,8 +53,7 @@ from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.loss_watch import NonFiniteLossError
 from gradaug_hf.trainer.metrics import topk_accuracy
 from gradaug_hf.utils.command_line import errors_as_messages
-from gradaug_hf.utils.launch import leave_group, process_state
-from gradaug_hf.utils.threads import use_all_cores
+from gradaug_hf.utils.launch import leave_group, process_state, use_all_cores
 
 # The paper's optimiser and schedule, and what a run shows and keeps.
 SETTINGS = {

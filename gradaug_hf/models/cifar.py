@@ -1,6 +1,6 @@
 """The common part of the models for CIFAR: statistics of images, configuration for timm, all but their blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, get_device_dtype
@@ -39,8 +39,8 @@ class CifarNetwork(nn.Module):
     them replaces `bn1` and `act1` behind the first convolution, `bn` and `act` behind the last block.
 
     Args:
-        block: Makes a residual block from its channels of input and output, its stride, `drop_block` (makes a
-            DropBlock, or None), `drop_path` (a module for the residual), and `device` and `dtype` of the parameters.
+        block: Makes a residual block from its channels of input and output, its stride, the modules `drop_block` and
+            `drop_path` for its residual, and `device` and `dtype` of the parameters.
         channels: Output channels of each block of each stage; the second and third stage begin with stride 2.
         num_classes: Number of outputs; 0 leaves the classifier out.
         in_chans: Number of image channels.
@@ -85,12 +85,17 @@ class CifarNetwork(nn.Module):
         self.conv1 = nn.Conv2d(in_chans, self.STEM_CHANNELS, 3, padding=1, bias=False, **dd)
         self.bn1 = nn.Identity()
         self.act1 = nn.Identity()
-        paths = _drop_paths(drop_path_rate, shake_drop_rate, [len(stage) for stage in channels])
+        drop_paths = _drop_paths(drop_path_rate, shake_drop_rate, sum(map(len, channels)))
+        stages, last = [], self.STEM_CHANNELS
         # timm has DropBlock settings for four stages; models for small images have the last three.
-        drops = drop_blocks(drop_block_rate)[1:]
-        self.layer1 = _stage(block, self.STEM_CHANNELS, channels[0], 1, paths[0], drops[0], dd)
-        self.layer2 = _stage(block, channels[0][-1], channels[1], 2, paths[1], drops[1], dd)
-        self.layer3 = _stage(block, channels[1][-1], channels[2], 2, paths[2], drops[2], dd)
+        for stage, stride, drop_block in zip(channels, (1, 2, 2), drop_blocks(drop_block_rate)[1:], strict=True):
+            blocks = []
+            for size in stage:
+                drops = {"drop_block": drop_block() if drop_block else nn.Identity(), "drop_path": next(drop_paths)}
+                blocks.append(block(last, size, 1 if blocks else stride, **drops, **dd))
+                last = size
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = stages
         self.bn = nn.Identity()
         self.act = nn.Identity()
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
@@ -140,35 +145,9 @@ class CifarNetwork(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _drop_paths(drop_path_rate: float, shake_drop_rate: float, num_blocks: Sequence[int]) -> list[list[nn.Module]]:
-    """Return a module for the residual of each block of each stage: ShakeDrop, stochastic depth, both or identity."""
-    shakes = iter(shake_drop_rate * index / sum(num_blocks) for index in range(1, sum(num_blocks) + 1))
-    rates = calculate_drop_path_rates(drop_path_rate, list(num_blocks), stagewise=True)
-    return [[_drop_path(rate, next(shakes)) for rate in stage] for stage in rates]
-
-
-def _drop_path(drop_path_rate: float, shake_drop_rate: float) -> nn.Module:
-    drops: list[nn.Module] = []
-    if shake_drop_rate:
-        drops.append(ShakeDrop(shake_drop_rate))
-    if drop_path_rate:
-        drops.append(DropPath(drop_path_rate))
-    if not drops:
-        return nn.Identity()
-    return nn.Sequential(*drops) if len(drops) > 1 else drops[0]
-
-
-def _stage(
-    block: Callable[..., nn.Module],
-    in_channels: int,
-    channels: Sequence[int],
-    stride: int,
-    drop_paths: Sequence[nn.Module],
-    drop_block: Callable[[], nn.Module] | None,
-    dd: dict,
-) -> nn.Sequential:
-    blocks = []
-    for out_channels, drop_path in zip(channels, drop_paths, strict=True):
-        blocks.append(block(in_channels, out_channels, stride, drop_block=drop_block, drop_path=drop_path, **dd))
-        in_channels, stride = out_channels, 1
-    return nn.Sequential(*blocks)
+def _drop_paths(drop_path_rate: float, shake_drop_rate: float, num_blocks: int) -> Iterator[nn.Module]:
+    """Yield a module for the residual of each block: ShakeDrop, stochastic depth, both or identity."""
+    for number, rate in enumerate(calculate_drop_path_rates(drop_path_rate, num_blocks), start=1):
+        drops = [ShakeDrop(shake_drop_rate * number / num_blocks)] if shake_drop_rate else []
+        drops += [DropPath(rate)] if rate else []
+        yield nn.Sequential(*drops) if len(drops) > 1 else drops[0] if drops else nn.Identity()

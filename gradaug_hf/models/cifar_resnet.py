@@ -1,6 +1,5 @@
 """Residual networks for CIFAR in timm's registry (He et al., 2015, arXiv 1512.03385, section 4.2)."""
 
-from collections.abc import Callable
 from typing import Any
 
 from timm.layers import get_device_dtype
@@ -17,18 +16,12 @@ class BasicBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        drop_block: Callable[[], nn.Module] | None,
-        drop_path: nn.Module,
-        **dd: Any,
+        self, in_channels: int, out_channels: int, stride: int, drop_block: nn.Module, drop_path: nn.Module, **dd: Any
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(out_channels, **dd)
-        self.drop_block = nn.Identity() if drop_block is None else drop_block()
+        self.drop_block = drop_block
         self.act1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False, **dd)
         self.bn2 = nn.BatchNorm2d(out_channels, **dd)
@@ -63,11 +56,7 @@ class CifarResNet(CifarNetwork):
         blocks, remainder = divmod(depth - 2, 6)
         if remainder or blocks < 1:
             raise ValueError(f"depth={depth}: a residual network for CIFAR has 6 n + 2 layers (8, 14, 20, 26, ...)")
-        super().__init__(
-            BasicBlock,
-            [[width] * blocks for width in (16, 32, 64)],
-            **settings,
-        )
+        super().__init__(BasicBlock, [[width] * blocks for width in (16, 32, 64)], **settings)
         self.bn1 = nn.BatchNorm2d(self.STEM_CHANNELS, **get_device_dtype(self))
         self.act1 = nn.ReLU(inplace=True)
 

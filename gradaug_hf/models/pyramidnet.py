@@ -1,6 +1,5 @@
 """Pyramidal residual networks for CIFAR in timm's registry (Han, Kim and Kim, 2017, arXiv 1610.02915)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -18,15 +17,15 @@ class PyramidBlock(nn.Module):
 
     Args:
         stride: Stride of the residual.
-        drop_block: Makes the DropBlock behind the last norm but one of the residual; None for none.
+        drop_block: Applied behind the last norm but one of the residual.
         drop_path: Applied to the residual.
     """
 
     expansion = 1
 
-    def __init__(self, stride: int, drop_block: Callable[[], nn.Module] | None, drop_path: nn.Module):
+    def __init__(self, stride: int, drop_block: nn.Module, drop_path: nn.Module):
         super().__init__()
-        self.drop_block = nn.Identity() if drop_block is None else drop_block()
+        self.drop_block = drop_block
         self.drop_path = drop_path
         self.downsample = None if stride == 1 else nn.AvgPool2d(stride, ceil_mode=True)
 
@@ -45,13 +44,7 @@ class PyramidBasicBlock(PyramidBlock):
     """Two 3x3 convolutions."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        drop_block: Callable[[], nn.Module] | None,
-        drop_path: nn.Module,
-        **dd: Any,
+        self, in_channels: int, out_channels: int, stride: int, drop_block: nn.Module, drop_path: nn.Module, **dd: Any
     ):
         super().__init__(stride, drop_block, drop_path)
         self.bn1 = nn.BatchNorm2d(in_channels, **dd)
@@ -72,13 +65,7 @@ class PyramidBottleneck(PyramidBlock):
     expansion = 4
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int,
-        drop_block: Callable[[], nn.Module] | None,
-        drop_path: nn.Module,
-        **dd: Any,
+        self, in_channels: int, out_channels: int, stride: int, drop_block: nn.Module, drop_path: nn.Module, **dd: Any
     ):
         super().__init__(stride, drop_block, drop_path)
         inner = out_channels // self.expansion
@@ -124,11 +111,7 @@ class PyramidNet(CifarNetwork):
             raise ValueError(f"alpha={alpha}: a pyramidal network widens by 0 channels or more")
         total = 3 * blocks
         channels = [round(self.STEM_CHANNELS + alpha * i / total) * block.expansion for i in range(1, total + 1)]
-        super().__init__(
-            block,
-            [channels[:blocks], channels[blocks : 2 * blocks], channels[2 * blocks :]],
-            **settings,
-        )
+        super().__init__(block, [channels[start : start + blocks] for start in range(0, total, blocks)], **settings)
         self.bn1 = nn.BatchNorm2d(self.STEM_CHANNELS, **get_device_dtype(self))
         self.bn = nn.BatchNorm2d(self.num_features, **get_device_dtype(self))
         self.act = nn.ReLU(inplace=True)

@@ -7,11 +7,7 @@ from torch import Tensor, nn
 
 
 def check_rate(name: str, rate: float) -> None:
-    """Make sure that a rate is a probability below one.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise a ValueError unless a rate is a probability below one."""
     if not 0 <= rate < 1:
         raise ValueError(f"{name} is {rate!r}; a drop rate lies in [0, 1)")
 

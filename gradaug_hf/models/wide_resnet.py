@@ -1,6 +1,5 @@
 """Wide residual networks for small images in timm's registry (Zagoruyko and Komodakis, 2016, arXiv 1605.07146)."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ class PreActivationBlock(nn.Module):
         out_channels: int,
         stride: int,
         drop_rate: float,
-        drop_block: Callable[[], nn.Module] | None,
+        drop_block: nn.Module,
         drop_path: nn.Module,
         **dd: Any,
     ):
@@ -32,7 +31,7 @@ class PreActivationBlock(nn.Module):
         self.act1 = nn.ReLU(inplace=True)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False, **dd)
         self.bn2 = nn.BatchNorm2d(out_channels, **dd)
-        self.drop_block = nn.Identity() if drop_block is None else drop_block()
+        self.drop_block = drop_block
         self.act2 = nn.ReLU(inplace=True)
         self.drop = nn.Dropout(drop_rate)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False, **dd)

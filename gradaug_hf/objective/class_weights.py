@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gradaug_hf.objective.losses import check_labels, check_logits
+from gradaug_hf.objective.losses import at_least_float32, check_labels, check_logits
 
 
 def balanced_weights(labels: Sequence[int], num_classes: int) -> Tensor:
@@ -40,13 +40,9 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, class_weights: Tensor
     check_logits(logits, len(labels))
     check_labels(labels, logits.shape[1])
     with torch.autocast(logits.device.type, enabled=False):
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         class_weights = class_weights.to(logits)
-        if labels.ndim == 2:
-            labels = labels.to(logits.dtype)
-            weights = labels @ class_weights
-        else:
-            labels = labels.long()
-            weights = class_weights[labels]
+        labels = labels.to(logits.dtype) if labels.ndim == 2 else labels.long()
+        weights = labels @ class_weights if labels.ndim == 2 else class_weights[labels]
         losses = functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
         return (weights * losses).mean()

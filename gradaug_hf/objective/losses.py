@@ -116,16 +116,9 @@ def _check_target(logits: Tensor, target_logits: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, num_classes: int | None = None) -> None:
-    """Make sure that labels are class indices (N,), or a probability of each class (N, num_classes).
+    """Raise a ValueError unless labels are class indices (N,), or a probability of each class (N, num_classes).
 
-    Values are checked on the CPU only.
-
-    Args:
-        labels: of a batch.
-        num_classes: of the model; None if it is not known.
-
-    Raises:
-        ValueError: they are neither; names the first row that is wrong.
+    It names the first row that is wrong. Values are checked on the CPU only. `num_classes` may be unknown: None.
     """
     if labels.is_floating_point():
         _check_soft_labels(labels, num_classes)
@@ -163,16 +156,9 @@ def _check_soft_labels(labels: Tensor, num_classes: int | None) -> None:
 
 
 def check_multi_hot(labels: Tensor, num_classes: int | None = None) -> None:
-    """Make sure that labels say of each class how far an image has it, (N, num_classes) in 0..1.
+    """Raise a ValueError unless labels say how far an image has each class, (N, num_classes) in 0..1.
 
-    Values are checked on the CPU only.
-
-    Args:
-        labels: of a batch.
-        num_classes: of the model; None if it is not known.
-
-    Raises:
-        ValueError: they do not; names the first row that is wrong.
+    It names the first row that is wrong. Values are checked on the CPU only. `num_classes` may be unknown: None.
     """
     if labels.ndim != 2 or num_classes not in (None, labels.shape[1]) or labels.is_complex():
         raise ValueError(

@@ -75,16 +75,12 @@ class ObjectiveSettings(SubnetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.kl_weight >= 0:
-            raise ValueError(f"kl_weight is {self.kl_weight!r}; it must be at least 0")
+        self._check("kl_weight", self.kl_weight >= 0, "at least 0")
         if not 0 <= self.kl_warmup <= 1:
             raise ValueError(f"kl_warmup is {self.kl_warmup!r}; it must lie in [0, 1]")
-        if self.subnet_target not in SUBNET_TARGETS:
-            choices = ", ".join(map(repr, SUBNET_TARGETS))
-            raise ValueError(f"subnet_target is {self.subnet_target!r}; it must be one of {choices}")
-        if self.problem_type not in (None, *PROBLEM_TYPES):
-            choices = ", ".join(map(repr, PROBLEM_TYPES))
-            raise ValueError(f"problem_type is {self.problem_type!r}; it must be None or one of {choices}")
+        targets, problems = (", ".join(map(repr, choices)) for choices in (SUBNET_TARGETS, PROBLEM_TYPES))
+        self._check("subnet_target", self.subnet_target in SUBNET_TARGETS, f"one of {targets}")
+        self._check("problem_type", self.problem_type in (None, *PROBLEM_TYPES), f"None or one of {problems}")
 
 
 @documented_by(ObjectiveSettings)

@@ -1,7 +1,7 @@
 """Input resolutions: those of the paper for a side, and those that a model can take."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -57,7 +57,7 @@ class ResolutionTrial:
 
     def accepted(self, sides: Iterable[int]) -> list[int]:
         """Return the sides that the model can take."""
-        return [side for side in sides if self.error_at(side) is None]
+        return list(self._working(sides))
 
     def check(self, sides: Iterable[int]) -> None:
         """Make sure that the model can take every side.
@@ -87,48 +87,33 @@ class ResolutionTrial:
         defaults = default_resolutions(side)
         reach = side // 14  # half way from one to the next
         usable = [near for wanted in defaults if (near := self._nearest(wanted, reach)) is not None]
-        name = type(self._model).__name__
-        if len(usable) == 1:
-            warnings.warn(
-                f"{name} takes images of {side} pixels alone, so its sub-networks see no smaller ones"
-                f"{dynamic_size_hint(self._model, defaults, self._shape)}",
-                stacklevel=2,
-            )
-        elif len(usable) < len(defaults):
-            warnings.warn(
-                f"{name} takes nothing near some of the resolutions {defaults}, so its sub-networks use {usable}"
-                f"{dynamic_size_hint(self._model, defaults, self._shape)}",
-                stacklevel=2,
-            )
+        if len(usable) < len(defaults):
+            found = f"takes nothing near some of the resolutions {defaults}, so its sub-networks use {usable}"
+            if len(usable) == 1:
+                found = f"takes images of {side} pixels alone, so its sub-networks see no smaller ones"
+            hint = dynamic_size_hint(self._model, defaults, self._shape)
+            warnings.warn(f"{type(self._model).__name__} {found}{hint}", stacklevel=2)
         return usable
 
     def _advice(self, side: int) -> str:
-        below = next(iter(self._working(range(side - 1, max(0, side - SEARCH_RANGE), -1))), None)
-        above = next(iter(self._working(range(side + 1, side + SEARCH_RANGE))), None)
+        below = next(self._working(range(side - 1, max(0, side - SEARCH_RANGE), -1)), None)
+        above = next(self._working(range(side + 1, side + SEARCH_RANGE)), None)
         near = [str(found) for found in (below, above) if found is not None]
-        near = near or [str(found) for found in self.accepted(self._native())]
+        native = dict.fromkeys(size[-1] for size in example_sizes(self._model, None))
+        near = near or [str(found) for found in self._working(native)]
         hint = dynamic_size_hint(self._model, [side], self._shape)
         return f"sides that it can take: {', '.join(near) or 'none was found'}{hint}"
 
     def _nearest(self, wanted: int, reach: int) -> int | None:
         near = sorted(range(wanted - reach, wanted + reach + 1), key=lambda side: abs(side - wanted))
-        return next(iter(self._working(near)), None)
+        return next(self._working(near), None)
 
-    def _working(self, sides: Iterable[int]) -> Iterable[int]:
+    def _working(self, sides: Iterable[int]) -> Iterator[int]:
         return (side for side in sides if self.error_at(side) is None)
-
-    def _native(self) -> list[int]:
-        return list(dict.fromkeys(size[-1] for size in example_sizes(self._model, None)))
 
 
 def dynamic_size_hint(model: nn.Module, sides: Iterable[int], shape: Sequence[int] | None = None) -> str:
-    """Return a hint how to build a timm model of fixed image size for other sides, or an empty string.
-
-    Args:
-        model: a timm model, a `TimmWrapperForImageClassification`, or any module.
-        sides: in pixels.
-        shape: (height, width) of the images in pixels; None: square ones.
-    """
+    """Return a hint how to build a timm model of fixed image size for other sides, or an empty string."""
     arguments = dynamic_size_arguments(model, sides, shape)
     if arguments is None:
         return ""

@@ -133,27 +133,27 @@ class SubnetSettings:
     )
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.num_subnets) or self.num_subnets < 0:
-            raise ValueError(f"num_subnets is {self.num_subnets!r}; it must be an integer of at least 0")
-        if not 0 < self.min_width <= 1:
-            raise ValueError(f"min_width is {self.min_width!r}; it must lie in (0, 1]")
+        self._check("num_subnets", _is_integer(self.num_subnets, at_least=0), "an integer of at least 0")
+        check_share("min_width", self.min_width)
         if not self.min_width <= self.max_width <= 1:
             raise ValueError(
                 f"max_width is {self.max_width!r}; it must lie in [min_width, 1] = [{self.min_width!r}, 1]"
             )
-        if self.width_levels is not None and (not _is_integer(self.width_levels) or self.width_levels < 2):
-            raise ValueError(f"width_levels is {self.width_levels!r}; it must be None or an integer of at least 2")
-        sides = self.resolutions
-        if sides is not None and (len(sides) == 0 or not all(_is_positive(side) for side in sides)):
-            raise ValueError(f"resolutions is {sides!r}; it must be None or a non-empty list of positive integers")
-        if self.subnet_mode not in SUBNET_MODES:
-            choices = ", ".join(map(repr, SUBNET_MODES))
-            raise ValueError(f"subnet_mode is {self.subnet_mode!r}; it must be one of {choices}")
+        levels, sides = self.width_levels, self.resolutions
+        self._check(
+            "width_levels", levels is None or _is_integer(levels, at_least=2), "None or an integer of at least 2"
+        )
+        are_sides = sides is None or (len(sides) > 0 and all(_is_integer(side, at_least=1) for side in sides))
+        self._check("resolutions", are_sides, "None or a non-empty list of positive integers")
+        self._check("subnet_mode", self.subnet_mode in SUBNET_MODES, f"one of {', '.join(map(repr, SUBNET_MODES))}")
         check_share("min_survival", self.min_survival)
         check_share("min_tokens", self.min_tokens)
-        if not _is_positive(self.subnet_interval):
-            raise ValueError(f"subnet_interval is {self.subnet_interval!r}; it must be an integer of at least 1")
+        self._check("subnet_interval", _is_integer(self.subnet_interval, at_least=1), "an integer of at least 1")
         self.subnet_images = _as_share(self.subnet_images)
+
+    def _check(self, name: str, valid: bool, allowed: str) -> None:
+        if not valid:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
 
     @property
     def subnet_share(self) -> float:
@@ -255,9 +255,5 @@ def _as_share(images: Any) -> float | str:
     return share
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_positive(value: object) -> bool:
-    return _is_integer(value) and value > 0
+def _is_integer(value: object, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least

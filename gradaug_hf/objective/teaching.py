@@ -7,11 +7,7 @@ from gradaug_hf.objective.logits import logits_of
 
 
 def check_teacher(teacher: nn.Module, model: nn.Module, subnet_target: str) -> None:
-    """Make sure that sub-networks can learn the prediction of another model.
-
-    Raises:
-        ValueError: it is no model, shares layers with the one that is trained, or is never asked.
-    """
+    """Raise a ValueError if a teacher is no model, shares layers with the one that is trained, or is never asked."""
     if not isinstance(teacher, nn.Module):
         raise ValueError(f"teacher is a {type(teacher).__name__}; it must be a model (nn.Module)")
     if set(teacher.modules()) & set(model.modules()):
@@ -25,10 +21,6 @@ def check_teacher(teacher: nn.Module, model: nn.Module, subnet_target: str) -> N
 
 @torch.no_grad()
 def taught(teacher: nn.Module, images: Tensor, num_classes: int | None) -> Tensor:
-    """Return the logits of a teacher, brought to the images' device and to evaluation mode.
-
-    Raises:
-        ValueError: it has another number of classes.
-    """
+    """Return the logits of a teacher, brought to the images' device and to evaluation mode."""
     teacher.to(images.device).eval()
     return logits_of(teacher(images), len(images), num_classes)

@@ -15,15 +15,27 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class Saved(NamedTuple):
-    """Hold a copy of a buffer, made when the buffer had been written to `version` times."""
+class BufferCopy(NamedTuple):
+    """Hold a copy of a buffer.
 
-    buffer: Tensor
+    Args:
+        source: the full model's buffer.
+        value: the copy, or what a sub-network's forward has put in its place.
+        version: how often the source had been written to when it was copied.
+    """
+
+    source: Tensor
+    value: Any
     version: int
-    copy: Tensor
 
-    def is_current(self) -> bool:
-        return self.version == self.buffer._version
+    def is_of(self, source: Tensor) -> bool:
+        """Return True unless the full model's buffer is another one, or was written to, since it was copied."""
+        return torch.compiler.is_compiling() or (self.source is source and self.version == version_of(source))
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written to, or 0 where nobody counts (compiled code, inference mode)."""
+    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 @dataclass(eq=False)
@@ -36,7 +48,7 @@ class BufferGuard:
     """
 
     modules: list[nn.Module]
-    saved: dict[int, Saved] = field(default_factory=dict)
+    saved: dict[int, BufferCopy] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> "BufferGuard":
@@ -49,15 +61,15 @@ class BufferGuard:
     def restored(self) -> Iterator[None]:
         """Give every buffer its object and its values back when the context ends."""
         before = [(module._buffers, name, self._save(buffer)) for module, name, buffer in self._buffers()]
-        self.saved = {id(saved.buffer): saved for _, _, saved in before}
+        self.saved = {id(saved.source): saved for _, _, saved in before}
         try:
             yield
         finally:
             for buffers, name, saved in before:
-                buffers[name] = saved.buffer
-                if not saved.is_current():
+                buffers[name] = saved.source
+                if not saved.is_of(saved.source):
                     with torch.no_grad():
-                        saved.buffer.copy_(saved.copy)
+                        saved.source.copy_(saved.value)
 
     def _buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for module in self.modules:
@@ -65,8 +77,8 @@ class BufferGuard:
                 if buffer is not None and not buffer.is_inference():
                     yield module, name, buffer
 
-    def _save(self, buffer: Tensor) -> Saved:
+    def _save(self, buffer: Tensor) -> BufferCopy:
         saved = self.saved.get(id(buffer))
-        if saved is None or saved.buffer is not buffer or not saved.is_current():
-            saved = Saved(buffer, buffer._version, buffer.detach().clone())
+        if saved is None or not saved.is_of(buffer):
+            saved = BufferCopy(buffer, buffer.detach().clone(), version_of(buffer))
         return saved

@@ -1,4 +1,4 @@
-"""Find the shortcut that stays of each residual block when it is dropped, and make the blocks droppable.
+"""Find the shortcut that remains where a residual block is dropped, and make the blocks droppable.
 
 A residual block is known by its `drop_path`. It gives `act(shortcut(x) + drop_path(residual(x)))`, with a shortcut and
 an activation that go by many names. So they are not guessed but tried: with random weights and images a copy of the
@@ -99,28 +99,21 @@ def find_shortcuts(
 ) -> tuple[dict[str, Shortcut], dict[str, str]]:
     """Return the shortcuts of a model's residual blocks, and why others are never dropped; the model is left as it is.
 
-    Args:
-        model: any module that maps an image batch to logits.
-        input_size: side in pixels, (height, width) or (channels, height, width) of images that it can take; None finds
-            one.
-
     Returns:
         Block name -> its shortcut, in order of execution, and block name -> why it is never dropped.
     """
     names = list(residual_blocks(model))
     calls, error = _record_calls(model, names, input_size) if names else ({}, None)
     shortcuts, refused = {}, {}
-    for name in (*calls, *(name for name in names if name not in calls)):
-        if name not in calls:
-            refused[name] = f"the model does not run on the meta device: {error}" if error else "it does not run"
-            continue
+    for name, call in calls.items():
         with seeded(0):
-            found = _find_shortcut(_random_copy(model.get_submodule(name)), calls[name])
+            found = _find_shortcut(_random_copy(model.get_submodule(name)), call)
         if isinstance(found, str):
             refused[name] = found
         else:
             shortcuts[name] = Shortcut(len(shortcuts), *found)
-    return shortcuts, refused
+    reason = f"the model does not run on the meta device: {error}" if error else "it does not run"
+    return shortcuts, refused | {name: reason for name in names if name not in calls}
 
 
 def residual_blocks(model: nn.Module) -> Iterator[str]:
@@ -139,6 +132,7 @@ def _drop_paths(module: nn.Module) -> Iterator[str]:
             yield name
 
 
+@torch.no_grad()
 def _record_calls(
     model: nn.Module, names: list[str], input_size: int | Sequence[int] | None
 ) -> tuple[dict[str, Call], Exception | None]:
@@ -155,13 +149,11 @@ def _record_calls(
     first = None
     for size in chain(*(example_sizes(model, side) for side in sides), example_sizes(model, input_size)):
         try:
-            with torch.no_grad():
-                network(example_images(network, TRIED_BATCH, size))
+            network(example_images(network, TRIED_BATCH, size))
+            return calls, None
         except Exception as error:  # a model may raise anything at a size that it cannot take
             first = first or error
             calls.clear()
-            continue
-        return calls, None
     return {}, first
 
 

@@ -32,17 +32,14 @@ def extract_subnet(model: nn.Module, width: float) -> nn.Module:
     """
     width = check_width(width)
     state = width_state(model)
-    slices = slices_of(model)
-    overrides = {
-        name: dict(module._overrides)
-        for name, module in model.named_modules()
-        if isinstance(module, SlimModule) and module._overrides
-    }
     subnet = copy.deepcopy(model)
+    slices = slices_of(subnet)
+    overrides = {module: module._overrides for module in subnet.modules() if isinstance(module, SlimModule)}
     unpatch(subnet)
     narrow(subnet, slices, Width(width, state.width.divisor))
-    if state.width.multiplier == width:
-        _store_overrides(subnet, overrides)
+    if state.width.multiplier == width:  # recalibrated statistics are kept; other overrides are of their measurement
+        for module, own in overrides.items():
+            module._buffers.update({name: value for name, value in own.items() if name in module._buffers})
     return subnet
 
 
@@ -79,10 +76,3 @@ def _narrow_tensor(tensor: torch.Tensor, patterns: tuple, width: Width) -> torch
     for dim, pattern in enumerate(patterns):
         tensor = take_pattern(tensor, dim, pattern, width)
     return tensor.clone(memory_format=torch.preserve_format)
-
-
-def _store_overrides(subnet: nn.Module, overrides: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Keep recalibrated statistics; the other overrides belong to their measurement."""
-    for module_name, own in overrides.items():
-        buffers = subnet.get_submodule(module_name)._buffers
-        buffers.update({name: value.clone() for name, value in own.items() if name in buffers})

@@ -26,13 +26,7 @@ def can_add_directly(tensor: Tensor) -> bool:
 
 
 def direct_slice(parameter: nn.Parameter, cut: Cut, width: Width) -> Tensor:
-    """Return the kept part of a parameter as a leaf whose gradient is added to that of the parameter.
-
-    Args:
-        parameter: at full width.
-        cut: all of it prefixes.
-        width: what is kept.
-    """
+    """Return the part of a parameter that prefixes keep as a leaf whose gradient is added to the parameter's."""
     part = cut.view(parameter.detach(), width)
     if part.shape == parameter.shape:
         return parameter

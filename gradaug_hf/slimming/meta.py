@@ -87,25 +87,19 @@ def example_sizes(model: nn.Module, input_size: int | Sequence[int] | None) -> I
     cfg = getattr(network, "pretrained_cfg", None) or {}
     # The configuration of a timm model is that of its checkpoint, which may have had other channels.
     stated = getattr(network, "in_chans", None) or (cfg.get("input_size") or (3,))[0]
-    channels = list(dict.fromkeys([stated, _input_channels(model)]))
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
+    channels = list(dict.fromkeys([stated, first]))
     if input_size is not None:
         yield from (_full_size(input_size, count) for count in channels)
         return
-    candidates = [
-        getattr(getattr(network, "patch_embed", None), "img_size", None),
-        getattr(network, "img_size", None),
-        getattr(config, "image_size", None),
-        cfg.get("input_size"),
-        224,
-        32,
-    ]
+    own = [getattr(each, "img_size", None) for each in (getattr(network, "patch_embed", None), network)]
+    candidates = [*own, getattr(config, "image_size", None), cfg.get("input_size"), 224, 32]
+    known = [each for each in candidates if isinstance(each, (int, tuple, list)) and each]
     seen = set()
-    for candidate in candidates:
-        if isinstance(candidate, (int, tuple, list)) and candidate:
-            for size in (_full_size(candidate, count) for count in channels):
-                if size not in seen:
-                    seen.add(size)
-                    yield size
+    for size in (_full_size(each, count) for each in known for count in channels):
+        if size not in seen:
+            seen.add(size)
+            yield size
 
 
 def _full_size(size: int | Sequence[int], channels: int) -> tuple[int, int, int]:
@@ -117,10 +111,3 @@ def _full_size(size: int | Sequence[int], channels: int) -> tuple[int, int, int]
     if len(sides) == 3:
         return (channels, *sides[1:]) if sides[0] == 3 else sides
     return (channels, *sides) if len(sides) == 2 else (channels, *sides, *sides)
-
-
-def _input_channels(model: nn.Module) -> int:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return 3

@@ -10,14 +10,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradaug_hf.slimming.buffers import BufferGuard
+from gradaug_hf.slimming.buffers import BufferCopy, BufferGuard, version_of
 from gradaug_hf.slimming.changes import mark, unmark
 from gradaug_hf.slimming.gradients import can_add_directly, direct_slice
 from gradaug_hf.slimming.patterns import Cut, Pattern, Width, pattern_size
@@ -26,16 +26,6 @@ from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
 
 # What a patched model itself carries; the report only once it was made slimmable.
 MODEL_ATTRIBUTES = ("_width_state", "_slicing_report")
-MODULE_ATTRIBUTES = (
-    "_slices",
-    "_cuts",
-    "_state",
-    "_full",
-    "_overrides",
-    "_subnet_caches",
-    "_subnet_buffers",
-    "_shortcut",
-)
 BATCH_NORM_STATE = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -58,7 +48,7 @@ class WidthState:
     dropped: frozenset[int] = frozenset()
     direct: bool = False
     num_blocks: int = 0
-    own_buffers: list[dict[str, "OwnBuffer"]] = field(default_factory=list)
+    own_buffers: list[dict[str, BufferCopy]] = field(default_factory=list)
     guard: BufferGuard = field(default_factory=lambda: BufferGuard([]))
 
     def set(
@@ -98,31 +88,8 @@ class Slices:
 
     tensors: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
     attributes: dict[str, tuple[Pattern, ...]] = field(default_factory=dict)
-    written: frozenset[str] = frozenset()
-    caches: frozenset[str] = frozenset()
-
-
-class OwnBuffer(NamedTuple):
-    """Hold a sub-network's own copy of a buffer.
-
-    Args:
-        value: the copy, or what the forward has put in its place.
-        source: the full model's buffer.
-        version: how often the source had been written to when it was copied.
-    """
-
-    value: Any
-    source: torch.Tensor
-    version: int
-
-    def is_of(self, source: torch.Tensor) -> bool:
-        """Return True unless the full model's buffer is another one, or was written to, since it was copied."""
-        return torch.compiler.is_compiling() or (self.source is source and self.version == _version(source))
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was written to, or 0 where nobody counts (compiled code, inference mode)."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+    written: set[str] = field(default_factory=set)
+    caches: set[str] = field(default_factory=set)
 
 
 class SlimModule(nn.Module):
@@ -134,7 +101,7 @@ class SlimModule(nn.Module):
     _full: dict[str, Any]
     _overrides: dict[str, Any]
     _subnet_caches: dict[str, tuple[Width, dict]]
-    _subnet_buffers: dict[str, OwnBuffer]
+    _subnet_buffers: dict[str, BufferCopy]
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         return _rebuild, type(self)._made_of, self.__dict__
@@ -300,7 +267,7 @@ def _kept_part(module: SlimModule, name: str, tensor: torch.Tensor) -> torch.Ten
 def _own_buffer(module: SlimModule, name: str, source: torch.Tensor) -> Any:
     own = module._subnet_buffers
     if name not in own or not own[name].is_of(source):
-        own[name] = OwnBuffer(_kept_part(module, name, source).clone(), source, _version(source))
+        own[name] = BufferCopy(source, _kept_part(module, name, source).clone(), version_of(source))
     return own[name].value
 
 
@@ -310,7 +277,7 @@ def _buffer_setter(base: type[nn.Module], written: tuple[str, ...]) -> Callable[
     def set_attribute(self: SlimModule, name: str, value: Any) -> None:
         if name in written and name in self._buffers and self._state.is_subnet:
             source = self._buffers[name]
-            self._subnet_buffers[name] = OwnBuffer(value, source, _version(source))
+            self._subnet_buffers[name] = BufferCopy(source, value, version_of(source))
         else:
             base.__setattr__(self, name, value)
 
@@ -441,5 +408,5 @@ def _unpatch_module(module: nn.Module) -> None:
     unmark(module)
     if isinstance(module, SlimModule):
         module.__class__ = type(module)._unsliced
-        for name in MODULE_ATTRIBUTES:
+        for name in SlimModule.__annotations__ | DroppableBlock.__annotations__:
             vars(module).pop(name, None)

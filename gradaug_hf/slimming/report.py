@@ -8,7 +8,7 @@ from torch import nn
 
 from gradaug_hf.slimming.analysis.axes import Unit, iter_units
 from gradaug_hf.slimming.analysis.planning import Plan
-from gradaug_hf.slimming.analysis.tracing import Axes, Trace
+from gradaug_hf.slimming.analysis.tracing import Axes
 from gradaug_hf.slimming.patterns import Pattern, Width, is_sliced, pattern_size
 
 
@@ -82,7 +82,8 @@ class SlicingReport:
 def make_report(network: nn.Module, plan: Plan, batch: int) -> SlicingReport:
     """Describe a plan."""
     trace = plan.trace
-    axes = {name: _stored_axes(trace, name) for name, _ in network.named_parameters()}
+    stored = {f"{module}.{name}" if module else name: axes for (module, name), axes in trace.stored.items()}
+    axes = {name: stored[name] for name, _ in network.named_parameters()}
     parameters = {name: plan.patterns(own) for name, own in axes.items()}
     members: dict[Unit, list[str]] = {}
     for name, own in axes.items():
@@ -98,21 +99,13 @@ def make_report(network: nn.Module, plan: Plan, batch: int) -> SlicingReport:
     )
 
 
-def _stored_axes(trace: Trace, name: str) -> Axes:
-    module_name, _, local = name.rpartition(".")
-    return trace.stored[module_name, local]
-
-
 def _refused(network: nn.Module, axes: dict[str, Axes], parameters: dict[str, tuple[Pattern, ...]]) -> dict[str, str]:
     refused: dict[str, str] = {}
     for module_name, module in network.named_modules():
-        prefix = f"{module_name}." if module_name else ""
-        own = [prefix + local for local in module._parameters if prefix + local in parameters]
+        own = [name for name, _ in module.named_parameters(module_name, recurse=False) if name in parameters]
         if own and not any(is_sliced(pattern) for name in own for pattern in parameters[name]):
-            units = iter_units(axis for name in own for axis in axes[name])
-            refused[module_name] = next(
-                (unit.reason for unit in units if unit.reason), "its dimensions are no channels"
-            )
+            reasons = (unit.reason for unit in iter_units(axis for name in own for axis in axes[name]))
+            refused[module_name] = next(filter(None, reasons), "its dimensions are no channels")
     return refused
 
 

@@ -1,4 +1,4 @@
-"""Run the shortcut that stays of a residual block when it is dropped (stochastic depth, arXiv 1603.09382)."""
+"""Run the shortcut that remains where a residual block is dropped (stochastic depth, arXiv 1603.09382)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,14 +23,7 @@ class Shortcut:
 
 
 def run_shortcut(block: nn.Module, path: str | None, act: str | None, x: Tensor) -> Any:
-    """Return the output of a residual block for x without its residual branch.
-
-    Args:
-        block: the block.
-        path: name of the module that x goes through; None where it is x itself.
-        act: name of the module that follows the sum; None where nothing does.
-        x: the block's first argument.
-    """
+    """Return the output of a residual block for x without its residual branch; `path` and `act` are a `Shortcut`'s."""
     out = x if path is None else getattr(block, path)(x)
     if act is None:
         return out

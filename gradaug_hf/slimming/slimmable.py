@@ -63,8 +63,7 @@ def make_slimmable(
         slices, report = plan.slices(), make_report(network, plan, TRACED_BATCH)
         break
     else:  # what its forward writes to is unknown
-        buffers = {name: frozenset(module._buffers) for name, module in model.named_modules()}
-        slices = {name: Slices(written=own) for name, own in buffers.items() if own}
+        slices = {name: Slices(written=set(m._buffers)) for name, m in model.named_modules() if m._buffers}
     patch(model, slices, shortcuts, WidthState(Width(1.0, width_divisor)))
     model._slicing_report = report
     return model

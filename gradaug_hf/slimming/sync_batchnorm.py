@@ -77,12 +77,7 @@ class _SumOverProcesses(torch.autograd.Function):
 def synchronise_batchnorm(network: nn.Module, device: torch.device) -> None:
     """Have all batch norms of a model normalise by the whole batch, in place; parameters stay the same objects.
 
-    Args:
-        network: a model, not slimmable yet, unless its batch norms are synchronised already.
-        device: that it will be trained on.
-
-    Raises:
-        ValueError: the model is slimmable or droppable already.
+    A ValueError says that the model is slimmable or droppable already, and its batch norms are not synchronised.
     """
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
     if all(isinstance(norm, (nn.SyncBatchNorm, CpuSyncBatchNorm)) for norm in norms):

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 # Parameters of transformers' embeddings whose tokens precede the patches.
 PREFIXES = ("cls_token", "distillation_token", "register_tokens")
@@ -15,7 +15,7 @@ PREFIXES = ("cls_token", "distillation_token", "register_tokens")
 
 @dataclass(frozen=True)
 class TokenPlace:
-    """Where the tokens of a model have their positions, and the first block has not run.
+    """The place in a model where tokens have their positions and no block has run yet.
 
     Args:
         module: its output is the tokens (N, prefix + patches, C).
@@ -58,35 +58,27 @@ def tokens_kept(model: nn.Module, share: float, seed: int) -> Iterator[None]:
             logits = vit(images)
 
     Args:
-        model: as for `find_tokens`.
+        model: one that `find_tokens` knows.
         share: of the patches that are kept, in (0, 1]; at least one is.
         seed: of their positions; the global random numbers stay as they are.
 
     Raises:
         ValueError: there is no place in the model where patches can be left out.
     """
-    handle: RemovableHandle | None = None
-    if share < 1:
-        place = find_tokens(model)
-        handle = place.module.register_forward_hook(
-            lambda module, args, tokens: keep_patches(tokens, place.num_prefix, share, seed)
-        )
-    try:
+    if share >= 1:
         yield
-    finally:
-        if handle is not None:
-            handle.remove()
+        return
+    place = find_tokens(model)
+
+    def leave_out(module: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
+        return keep_patches(tokens, place.num_prefix, share, seed)
+
+    with place.module.register_forward_hook(leave_out):
+        yield
 
 
 def keep_patches(tokens: Tensor, num_prefix: int, share: float, seed: int) -> Tensor:
-    """Return the first tokens, and of each image other random ones of the patches, in their order.
-
-    Args:
-        tokens: (N, num_prefix + patches, C).
-        num_prefix: tokens before the patches.
-        share: of the patches that are kept, in (0, 1]; at least one is.
-        seed: of their positions.
-    """
+    """Return the first tokens of (N, num_prefix + patches, C), and of each image random patches, in their order."""
     images, patches = len(tokens), tokens.shape[1] - num_prefix
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(images, patches, generator=generator).argsort(dim=1)

@@ -34,7 +34,7 @@ def check_unchanged(model: nn.Module) -> None:
 
 
 def accept_wrappers(model: nn.Module) -> None:
-    """Take a model, some of whose modules were wrapped since in others that do not change them, for unchanged."""
+    """Treat a model as unchanged although modules of it were wrapped in others, which compute the same."""
     patched = _patched_model(model)
     if patched is not None:
         mark(patched, patched._width_state)
@@ -99,9 +99,8 @@ def at_width(model: nn.Module, width: float) -> Iterator[nn.Module]:
         >>> with at_width(make_slimmable(model), 0.5):
         ...     logits = model(images)
     """
-    state = width_state(model)
-    with state.kept():
-        state.set(Width(check_width(width), state.width.divisor), state.subnet_pass, state.dropped)
+    with width_state(model).kept():
+        set_width(model, width)
         yield model
 
 

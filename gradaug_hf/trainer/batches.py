@@ -14,11 +14,7 @@ IGNORED = -100
 
 
 def images_of(batch: Any) -> Tensor:
-    """Return the images (N, C, H, W) of a batch.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Return the images (N, C, H, W) of a batch, or raise a ValueError if it has none."""
     if not isinstance(batch, Mapping) or IMAGES not in batch:
         found = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"a batch holds {found}; expected {IMAGES!r} (N, C, H, W) and {LABELS!r}")
@@ -42,8 +38,7 @@ def name_images(model: nn.Module) -> None:
 def split_batch(batch: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return the images (N, C, H, W), the labels, (N,) or (N, classes), and the rest of a batch.
 
-    Raises:
-        ValueError: it has no images or no labels.
+    A ValueError says which of the first two it lacks.
     """
     images = images_of(batch)
     if batch.get(LABELS) is None:

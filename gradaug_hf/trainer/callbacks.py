@@ -24,9 +24,6 @@ class ReportCallback(TrainerCallback):
     """Keep the facts of plots and model card that the Trainer's log lacks, and write both.
 
     Nothing is written at an event: a checkpoint has to have its card before it is put in its place and pushed.
-
-    Args:
-        trainer: whose training is reported.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -96,11 +93,7 @@ class SpeedCallback(TrainerCallback):
 
 
 class PushCallback(TrainerCallback):
-    """Warn of each push of a checkpoint that fails, which the Trainer does not, and complete the pushed files.
-
-    Args:
-        trainer: whose checkpoints are pushed while training goes on.
-    """
+    """Warn of each push of a checkpoint that fails, which the Trainer does not, and complete the pushed files."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer

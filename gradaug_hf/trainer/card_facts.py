@@ -103,12 +103,7 @@ def training_facts(args: GradAugConfig, state: TrainerState, optimizer: Optimize
 
 
 def data_facts(train_dataset: Any, eval_dataset: Any) -> DataName:
-    """Return the name that a dataset of the `datasets` library has from its download.
-
-    Args:
-        train_dataset: asked where the other does not know.
-        eval_dataset: the images that were evaluated.
-    """
+    """Return the name on the Hub, as `datasets` noted it, of the dataset evaluated on, or else of that trained on."""
     infos = (getattr(dataset, "info", None) for dataset in (eval_dataset, train_dataset))
     info = next((info for info in infos if hasattr(info, "download_checksums")), None)
     sources = [name for name in getattr(info, "download_checksums", None) or {} if name.startswith("hf://datasets/")]

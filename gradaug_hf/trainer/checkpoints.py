@@ -24,18 +24,8 @@ from gradaug_hf.trainer.config import GradAugConfig
 STATE = "gradaug_state.json"
 NUMBER = int | float
 # Types of the progress in it, by name.
-PROGRESS = {
-    "seconds": NUMBER,
-    "stream": (NUMBER, NUMBER),
-    "processes": [
-        {
-            "loss": NUMBER,
-            "total_loss": NUMBER,
-            "last_logged": int,
-            "means": {...: (NUMBER, str | NoneType, int)},
-        }
-    ],
-}
+SUMS = {"loss": NUMBER, "total_loss": NUMBER, "last_logged": int, "means": {...: (NUMBER, str | NoneType, int)}}
+PROGRESS = {"seconds": NUMBER, "stream": (NUMBER, NUMBER), "processes": [SUMS]}
 CLASS_NAMES = "class_names"  # among the settings: those of the training set, where it names them
 RESUME_ELSEWHERE = "resume from another checkpoint"
 # Starts the name of a folder in which a checkpoint is being written. Nothing takes it for a checkpoint, and what
@@ -84,7 +74,7 @@ class ResumeError(ValueError):
 
 @contextmanager
 def as_resume_errors() -> Iterator[None]:
-    """Raise what is wrong with a file of a checkpoint as the reason why a training cannot be resumed."""
+    """Turn an error about a file of a checkpoint into a ResumeError."""
     try:
         yield
     except WeightsError as error:
@@ -161,11 +151,7 @@ def write_state(folder: Path, settings: Mapping[str, Any], progress: Mapping[str
 
 @as_resume_errors()
 def read_state(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the `settings` and the `progress` of a checkpoint, both empty where another trainer wrote it.
-
-    Raises:
-        ResumeError: the file cannot be read, or holds something else.
-    """
+    """Return the `settings` and the `progress` of a checkpoint, both empty where another trainer wrote it."""
     file = folder / STATE
     if not file.is_file():
         return {"settings": {}, "progress": {}}
@@ -181,15 +167,12 @@ def read_state(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], may_be_longer: bool = False) -> None:
-    """Make sure that a training goes on with the settings that it was begun with.
+    """Raise a ResumeError if a training would go on with other settings than it was begun with.
 
     Args:
         folder: the checkpoint.
         settings: of now; those that the checkpoint does not know are passed over.
         may_be_longer: whether the steps do not depend on their number, so that there may be more than before.
-
-    Raises:
-        ResumeError: they differ; lists how.
     """
     saved = read_state(folder)["settings"]
     different = [name for name in sorted(saved.keys() & settings.keys()) if saved[name] != settings[name]]
@@ -218,12 +201,7 @@ def _difference(name: str, was: Any, now: Any) -> str:
 
 
 def check_whole(folder: Path) -> None:
-    """Make sure that a training can be resumed from a folder.
-
-    Raises:
-        ResumeError: it is no checkpoint, or one of its files is missing or damaged; names the file.
-        WeightsError: so is one of its JSON or weights files.
-    """
+    """Raise a ResumeError or WeightsError if a folder is no checkpoint, or a file in it is missing or damaged."""
     if not folder.is_dir():
         raise ResumeError(f"resume_from_checkpoint is {str(folder)!r}, which is no folder")
     for name in (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME):

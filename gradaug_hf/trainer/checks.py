@@ -20,21 +20,13 @@ from gradaug_hf.utils.compat import ACTIVATION_CHECKPOINTING, has_static_graph
 
 
 def check_output_dir(args: GradAugConfig) -> None:
-    """Make the output folder, and a file in it for a moment.
-
-    Raises:
-        ValueError: the folder cannot be written.
-    """
+    """Raise a ValueError if this process is to write to the output folder, and cannot."""
     if args.should_save:
         check_writable(args.output_dir)
 
 
 def check_writable(output_dir: str) -> None:
-    """Make a folder, and a file in it for a moment.
-
-    Raises:
-        ValueError: the folder cannot be written.
-    """
+    """Make a folder, and a file in it for a moment; raise a ValueError if it cannot be written."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
@@ -44,11 +36,7 @@ def check_writable(output_dir: str) -> None:
 
 
 def check_launch(args: GradAugConfig, deepspeed: bool) -> None:
-    """Make sure that the processes and the optimiser bear several backward passes in a step.
-
-    Raises:
-        ValueError: they do not; says what to do.
-    """
+    """Raise a ValueError if the processes or the optimiser do not bear several backward passes in a step."""
     if args.n_gpu > 1:
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs and would use DataParallel, under which sub-networks do not work; "
@@ -68,11 +56,7 @@ def check_launch(args: GradAugConfig, deepspeed: bool) -> None:
 
 
 def check_even_batches(args: GradAugConfig, dataset: Any) -> None:
-    """Make sure that all processes have the same number of batches.
-
-    Raises:
-        ValueError: one has fewer, for which the others would wait for ever.
-    """
+    """Raise a ValueError if a process would have fewer batches than others, which would wait for it for ever."""
     if args.world_size == 1 or args.accelerator_config.even_batches or args.dataloader_drop_last:
         return
     size = args.train_batch_size * args.world_size
@@ -85,11 +69,7 @@ def check_even_batches(args: GradAugConfig, dataset: Any) -> None:
 
 
 def check_columns(args: GradAugConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    """Make sure that no column is removed that a dataset makes its images of.
-
-    Raises:
-        ValueError: `remove_unused_columns` is True, and the images of a dataset come from its transform.
-    """
+    """Raise a ValueError if `remove_unused_columns` removes columns from which a dataset's transform makes images."""
     evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, dataset in {"train_dataset": train_dataset, **evaluated}.items():
         columns = getattr(dataset, "column_names", None)
@@ -107,11 +87,7 @@ def check_train_dataset(dataset: Any) -> None:
 
 
 def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
-    """Make sure that no layer is computed anew at another width than it had.
-
-    Raises:
-        ValueError: activation checkpointing is on with a joint backward, or the network has no such switch.
-    """
+    """Raise a ValueError if layers would be computed anew at another width, or a network has no switch for it."""
     asked = getattr(args, ACTIVATION_CHECKPOINTING)
     if asked and not isinstance(network, PreTrainedModel):
         raise ValueError(
@@ -127,11 +103,7 @@ def check_checkpointing(network: nn.Module, args: GradAugConfig) -> None:
 
 
 def check_teacher(teacher: nn.Module | None, model: nn.Module, args: GradAugConfig) -> None:
-    """Make sure that, if there is a teacher, there are sub-networks that can learn its prediction.
-
-    Raises:
-        ValueError: there are none, or they cannot.
-    """
+    """Raise a ValueError if there is a teacher, but no sub-network can learn its prediction."""
     if teacher is None:
         return
     if args.num_subnets == 0:

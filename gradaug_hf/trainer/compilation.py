@@ -17,9 +17,6 @@ def compile_statically(sampler: SubnetSampler, args: GradAugConfig, accelerator:
 
     Otherwise the second width or resolution makes torch.compile turn widths and shapes into symbols. Its backend then
     makes one graph for all, slowly: minutes for the smallest model.
-
-    Raises:
-        ValueError: as `check_compilable`.
     """
     if args.torch_compile:
         check_compilable(sampler)
@@ -27,11 +24,7 @@ def compile_statically(sampler: SubnetSampler, args: GradAugConfig, accelerator:
 
 
 def check_compilable(sampler: SubnetSampler) -> None:
-    """Make sure that the sub-networks of a training are few enough to compile each, and told apart.
-
-    Raises:
-        ValueError: widths are continuous, blocks are dropped at random, or graphs are taken for each other.
-    """
+    """Raise a ValueError if sub-networks are too many to compile each, or their graphs are taken for each other."""
     if compiles_stale_graphs():
         raise ValueError(
             f"torch_compile with torch {torch.__version__} on Python 3.13.0 runs graphs of other widths, without an "
@@ -39,15 +32,12 @@ def check_compilable(sampler: SubnetSampler) -> None:
         )
     if not isinstance(sampler, SubnetSampler):
         return
-    if drops_blocks(sampler.subnet_mode):
+    mode = sampler.subnet_mode
+    if drops_blocks(mode) or mode == "tokens":
+        difference = "drops other blocks" if drops_blocks(mode) else "sees another share of the patches"
         raise ValueError(
-            f"torch_compile compiles each sub-network, but with subnet_mode {sampler.subnet_mode!r} each drops other "
-            "blocks; set subnet_mode='width', or leave out torch_compile"
-        )
-    if sampler.subnet_mode == "tokens":
-        raise ValueError(
-            "torch_compile compiles each sub-network, but with subnet_mode 'tokens' each sees another share of the "
-            "patches; set subnet_mode='width', or leave out torch_compile"
+            f"torch_compile compiles each sub-network, but with subnet_mode {mode!r} each {difference}; set "
+            "subnet_mode='width', or leave out torch_compile"
         )
     if number_of_widths(sampler) is None:
         raise ValueError(
@@ -81,11 +71,7 @@ def compiling(sampler: SubnetSampler, args: GradAugConfig) -> Iterator[None]:
     """Let all graphs of a training be compiled, and raise an error where there are more.
 
     torch.compile by itself runs what is beyond the eighth uncompiled. The limit stays raised afterwards, so that the
-    graphs stay in use.
-
-    Args:
-        sampler: samples the sub-networks; with one that is no SubnetSampler the limit stays what it is.
-        args: the settings; without `torch_compile` nothing happens.
+    graphs stay in use. With a sampler that is no SubnetSampler it stays what it is.
     """
     if not args.torch_compile or args.num_subnets == 0:
         yield

@@ -90,8 +90,8 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
         ObjectiveSettings.__post_init__(self)
         for side in self.resolutions or ():
             check_side("resolutions", side)
-        choices = ", ".join(map(repr, SUBNET_BACKWARDS))
-        self._check("subnet_backward", self.subnet_backward in SUBNET_BACKWARDS, f"one of {choices}")
+        backwards = ", ".join(map(repr, SUBNET_BACKWARDS))
+        self._check("subnet_backward", self.subnet_backward in SUBNET_BACKWARDS, f"one of {backwards}")
         self._check("width_divisor", isinstance(self.width_divisor, int) and self.width_divisor >= 1, "at least 1")
         for name in ("mixup_alpha", "cutmix_alpha"):
             self._check(name, getattr(self, name) >= 0, "at least 0")
@@ -117,10 +117,6 @@ class GradAugConfig(ObjectiveSettings, TrainingArguments):
         other = object.__new__(type(self))
         vars(other).update(state)
         return other
-
-    def _check(self, name: str, valid: bool, allowed: str) -> None:
-        if not valid:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
 
 
 def as_gradaug_config(args: TrainingArguments) -> GradAugConfig:

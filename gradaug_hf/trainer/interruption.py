@@ -34,12 +34,9 @@ class Interruption(TrainerCallback):
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._lost_workers = False
-        self._is_listening = False
         self._steps_are_left = True
         self._received: signal.Signals | None = None
         self._received_at = 0.0
-        self._previous: dict[signal.Signals, Any] = {}
-        self._pid = os.getpid()
         self._group: dist.ProcessGroup | None = None
         self._work: dist.Work | None = None
         self._highest = torch.zeros((), dtype=torch.int64)
@@ -51,21 +48,20 @@ class Interruption(TrainerCallback):
         self._lost_workers, self._steps_are_left = False, True
         self._pid = os.getpid()
         self._is_first = args.process_index == 0
-        self._is_listening = True
         child_handler = signal.getsignal(signal.SIGCHLD)
         signals = [signal.SIGINT] if args.enable_jit_checkpoint else [signal.SIGINT, signal.SIGTERM]
+        previous = {}
         if threading.current_thread() is threading.main_thread():
             signals = [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-            self._previous = {number: signal.signal(number, self._receive) for number in signals}
+            previous = {number: signal.signal(number, self._receive) for number in signals}
         try:
             yield
         finally:
-            for number, handler in self._previous.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
             if self._received is not None:
                 signal.signal(signal.SIGCHLD, child_handler)
-            self._previous = {}
-            self._is_listening = False
+            self._steps_are_left = True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
@@ -76,7 +72,7 @@ class Interruption(TrainerCallback):
             self._received, self._received_at = signal.Signals(number), now
             # The data loader's handler would raise an error amid a step, if its workers die of the same signal. Python
             # prints a traceback where a signal that has come already finds SIG_DFL instead of a function.
-            signal.signal(signal.SIGCHLD, _ignore)
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
             if self._is_first:
                 when = "training ends after this step" if self._steps_are_left else AFTER_LAST_STEP
                 again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
@@ -124,7 +120,7 @@ class Interruption(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write a checkpoint, if a signal has come since the last step."""
-        if self._is_listening and not self._steps_are_left:
+        if not self._steps_are_left:
             self._stop_if_received(control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -177,7 +173,3 @@ class Interruption(TrainerCallback):
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.signal)
-
-
-def _ignore(number: int, frame: FrameType | None) -> None:
-    """Do nothing about a signal."""

@@ -1,6 +1,7 @@
 """Data loaders of training sets: images that are seeded, and streams that divide themselves among the processes."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.data_loader import prepare_data_loader
@@ -28,27 +29,18 @@ def train_loader(trainer: Trainer, default: Callable[[], DataLoader]) -> DataLoa
     )
 
 
+@dataclass
 class SkippingCollator:
-    """Collate batches, but for those that a resumed training has seen and passes over, which are empty.
+    """Collate batches; one that a resumed training has seen before is empty."""
 
-    Args:
-        collate: makes the batches.
-    """
-
-    def __init__(self, collate: DataCollator) -> None:
-        self._collate = collate
+    collate: DataCollator
 
     def __call__(self, examples: list[Any]) -> Any:
-        return {} if examples[0] is SEEN else self._collate(examples)
+        return {} if examples[0] is SEEN else self.collate(examples)
 
 
 def stream_loader(trainer: Trainer, stream: ShardedStream) -> DataLoader:
-    """Return a data loader for the training set of a trainer, which accelerate does not divide once more.
-
-    Args:
-        trainer: gives collator, workers and device.
-        stream: its training set.
-    """
+    """Return a data loader for the training set of a trainer, which accelerate does not divide once more."""
     args = trainer.args
     loader = DataLoader(
         stream,

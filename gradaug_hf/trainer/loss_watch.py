@@ -57,11 +57,7 @@ class LossWatch(TrainerCallback):
         self._under_way: deque[_Losses] = deque()
 
     def add(self, step: int, losses: Sequence[Tensor], subnets: Sequence[Subnet] = ()) -> None:
-        """Watch the losses of a batch, and look at those that have arrived.
-
-        Raises:
-            NonFiniteLossError: of this or an earlier step.
-        """
+        """Watch the losses of a batch; those that have arrived, of earlier steps too, raise a NonFiniteLossError."""
         values = torch.stack([loss.detach() for loss in losses])
         on_host = values.to("cpu", non_blocking=True)
         copied = None
@@ -89,11 +85,7 @@ class LossWatch(TrainerCallback):
         self.finish()
 
     def finish(self) -> None:
-        """Wait for all losses.
-
-        Raises:
-            NonFiniteLossError: one is not finite.
-        """
+        """Wait for all losses, and raise a NonFiniteLossError if one is not finite."""
         while self._under_way:
             losses = self._under_way.popleft()
             if losses.copied is not None:

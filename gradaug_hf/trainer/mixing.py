@@ -12,15 +12,7 @@ from gradaug_hf.trainer.config import GradAugConfig
 
 
 class TrainingMixer:
-    """Mix batches as a function of the seed, the step, the batch within the step and the rank.
-
-    Args:
-        model: states the number of its classes.
-        args: the settings; with neither Mixup nor CutMix, batches stay as they are.
-
-    Raises:
-        ValueError: the model does not state it.
-    """
+    """Mix batches, if settings ask for it, as a function of seed, step, batch within the step and rank."""
 
     def __init__(self, model: nn.Module, args: GradAugConfig) -> None:
         self._args = args

@@ -17,11 +17,7 @@ from gradaug_hf.trainer.config import GradAugConfig
 
 
 def lay_out(model: nn.Module, args: GradAugConfig) -> None:
-    """Give a model its memory format, its batch norm and its names for tensors, input and kind of classification.
-
-    Raises:
-        ValueError: it states another `problem_type` than the settings.
-    """
+    """Give a model its memory format, its batch norm and its names for tensors, input and kind of classification."""
     take_saved_names(model)
     name_images(model)
     if args.problem_type is not None:
@@ -33,11 +29,7 @@ def lay_out(model: nn.Module, args: GradAugConfig) -> None:
 
 
 def make_subnets_possible(model: nn.Module, args: GradAugConfig, mode: str) -> None:
-    """Make a model slimmable and droppable, as its sub-networks need it, and warn below half sliced.
-
-    Raises:
-        ValueError: the model has no blocks or patches to leave out.
-    """
+    """Make a model slimmable and droppable, as its sub-networks need it, and warn if less than half is sliced."""
     if mode == "tokens":
         find_tokens(model)
         make_slimmable(model, width_divisor=args.width_divisor)

@@ -28,14 +28,11 @@ MAY_BE_INFINITE = ("max_grad_norm",)
 
 
 def check_ranges(args: TrainingArguments, kind: type[TrainingArguments]) -> None:
-    """Make sure that the settings of a training are numbers in their ranges.
+    """Raise a ValueError if a setting of a training is missing, not finite, too small or too large.
 
     Args:
         args: the settings.
         kind: the class whose fields are checked; those of a subclass are its own matter.
-
-    Raises:
-        ValueError: one is missing, not finite, too small or too large; names it, its value and what is allowed.
     """
     hints, trainers = get_type_hints(kind), {f.name for f in fields(TrainingArguments)}
     for f in fields(kind):
@@ -55,11 +52,7 @@ def check_ranges(args: TrainingArguments, kind: type[TrainingArguments]) -> None
 
 
 def check_side(name: str, side: Any) -> None:
-    """Make sure that images of a side can be held in memory.
-
-    Raises:
-        ValueError: it is larger than 4096.
-    """
+    """Raise a ValueError if the side of images is so large that memory does not hold them."""
     if isinstance(side, int) and side > LARGEST_SIDE:
         refuse(name, side, f"at most {LARGEST_SIDE} pixels")
 

@@ -41,9 +41,6 @@ def checkpoint_to_resume(trainer: Trainer, given: str | bool | None) -> str | No
     Args:
         trainer: a GradAugTrainer.
         given: a folder; True: the last checkpoint in `args.output_dir`; None or False: none.
-
-    Raises:
-        ResumeError: the checkpoint cannot be read, is of another model, or was trained with other settings.
     """
     args, model = trainer.args, trainer.model
     folder = get_last_checkpoint(args.output_dir) if given is True else given or None
@@ -98,11 +95,7 @@ def _label(example: Any) -> Any:
 
 
 class ProgressCallback(TrainerCallback):
-    """Keep the sums of the next log, the time and the place in a stream, which the Trainer's checkpoints lack.
-
-    Args:
-        trainer: whose training is resumed.
-    """
+    """Keep the sums of the next log, the time and the place in a stream, which the Trainer's checkpoints lack."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.means = RunningMeans()
@@ -114,14 +107,7 @@ class ProgressCallback(TrainerCallback):
         self._fingerprint: str | None = None  # of the training set
 
     def begin(self, given: str | bool | None) -> str | None:
-        """Begin a training, from the progress that a checkpoint holds or anew, and return the checkpoint's folder.
-
-        Args:
-            given: as for `checkpoint_to_resume`.
-
-        Raises:
-            ResumeError: as `checkpoint_to_resume`.
-        """
+        """Begin a training, from the progress that a checkpoint holds or anew, and return the checkpoint's folder."""
         self._fingerprint = dataset_fingerprint(self._trainer.train_dataset)
         folder = checkpoint_to_resume(self._trainer, given)
         self._stored = {} if folder is None else read_state(Path(folder))["progress"]
@@ -155,12 +141,7 @@ class ProgressCallback(TrainerCallback):
     # ---- where a resumed training goes on ----
 
     def place(self, epoch: int, batches: int) -> tuple[int, int]:
-        """Return the epoch to go on in and the batches of it to leave out.
-
-        Args:
-            epoch: as the Trainer has it, which takes all epochs of a stream for one.
-            batches: as the Trainer has them.
-        """
+        """Return the epoch to go on in and its batches to leave out; the Trainer takes a stream for one epoch."""
         state, args = self._trainer.state, self._trainer.args
         if "stream" in self._stored:
             epoch, batches = self._stored["stream"]
@@ -175,9 +156,7 @@ class ProgressCallback(TrainerCallback):
     def start_workers_aside(self, loader: DataLoader, was_started: bool) -> DataLoader:
         """Start the workers of a data loader without the global random number that each start takes, if it was taken.
 
-        Args:
-            loader: of `Trainer`, whose workers are kept from epoch to epoch or not.
-            was_started: whether they had been started before the checkpoint that the training was resumed from.
+        That is where they had been started before the checkpoint that the training was resumed from.
         """
         base = getattr(loader, "base_dataloader", loader)  # accelerate has wrapped it, unless it was told not to
         if self._stored and was_started and base.persistent_workers and base.generator is None:
@@ -201,30 +180,27 @@ class ProgressCallback(TrainerCallback):
     # ---- what a checkpoint holds ----
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Know that an epoch is under way."""
+        """Note that an epoch is under way."""
         self._epoch_is_over = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Know that a checkpoint is one of the next epoch's beginning."""
+        """Note that a checkpoint written now is of the beginning of the next epoch."""
         self._epoch_is_over = True
 
     def complete_checkpoint(self, checkpoint: Path, settings: Mapping[str, Any]) -> None:
         """Write settings and progress into a checkpoint of the Trainer; on all processes."""
         trainer = self._trainer
-        processes = gather_object([self._sums()])
+        sums = {
+            "loss": trainer._tr_loss.item(),
+            "total_loss": trainer._total_loss_scalar,
+            "last_logged": trainer._globalstep_last_logged,
+            "means": self.means.state(),
+        }
+        processes = gather_object([sums])
         if trainer.args.should_save:
             trainer.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
             progress = {"seconds": trainer.training_seconds(), "processes": processes, **self._place_in_stream()}
             write_state(checkpoint, settings, progress)
-
-    def _sums(self) -> dict[str, Any]:
-        """Return the sums of this process."""
-        return {
-            "loss": self._trainer._tr_loss.item(),
-            "total_loss": self._trainer._total_loss_scalar,
-            "last_logged": self._trainer._globalstep_last_logged,
-            "means": self.means.state(),
-        }
 
     def _place_in_stream(self) -> dict[str, tuple[int, int]]:
         """Return the epoch of a training set without length, and the batches of it that were trained on."""

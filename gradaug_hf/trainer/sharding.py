@@ -34,14 +34,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def check_version(args: GradAugConfig) -> None:
-    """Make sure that parameters, if they are to be divided, are so by FSDP2.
-
-    Args:
-        args: the settings, before a Trainer is made of them.
-
-    Raises:
-        ValueError: FSDP1 or tensor parallelism is asked for.
-    """
+    """Raise a ValueError if settings, before a Trainer is made of them, ask for FSDP1 or tensor parallelism."""
     if args.parallelism_config:
         raise ValueError(
             "parallelism_config is given, but tensor parallelism splits single layers, which sub-networks take their "
@@ -54,16 +47,7 @@ def check_version(args: GradAugConfig) -> None:
 
 
 def check_sharding(args: GradAugConfig, accelerator: Accelerator, model: nn.Module) -> None:
-    """Make sure that sub-networks can be trained with the parameters divided as they are.
-
-    Args:
-        args: the settings.
-        accelerator: of the Trainer.
-        model: before it is divided.
-
-    Raises:
-        ValueError: they cannot; says what to set.
-    """
+    """Raise a ValueError if sub-networks cannot be trained with the parameters of a model divided as is asked for."""
     deepspeed = getattr(accelerator.state, "deepspeed_plugin", None)
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError(
@@ -129,13 +113,7 @@ def keep_contiguous(args: GradAugConfig, accelerator: Accelerator) -> None:
 
 
 def plan_sharding(accelerator: Accelerator, model: nn.Module, num_subnets: int) -> None:
-    """Have a model divided block by block, and the gradients of several passes summed in float32.
-
-    Args:
-        accelerator: of the Trainer; its settings of FSDP2 are completed.
-        model: before it is divided.
-        num_subnets: of a step; without any the precision stays that of the Trainer.
-    """
+    """Have a model divided block by block, and the gradients of several passes, if there are, summed in float32."""
     plugin = accelerator.state.fsdp_plugin
     if not plugin.transformer_cls_names_to_wrap:
         plugin.transformer_cls_names_to_wrap = sorted({type(block).__name__ for block in _blocks(model)})
@@ -160,10 +138,6 @@ def gradients_held_back(accelerator: Accelerator, model: nn.Module) -> Iterator[
 
     Under FSDP2 they are whole until then. Where that is too much memory, `sync_each_batch` of accelerate's
     `gradient_accumulation_kwargs` has each pass's cross.
-
-    Args:
-        accelerator: of the Trainer.
-        model: as it was prepared.
     """
     if not is_sharded(accelerator):
         with accelerator.no_sync(model):
@@ -197,15 +171,7 @@ def stores_parts(accelerator: Accelerator) -> bool:
 
 
 def check_parts(folder: Path, accelerator: Accelerator) -> None:
-    """Make sure that a checkpoint holds what FSDP2 resumes a training from.
-
-    Args:
-        folder: the checkpoint.
-        accelerator: of the Trainer.
-
-    Raises:
-        ResumeError: it is none, or was written without FSDP2 or with another `fsdp_state_dict_type`.
-    """
+    """Raise a ResumeError if a checkpoint was written without FSDP2, or with another `fsdp_state_dict_type`."""
     for name in DIVIDED_FILES if stores_parts(accelerator) else WHOLE_FILES:
         if not (folder / name).is_file():
             kind = accelerator.state.fsdp_plugin.state_dict_type.name

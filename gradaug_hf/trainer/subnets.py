@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -19,40 +19,30 @@ from gradaug_hf.trainer import sharding
 from gradaug_hf.trainer.batches import split_batch
 from gradaug_hf.trainer.checks import check_checkpointing, check_train_dataset
 from gradaug_hf.trainer.config import GradAugConfig
-from gradaug_hf.trainer.own_loss import FullLoss, OwnLossGradAug
+from gradaug_hf.trainer.full_loss import FullLoss, OwnLossGradAug
 from gradaug_hf.trainer.preparation import leave_out_anything, make_subnets_possible
 from gradaug_hf.utils.attributes import replaced
 from gradaug_hf.utils.randomness import random_states_kept
 from gradaug_hf.utils.settings import taken_from
 
 
+@dataclass(eq=False)
 class TrainingSubnets:
     """Prepare a model for its sub-networks, and run the passes of the objective that trains them.
 
-    Args:
-        args: the settings.
-        sampler: samples the sub-networks; None: as the settings say.
-        transform: changes the images of a sub-network before they are resized.
-        teacher: another model that the sub-networks learn from.
+    Sampler, transform and teacher are those of `GradAugTrainer`.
     """
 
-    objective_class: type[GradAug] = GradAug
+    args: GradAugConfig
+    given_sampler: SubnetSampler | None
+    transform: ImageTransform | None
+    teacher: nn.Module | None
+    objective: GradAug | None = None  # of the training under way
+    resolutions: list[int] | None = None  # None until they are settled
+    trial: ResolutionTrial | None = None  # of the model that was prepared
+    _step: ExitStack | None = None  # what is closed at the end of the step under way
 
-    def __init__(
-        self,
-        args: GradAugConfig,
-        sampler: SubnetSampler | None = None,
-        transform: ImageTransform | None = None,
-        teacher: nn.Module | None = None,
-    ) -> None:
-        self.args = args
-        self.given_sampler = sampler
-        self.transform = transform
-        self.teacher = teacher
-        self.objective: GradAug | None = None  # of the training under way
-        self._step: ExitStack | None = None  # what is closed at the end of the step under way
-        self.resolutions: list[int] | None = None  # None until they are settled
-        self.trial: ResolutionTrial | None = None  # of the model that was prepared
+    objective_class: ClassVar[type[GradAug]] = GradAug
 
     @property
     def sampler(self) -> SubnetSampler:

@@ -34,13 +34,12 @@ from gradaug_hf.trainer.callbacks import LastStepCallback, PushCallback, ReportC
 from gradaug_hf.trainer.checkpoints import describe_last, place_once, written_whole
 from gradaug_hf.trainer.compilation import compile_statically, compiling
 from gradaug_hf.trainer.config import GradAugConfig, as_gradaug_config
+from gradaug_hf.trainer.full_loss import PlainLoss, loss_and_logits
 from gradaug_hf.trainer.interruption import Interruption
 from gradaug_hf.trainer.loaders import train_loader
 from gradaug_hf.trainer.lock import locked
 from gradaug_hf.trainer.loss_watch import LossWatch, last_checkpoint_named
 from gradaug_hf.trainer.mixing import TrainingMixer
-from gradaug_hf.trainer.own_loss import loss_and_logits
-from gradaug_hf.trainer.plain_loss import PlainLoss
 from gradaug_hf.trainer.preparation import lay_out
 from gradaug_hf.trainer.resuming import ProgressCallback
 from gradaug_hf.trainer.subnets import TrainingSubnets
@@ -124,7 +123,7 @@ class GradAugTrainer(Trainer):
         as_metadata(self.card_metadata)
         checks.check_output_dir(args)
         if args.num_subnets > 0:
-            sharding.check_version(args)  # another one the Trainer's constructor may not stand
+            sharding.check_version(args)  # with another the Trainer's constructor may fail
         checkpoint = model if isinstance(model, str) else None
         if checkpoint:
             model = network_to_train(checkpoint, train_dataset, eval_dataset)
@@ -326,11 +325,7 @@ class GradAugTrainer(Trainer):
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: Batch,
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Predict as `Trainer` does, also with a model that takes images by position and without labels."""
         inputs = as_evaluated(inputs, model, self.args)
@@ -449,7 +444,7 @@ class GradAugTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as `Trainer` does, with its card and, unless it is for a checkpoint, `plots`."""
-        if sharding.stores_parts(self.accelerator):  # of which the Trainer makes no whole
+        if sharding.stores_parts(self.accelerator):  # which the Trainer does not gather
             self._save(output_dir, self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:

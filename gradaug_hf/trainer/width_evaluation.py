@@ -23,11 +23,7 @@ CALIBRATION_IMAGES = 1024
 def evaluate_at_widths(
     trainer: Trainer, eval_dataset: Any, ignore_keys: list[str] | None, prefix: str
 ) -> dict[str, float]:
-    """Return the metrics of a trainer's model at each of `args.eval_widths`, after logging them.
-
-    Raises:
-        ValueError: the trainer has no `train_dataset`.
-    """
+    """Return the metrics of a trainer's model at each of `args.eval_widths`, after logging them."""
     metrics = {}
     for width in trainer.args.eval_widths:
         found = _evaluate_at_width(trainer, width, eval_dataset, ignore_keys, f"{prefix}_width{width:g}")

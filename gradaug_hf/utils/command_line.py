@@ -23,21 +23,13 @@ class BriefParser(ArgumentParser):
     elsewhere: Mapping[str, str] = {}  # flags of sibling commands, with what to do instead
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Namespace | None = None) -> Namespace:
-        """Parse flags, and refuse those that are not known.
-
-        Raises:
-            SystemExit: a flag is not known, or its value has a wrong type.
-        """
+        """Parse flags, and end the process if one is not known or its value has a wrong type."""
         found, unknown = self.parse_known_args(args, namespace)
         self.refuse(unknown)
         return found
 
     def refuse(self, unknown: Sequence[str]) -> None:
-        """End the process if there are words that no flag takes.
-
-        Raises:
-            SystemExit: there are some.
-        """
+        """End the process if there are words that no flag takes."""
         if not unknown:
             return
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
@@ -75,9 +67,9 @@ def errors_as_messages(*kinds: type[Exception], of_one_process: bool = False) ->
 
 
 def tell_launcher(line: str) -> None:
-    """Write why this process ends to where torch's launcher of several looks for it, which ends its own lines with it.
+    """Write why this process ends to the file from which torch's launcher takes the last of the lines that it prints.
 
-    So it is read even where the launcher ends the process that was to say it, since another has ended before.
+    So the reason is shown even if the launcher, as another process has ended, ends the one that was to print it.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(file).write_text(json.dumps({"message": line, "timestamp": int(time.time())}))

@@ -29,7 +29,7 @@ def recompile_limits() -> tuple[str, str, str]:
 
 
 def compiles_stale_graphs() -> bool:
-    """Return whether torch.compile takes a graph of other values, of attributes that changed since, for the right one.
+    """Return whether torch.compile runs a graph of the values that attributes had before they changed.
 
     torch 2.9 to 2.11 go by the versions of `__dict__`, which Python 3.13.0 does not keep
     (https://github.com/python/cpython/issues/125608).

@@ -1,10 +1,13 @@
-"""How the processes that a launcher started find each other."""
+"""How the processes that a launcher started find each other, and share the cores of a machine."""
 
 import os
 
+import psutil
 import torch
 from accelerate import PartialState
 
+# Set by accelerate's and torch's launchers.
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE")
 # Set by launchers for each of several processes.
 RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 CPU_LAUNCH = "accelerate launch --config_file recipes/accelerate/cpu_2.yaml SCRIPT"
@@ -33,14 +36,24 @@ def meets_on_cpu() -> bool:
 
 
 def check_processes() -> None:
-    """Make sure that this process is not alone where several were asked for.
-
-    Raises:
-        ValueError: `accelerate launch --cpu --num_processes 2` or the like started one; says what starts several.
-    """
+    """Raise a ValueError if `accelerate launch --cpu --num_processes 2` or the like started this process alone."""
     asked_for_several = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
     if asked_for_several and not any(name in os.environ for name in RANKS):
         raise ValueError(
             "accelerate launch --cpu was asked for several processes, but starts one unless MPI does; "
             f"for several on the CPU: {CPU_LAUNCH}"
         )
+
+
+def use_all_cores() -> None:
+    """Share the cores of a machine without an accelerator among its processes.
+
+    `accelerate launch` and `torchrun` leave a process a single thread where they are not told otherwise. A number
+    above one stays as it is, and so does `OMP_NUM_THREADS=1` of a process that was not launched by them.
+    """
+    state = process_state()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    chosen = threads is not None and (threads != "1" or not any(name in os.environ for name in LAUNCHERS))
+    if state.device.type == "cpu" and not chosen:
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        torch.set_num_threads(max(1, (psutil.cpu_count(logical=False) or 1) // local_processes))

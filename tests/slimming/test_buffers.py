@@ -252,7 +252,7 @@ def test_a_buffer_is_copied_once_until_the_full_model_writes_to_it():
     copies = []
     for _ in range(3):
         with subnet_pass(model, 0.5):
-            copies.append([saved.copy.data_ptr() for saved in model._width_state.guard.saved.values()])
+            copies.append([saved.value.data_ptr() for saved in model._width_state.guard.saved.values()])
     assert copies[0] and copies[0] == copies[1] == copies[2]
 
 

@@ -29,7 +29,7 @@ from gradaug_hf.experiments.run import first_on_main_process
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot
 from gradaug_hf.trainer.checks import check_writable
 from gradaug_hf.trainer.ranges import check_side
-from gradaug_hf.utils.threads import use_all_cores
+from gradaug_hf.utils.launch import use_all_cores
 
 # Settings on which what is measured does not depend.
 WITHOUT_EFFECT = ("model", "output_dir", "batch_size", "num_workers")

@@ -62,10 +62,16 @@ def resolve(axis: Axis) -> Axis:
     return _merge_segments(segment for part in axis for segment in _resolve_segment(part))
 
 
+def iter_units(axes: Iterable[Axis]) -> Iterator[Unit]:
+    """Yield every unit of some axes, free or whole."""
+    for axis in axes:
+        for segment in resolve(axis):
+            yield from segment
+
+
 def free_units(axes: Iterable[Axis]) -> list[Unit]:
     """Return the free units of some axes, each once, in order."""
-    found = {id(unit): unit for axis in axes for segment in resolve(axis) for unit in segment if unit.free}
-    return list(found.values())
+    return list(dict.fromkeys(unit for unit in iter_units(axes) if unit.free))
 
 
 def fix(axis: Axis, reason: str) -> None:
@@ -100,12 +106,8 @@ def split(axis: Axis, sizes: Sequence[int], reason: str) -> list[Axis]:
 def tie(first: Axis, second: Axis, reason: str) -> None:
     """Make two axes of equal size the same one.
 
-    Args:
-        first, second: the axes.
-        reason: why a unit stays whole that meets something whole or of another structure.
-
-    Raises:
-        ValueError: the sizes differ, which is a mistake of the caller.
+    The reason is why a unit stays whole that meets something whole or of another structure. A ValueError says that the
+    sizes differ, which is a mistake of the caller.
     """
     if axis_size(first) != axis_size(second):
         raise ValueError(f"cannot tie {first} of size {axis_size(first)} to {second} of size {axis_size(second)}")
@@ -251,10 +253,3 @@ def _tie_units(first: Unit, second: Unit, reason: str) -> None:
         first.reason = second.reason or reason
     elif second.free:
         second.reason = first.reason or reason
-
-
-def iter_units(axes: Iterable[Axis]) -> Iterator[Unit]:
-    """Yield every unit of some axes, free or whole."""
-    for axis in axes:
-        for segment in resolve(axis):
-            yield from segment

@@ -27,11 +27,11 @@ Handler = Callable[[Trace, Call], None]
 HANDLERS: dict[torch._ops.OpOverloadPacket, Handler] = {}
 
 
-def handles(*operations: torch._ops.OpOverloadPacket) -> Callable[[Handler], Handler]:
-    """Register the decorated function as the handler of some ATen operations."""
+def handles(*names: str) -> Callable[[Handler], Handler]:
+    """Register the decorated function as the handler of the ATen operations of these names that PyTorch has."""
 
     def register(handler: Handler) -> Handler:
-        HANDLERS.update(dict.fromkeys(operations, handler))
+        HANDLERS.update({getattr(aten, name): handler for name in names if hasattr(aten, name)})
         return handler
 
     return register
@@ -40,14 +40,7 @@ def handles(*operations: torch._ops.OpOverloadPacket) -> Callable[[Handler], Han
 def find_handler(operation: torch._ops.OpOverload) -> Handler | None:
     """Return the handler of an operation; every operation that PyTorch tags as pointwise has one."""
     handler = HANDLERS.get(operation.overloadpacket)
-    if handler is None and torch.Tag.pointwise in operation.tags:
-        return pointwise
-    return handler
-
-
-def operations(*names: str) -> list[torch._ops.OpOverloadPacket]:
-    """Return the operations of these names that the installed PyTorch has."""
-    return [getattr(aten, name) for name in names if hasattr(aten, name)]
+    return pointwise if handler is None and torch.Tag.pointwise in operation.tags else handler
 
 
 def set_out(trace: Trace, call: Call, *axes: Axis) -> None:
@@ -93,33 +86,31 @@ def join(trace: Trace, call: Call, tensors: Sequence[torch.Tensor], shape: Seque
     return tuple(fixed(size) if axis is None else axis for axis, size in zip(joined, shape, strict=True))
 
 
-handles(
-    *operations("clone", "detach", "alias", "lift_fresh", "_to_copy", "contiguous", "as_strided_", "flip", "roll"),
-    *operations("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "new_empty_strided"),
-    *operations("bernoulli_", "bernoulli", "native_dropout", "uniform_", "normal_", "fill_", "zero_", "where"),
-    *operations("hardswish", "hardswish_", "mish_", "masked_fill", "masked_fill_", "log_sigmoid_forward"),
-)(pointwise)
+handles("clone", "detach", "alias", "lift_fresh", "_to_copy", "contiguous", "as_strided_", "flip", "roll")(pointwise)
+handles("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like", "fill_", "zero_")(pointwise)
+handles("bernoulli_", "bernoulli", "native_dropout", "uniform_", "normal_", "new_empty_strided", "where")(pointwise)
+handles("hardswish", "hardswish_", "mish_", "masked_fill", "masked_fill_", "log_sigmoid_forward")(pointwise)
 
 
-@handles(*operations("copy_"))
+@handles("copy_")
 def copy(trace: Trace, call: Call) -> None:
     target, source = call.args[:2]
     set_out(trace, call, *join(trace, call, [target, source], target.shape))
 
 
-@handles(*operations("empty", "zeros", "ones", "full", "arange", "rand", "randn", "scalar_tensor", "linspace", "eye"))
+@handles("empty", "zeros", "ones", "full", "arange", "rand", "randn", "scalar_tensor", "linspace", "eye")
 def factory(trace: Trace, call: Call) -> None:
     """Keep channels whole that meet a tensor made from numbers."""
-    set_out(trace, call, *(fixed(size, f"a constant of {call.reason}") for size in call.out.shape))
+    trace.set_whole(call.out, f"a constant of {call.reason}")
 
 
-handles(*operations("new_empty", "new_zeros", "new_ones", "new_full"))(factory)
+handles("new_empty", "new_zeros", "new_ones", "new_full")(factory)
 
 
 # Other shape, same positions -----------------------------------------------------------------------------------------
 
 
-@handles(*operations("view", "_unsafe_view", "reshape", "_reshape_alias"))
+@handles("view", "_unsafe_view", "reshape", "_reshape_alias")
 def view(trace: Trace, call: Call) -> None:
     source = call.args[0]
     axes, shape = list(trace.axes(source)), list(call.out.shape)
@@ -154,13 +145,13 @@ def regroup(axes: list[Axis], shape: list[int], new_shape: list[int], reason: st
     return result
 
 
-@handles(*operations("permute"))
+@handles("permute")
 def permute(trace: Trace, call: Call) -> None:
     axes = trace.axes(call.args[0])
     set_out(trace, call, *(axes[dim] for dim in call.args[1]))
 
 
-@handles(*operations("transpose", "t", "transpose_"))
+@handles("transpose", "t", "transpose_")
 def transpose(trace: Trace, call: Call) -> None:
     axes = list(trace.axes(call.args[0]))
     if axes:
@@ -169,14 +160,14 @@ def transpose(trace: Trace, call: Call) -> None:
     set_out(trace, call, *axes)
 
 
-@handles(*operations("unsqueeze", "unsqueeze_"))
+@handles("unsqueeze", "unsqueeze_")
 def unsqueeze(trace: Trace, call: Call) -> None:
     axes = list(trace.axes(call.args[0]))
     axes.insert(call.args[1] % (len(axes) + 1), fixed(1))
     set_out(trace, call, *axes)
 
 
-@handles(*operations("squeeze", "squeeze_"))
+@handles("squeeze", "squeeze_")
 def squeeze(trace: Trace, call: Call) -> None:
     source = call.args[0]
     dims = call.args[1] if len(call.args) > 1 else range(source.ndim)
@@ -185,24 +176,20 @@ def squeeze(trace: Trace, call: Call) -> None:
     set_out(trace, call, *(axis for dim, axis in enumerate(trace.axes(source)) if dim not in gone))
 
 
-@handles(*operations("expand", "repeat"))
+@handles("expand", "repeat")
 def expand(trace: Trace, call: Call) -> None:
     source = call.args[0]
-    axes = (*[fixed(1)] * (call.out.ndim - source.ndim), *trace.axes(source))
-    set_out(
-        trace,
-        call,
-        *(
-            axis if axis_size(axis) == size else product([fixed(size // axis_size(axis), f"by {call.reason}"), axis])
-            for axis, size in zip(axes, call.out.shape, strict=True)
-        ),
-    )
+    axes = [*[fixed(1)] * (call.out.ndim - source.ndim), *trace.axes(source)]
+    for dim, (axis, size) in enumerate(zip(axes, call.out.shape, strict=True)):
+        if axis_size(axis) != size:
+            axes[dim] = product([fixed(size // axis_size(axis), f"by {call.reason}"), axis])
+    set_out(trace, call, *axes)
 
 
 # Pieces of a dimension -----------------------------------------------------------------------------------------------
 
 
-@handles(*operations("cat"))
+@handles("cat")
 def cat(trace: Trace, call: Call) -> None:
     tensors = [tensor for tensor in call.args[0] if tensor.ndim == call.out.ndim]
     dim = call.arg(1, "dim", 0) % call.out.ndim
@@ -213,7 +200,7 @@ def cat(trace: Trace, call: Call) -> None:
     set_out(trace, call, *each[0][:dim], concat([axes[dim] for axes in each]), *each[0][dim + 1 :])
 
 
-@handles(*operations("stack"))
+@handles("stack")
 def stack(trace: Trace, call: Call) -> None:
     tensors = call.args[0]
     axes = list(join(trace, call, tensors, tensors[0].shape))
@@ -221,7 +208,7 @@ def stack(trace: Trace, call: Call) -> None:
     set_out(trace, call, *axes)
 
 
-@handles(*operations("select", "unbind"))
+@handles("select", "unbind")
 def select(trace: Trace, call: Call) -> None:
     """Take one position, or every single one, of a dimension."""
     source = call.args[0]
@@ -232,7 +219,7 @@ def select(trace: Trace, call: Call) -> None:
         trace.set_axes(piece, (*axes[:dim], *axes[dim + 1 :]))
 
 
-@handles(*operations("slice"))
+@handles("slice")
 def take_slice(trace: Trace, call: Call) -> None:
     source = call.args[0]
     dim = call.arg(1, "dim", 0) % source.ndim
@@ -251,7 +238,7 @@ def take_slice(trace: Trace, call: Call) -> None:
     set_out(trace, call, *axes)
 
 
-@handles(*operations("split", "split_with_sizes", "chunk"))
+@handles("split", "split_with_sizes", "chunk")
 def take_pieces(trace: Trace, call: Call) -> None:
     source = call.args[0]
     dim = call.arg(2, "dim", 0) % source.ndim
@@ -263,7 +250,7 @@ def take_pieces(trace: Trace, call: Call) -> None:
         trace.set_axes(tensor, (*axes[:dim], piece, *axes[dim + 1 :]))
 
 
-@handles(*operations("index"))
+@handles("index")
 def index(trace: Trace, call: Call) -> None:
     """Look up positions: the dimensions that are looked up stay whole, the others pass through."""
     source, indices = call.args
@@ -277,7 +264,7 @@ def index(trace: Trace, call: Call) -> None:
     set_out(trace, call, *rest[:at], *new, *rest[at:])
 
 
-@handles(*operations("constant_pad_nd"))
+@handles("constant_pad_nd")
 def pad(trace: Trace, call: Call) -> None:
     """Pad space, or channels with zeros at the end, as many as the model computes from their number."""
     source, amounts = call.args[:2]
@@ -308,9 +295,7 @@ NORMS_OVER_CHANNELS = (
 )
 
 
-@handles(
-    *operations("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "linalg_vector_norm", "argmax")
-)
+@handles("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "linalg_vector_norm", "argmax")
 def reduce(trace: Trace, call: Call) -> None:
     """Reduce over batch and space; a reduction over channels would change with their number."""
     source = call.args[0]
@@ -327,7 +312,7 @@ def reduce(trace: Trace, call: Call) -> None:
         trace.set_axes(result, tuple(kept))
 
 
-@handles(*operations("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "softmax", "log_softmax", "sort", "topk"))
+@handles("_softmax", "_safe_softmax", "_log_softmax", "cumsum", "softmax", "log_softmax", "sort", "topk")
 def along(trace: Trace, call: Call) -> None:
     """Keep the one dimension whole along which an operation goes."""
     source = call.args[0]
@@ -340,12 +325,10 @@ def along(trace: Trace, call: Call) -> None:
         trace.set_axes(result, tuple(axes))
 
 
-@handles(
-    *operations("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d"),
-    *operations("upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "_upsample_bicubic2d_aa"),
-    *operations("_upsample_bilinear2d_aa", "reflection_pad2d", "replication_pad2d", "upsample_linear1d"),
-    *operations("upsample_nearest1d", "avg_pool1d", "max_pool1d", "reflection_pad1d", "_upsample_nearest_exact2d"),
-)
+@handles("avg_pool1d", "avg_pool2d", "max_pool1d", "max_pool2d_with_indices")
+@handles("_adaptive_avg_pool2d", "adaptive_max_pool2d", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
+@handles("upsample_linear1d", "upsample_bilinear2d", "_upsample_bilinear2d_aa", "upsample_bicubic2d")
+@handles("_upsample_bicubic2d_aa", "upsample_nearest1d", "upsample_nearest2d", "_upsample_nearest_exact2d")
 def spatial(trace: Trace, call: Call) -> None:
     """Pool, resize or pad the last dimensions, as many as the operation's name says."""
     axes = trace.axes(call.args[0])
@@ -355,7 +338,7 @@ def spatial(trace: Trace, call: Call) -> None:
         trace.set_axes(result, (*axes[:-space], *(fixed(size) for size in result.shape[-space:])))
 
 
-@handles(*operations("im2col"))
+@handles("im2col")
 def unfold(trace: Trace, call: Call) -> None:
     """Make columns of windows: each channel becomes the positions of the window."""
     axes = trace.axes(call.args[0])
@@ -364,7 +347,7 @@ def unfold(trace: Trace, call: Call) -> None:
     set_out(trace, call, axes[0], product([axes[1], positions]), fixed(call.out.shape[2]))
 
 
-@handles(*operations("col2im"))
+@handles("col2im")
 def fold(trace: Trace, call: Call) -> None:
     axes = trace.axes(call.args[0])
     channels = call.out.shape[1]

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from gradaug_hf.slimming.analysis.axes import Axis, axis_size, fix, fixed, product, tie, unflatten
-from gradaug_hf.slimming.analysis.handlers import fix_others, free_axis, handles, join, operations, set_out
+from gradaug_hf.slimming.analysis.handlers import fix_others, free_axis, handles, join, set_out
 from gradaug_hf.slimming.analysis.tracing import Axes, Call, Product, Trace, refuse, register_layer, tensors_in
 
 
-@handles(*operations("convolution"))
+@handles("convolution")
 def convolution(trace: Trace, call: Call) -> None:
     source, weight, bias = call.args[:3]
     transposed, groups = call.args[6], call.args[8]
@@ -48,7 +48,7 @@ def _tie_groups(trace: Trace, call: Call, channels: Axis, weight_axes: Axes, gro
     tie(weight_axes[0], product([whole, free_axis(out_size // groups)]), call.reason)
 
 
-@handles(*operations("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"))
+@handles("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training")
 def batch_norm(trace: Trace, call: Call) -> None:
     axes = trace.axes(call.args[0])
     for tensor in call.args[1:5]:
@@ -61,7 +61,7 @@ def batch_norm(trace: Trace, call: Call) -> None:
         trace.set_axes(statistic, (axes[1],) if statistic.numel() else (fixed(0),))
 
 
-@handles(*operations("_weight_norm_interface"))
+@handles("_weight_norm_interface")
 def weight_norm(trace: Trace, call: Call) -> None:
     """Slice the dimension of a weight that its norm is not taken over; keep the others whole."""
     weight, gain = call.args[:2]
@@ -70,15 +70,11 @@ def weight_norm(trace: Trace, call: Call) -> None:
     fix_others(trace, call, (dim,), axes, "its norm is taken")
     tie(axes[dim], trace.axes(gain)[dim], call.reason)
     for result in tensors_in(call.out):
-        trace.set_axes(
-            result,
-            tuple(
-                axis if axis_size(axis) == size else fixed(size) for axis, size in zip(axes, result.shape, strict=True)
-            ),
-        )
+        sizes = zip(axes, result.shape, strict=True)
+        trace.set_axes(result, tuple(axis if axis_size(axis) == size else fixed(size) for axis, size in sizes))
 
 
-@handles(*operations("embedding"))
+@handles("embedding")
 def embedding(trace: Trace, call: Call) -> None:
     """Look up rows of a table, which stay; the channels in them pass through."""
     weight, indices = call.args[:2]
@@ -88,7 +84,7 @@ def embedding(trace: Trace, call: Call) -> None:
     set_out(trace, call, *trace.axes(indices), channels)
 
 
-@handles(*operations("native_layer_norm", "_fused_rms_norm"))
+@handles("native_layer_norm", "_fused_rms_norm")
 def layer_norm(trace: Trace, call: Call) -> None:
     """Take layer and RMS norms over the kept channels."""
     source, shape = call.args[:2]
@@ -104,7 +100,7 @@ def layer_norm(trace: Trace, call: Call) -> None:
         trace.set_axes(statistic, (*axes[: -len(shape)], *[fixed(1)] * len(shape))[: statistic.ndim])
 
 
-@handles(*operations("native_group_norm"))
+@handles("native_group_norm")
 def group_norm(trace: Trace, call: Call) -> None:
     """Keep the same positions in every group, or with one channel a group the first groups."""
     source, weight, bias = call.args[:3]
@@ -125,7 +121,7 @@ def group_norm(trace: Trace, call: Call) -> None:
         trace.set_axes(statistic, (axes[0], axes[1] if size == 1 else fixed(groups)))
 
 
-@handles(*operations("mm", "addmm", "bmm", "baddbmm"))
+@handles("mm", "addmm", "bmm", "baddbmm")
 def matrix_product(trace: Trace, call: Call) -> None:
     added, (left, right) = call.args[:-2], call.args[-2:]
     left_axes, right_axes = trace.axes(left), trace.axes(right)
@@ -147,10 +143,8 @@ def recurrent(trace: Trace, layer: nn.RNNBase, *inputs_and_output: Any) -> None:
     reason = "a recurrent layer"
     sequences, out = inputs_and_output[0], inputs_and_output[-1][0]
     weights = list(layer.parameters())
-    for axis in (axis for tensor in (sequences, *weights) for axis in trace.axes(tensor)):
-        fix(axis, reason)
-    for tensor in tensors_in(inputs_and_output[-1]):
-        trace.set_axes(tensor, tuple(fixed(size, reason) for size in tensor.shape))
+    trace.keep_whole([sequences, *weights], reason)
+    trace.set_whole(inputs_and_output[-1], reason)
     steps = fixed(out.numel() // out.shape[-1])
     for matrix in (weight for weight in weights if weight.ndim == 2):
         trace.products.append(Product(trace.name_of(layer), [steps, *trace.axes(matrix)]))
@@ -180,8 +174,7 @@ def multihead_attention(trace: Trace, layer: nn.MultiheadAttention, *inputs_and_
         trace.bind(layer.out_proj, name, channels)
     queries, keys = trace.axes(sources[0])[:-1], trace.axes(sources[1])[-2 if layer.batch_first else 0]
     trace.set_axes(out, (*queries, channels))
-    for tensor in tensors_in(weights):
-        trace.set_axes(tensor, tuple(fixed(size, "weights of an attention") for size in tensor.shape))
+    trace.set_whole(weights, "weights of an attention")
     for source in (*sources, sources[0]):  # the fourth projection is that of the output
         trace.products.append(Product(trace.name_of(layer), [*trace.axes(source)[:-1], channels, channels]))
     trace.products.extend([Product(trace.name_of(layer), [*queries, keys, channels])] * 2)

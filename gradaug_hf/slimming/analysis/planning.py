@@ -1,21 +1,17 @@
 """Plan the slices of each module from the traced axes."""
 
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import replace
 from math import gcd, prod
 
-from gradaug_hf.slimming.analysis.axes import Axis, Segment, Unit, free_units, resolve
+from gradaug_hf.slimming.analysis.axes import Axis, Segment, Unit, free_units, resolve, segment_size
 from gradaug_hf.slimming.analysis.tracing import Trace
 from gradaug_hf.slimming.patching import Slices
 from gradaug_hf.slimming.patterns import Kept, Pattern, Whole, is_sliced
 
 
 class Plan:
-    """Give the patterns of a trace. A unit is sliced while it is free and not held whole on trial.
-
-    Args:
-        trace: a model's finished trace.
-    """
+    """Give the patterns of a finished trace. A unit is sliced while it is free and not held whole on trial."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -34,8 +30,7 @@ class Plan:
             for axes in guesses:
                 yield from axes
         for call in self.trace.calls:
-            for axes in (*call.in_axes, *call.out_axes):
-                yield from axes
+            yield from call.axes()
 
     def is_sliced(self, unit: Unit) -> bool:
         return unit.free and unit not in self._inner and unit not in self.held
@@ -83,46 +78,41 @@ class Plan:
 
     def slices(self) -> dict[str, Slices]:
         """Return the slices of each module, by its name."""
-        plan: dict[str, Slices] = {}
+        plan: dict[str, Slices] = defaultdict(Slices)
         for (module, name), axes in self.trace.stored.items():
             patterns = self.patterns(axes)
             if any(map(is_sliced, patterns)):
-                plan.setdefault(module, Slices()).tensors[name] = patterns
+                plan[module].tensors[name] = patterns
         for (module, name), guesses in self.trace.attributes.items():
             for patterns in map(self.patterns, guesses):
                 if any(map(is_sliced, patterns)):
-                    plan.setdefault(module, Slices()).attributes[name] = patterns
+                    plan[module].attributes[name] = patterns
                     break
         for module, name in sorted(self.trace.written):
-            own = plan.get(module, Slices())
-            plan[module] = replace(own, written=own.written | {name})
+            plan[module].written.add(name)
         for module, name in sorted(self.trace.caches):
-            own = plan.get(module, Slices())
-            plan[module] = replace(own, caches=own.caches | {name})
-        return plan
+            plan[module].caches.add(name)
+        return dict(plan)
 
 
 def _inner_units(axes: Iterable[Axis]) -> set[Unit]:
     """Return the units of products (heads x head size) that stay whole; the one met first as outermost is sliced."""
     inner: set[Unit] = set()
     outer: set[Unit] = set()
-    for axis in axes:
-        for segment in resolve(axis):
-            candidates = [unit for unit in segment if unit.free and unit not in inner]
-            if len(candidates) > 1:
-                kept = next((unit for unit in candidates if unit in outer), candidates[0])
-                outer.add(kept)
-                inner.update(unit for unit in candidates if unit is not kept)
+    for segment in (segment for axis in axes for segment in resolve(axis)):
+        candidates = [unit for unit in segment if unit.free and unit not in inner]
+        if len(candidates) > 1:
+            kept = next((unit for unit in candidates if unit in outer), candidates[0])
+            outer.add(kept)
+            inner.update(unit for unit in candidates if unit is not kept)
     return inner
 
 
 def _granules(axes: Iterable[Axis]) -> dict[Unit, int]:
     """Return the positions by which every dimension that holds a unit grows with one more channel."""
     granules: dict[Unit, int] = {}
-    for axis in axes:
-        for segment in resolve(axis):
-            for unit in segment:
-                if unit.free:
-                    positions = prod(other.size for other in segment) // unit.size
-                    granules[unit] = gcd(granules.get(unit, 0), positions)
+    for segment in (segment for axis in axes for segment in resolve(axis)):
+        for unit in segment:
+            if unit.free:
+                granules[unit] = gcd(granules.get(unit, 0), segment_size(segment) // unit.size)
     return granules

@@ -6,7 +6,7 @@ of the class at once, so that repeated blocks are mended together.
 """
 
 from collections.abc import Callable, Iterator
-from itertools import combinations
+from itertools import combinations, takewhile
 from math import prod
 from typing import Any, NamedTuple
 
@@ -31,19 +31,14 @@ from gradaug_hf.slimming.analysis.tracing import (
 from gradaug_hf.slimming.extraction import narrow
 from gradaug_hf.slimming.meta import meta_copy
 from gradaug_hf.slimming.patterns import Width, pattern_size
+from gradaug_hf.utils.attributes import replaced
 
 # Widths at which sizes that only happen to agree (half of twelve heads and half of their channels) do not.
 PROOF_WIDTHS = {True: Width(0.69), False: Width(0.53)}
 
 
 class Deviation(Exception):
-    """Raised where the sub-network does not do what the plan foretells.
-
-    Args:
-        run: index of the run in which it shows.
-        position: index of the call at which it shows.
-        message: what is wrong there.
-    """
+    """Raised where the sub-network does not do what the plan foretells: at a position among the calls of a run."""
 
     def __init__(self, run: int, position: int, message: str) -> None:
         super().__init__(message)
@@ -77,11 +72,8 @@ class _Check(TorchDispatchMode):
 
     def run_layer(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a layer that has a handler; only its output is compared."""
-        self.inside_layer = True
-        try:
+        with replaced(self, inside_layer=True):
             out = forward(*args, **kwargs)
-        finally:
-            self.inside_layer = False
         self.compare(type(module).__name__, [], out)
         return out
 
@@ -102,15 +94,7 @@ class _Check(TorchDispatchMode):
 
 
 def find_deviation(plan: Plan, example: torch.Tensor) -> Deviation | None:
-    """Run the sub-network of a plan on the meta device, in training and evaluation mode.
-
-    Args:
-        plan: the plan to prove.
-        example: the input of the trace.
-
-    Returns:
-        The first operation that does not follow the plan, or None.
-    """
+    """Return the first operation of the sub-network, in training or evaluation mode, that does not follow the plan."""
     slices = plan.slices()
     for index, run in enumerate(plan.trace.runs):
         subnet = meta_copy(plan.trace.network).train(run.training)
@@ -165,16 +149,12 @@ def _tie_sizes(plan: Plan, example: torch.Tensor, deviation: Deviation) -> bool:
 
 def _same_sizes(plan: Plan, run: Run, call: Call) -> Iterator[tuple[Slot, Call, Slot]]:
     """Yield dimensions of a view, or neighbouring ones together, with the size of one met earlier in its module."""
-    earlier = []
-    for other in run.calls:
-        if other is call:
-            break
-        if other.module_name == call.module_name or other.module_name.startswith(f"{call.module_name}."):
-            earlier.append(other)
+    before = takewhile(lambda other: other is not call, run.calls)
+    earlier = [other for other in before if f"{other.module_name}.".startswith(f"{call.module_name}.")]
     tried = set()
     for first in _slots(call.out_axes, is_result=True):
         for other in earlier:
-            for second in (*_slots(other.in_axes, False, longest=1), *_slots(other.out_axes, True, longest=1)):
+            for second in _single_slots(other):
                 if _size(call, first) != _size(other, second):
                     continue
                 a, b = _axis(call, first), _axis(other, second)
@@ -223,7 +203,7 @@ def _siblings(run: Run, within: Call, *calls: Call) -> Iterator[tuple[Call, ...]
 
 def _below(run: Run, module_name: str) -> list[Call]:
     prefix = f"{module_name}." if module_name else ""
-    return [call for call in run.calls if call.module_name == module_name or call.module_name.startswith(prefix)]
+    return [call for call in run.calls if f"{call.module_name}.".startswith(prefix)]
 
 
 def _suspects(plan: Plan, deviation: Deviation) -> list[Unit]:
@@ -231,16 +211,9 @@ def _suspects(plan: Plan, deviation: Deviation) -> list[Unit]:
     run, wrong = _at(plan, deviation)
     before = list(reversed(run.calls[: deviation.place[1] + 1]))
     in_module = [call for call in before if call.module_name == wrong.module_name]
-    if suspects := plan.sliced_units(axis for call in in_module for axis in _all_axes(call)):
-        return suspects
-    for call in before:
-        if suspects := plan.sliced_units(_all_axes(call)):
-            return suspects
-    return plan.sliced_units(axis for call in plan.trace.calls for axis in _all_axes(call))
-
-
-def _all_axes(call: Call) -> list[Axis]:
-    return [axis for axes in (*call.in_axes, *call.out_axes) for axis in axes]
+    places = (in_module, *([call] for call in before), plan.trace.calls)
+    found = (plan.sliced_units(axis for call in calls for axis in call.axes()) for calls in places)
+    return next(filter(None, found), [])
 
 
 def _guilty(plan: Plan, example: torch.Tensor, deviation: Deviation, suspects: list[Unit]) -> list[Unit]:

@@ -9,16 +9,18 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradaug_hf.slimming.analysis.axes import Axis, Unit, axis_of, axis_size, fix, fixed, resolve, tie
 from gradaug_hf.slimming.meta import meta_copy
+from gradaug_hf.utils.attributes import replaced
 
 Axes = tuple[Axis, ...]
 
@@ -67,6 +69,9 @@ class Call:
 
     def tensors(self) -> list[torch.Tensor]:
         return tensors_in((self.args, self.kwargs))
+
+    def axes(self) -> list[Axis]:
+        return [axis for axes in (*self.in_axes, *self.out_axes) for axis in axes]
 
 
 @dataclass
@@ -123,11 +128,7 @@ def watch_layers(network: nn.Module, run: Callable[..., Any]) -> None:
     """Have the layers with a handler run by `run(layer, forward, *args, **kwargs)`."""
     for module in network.modules():
         if find_layer_handler(module) is not None:
-            module.forward = _watched(module, module.forward, run)
-
-
-def _watched(module: nn.Module, forward: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: run(module, forward, *args, **kwargs)
+            module.forward = partial(run, module, module.forward)
 
 
 @dataclass
@@ -191,12 +192,23 @@ class Trace(TorchDispatchMode):
     def axes(self, tensor: torch.Tensor) -> Axes:
         """Return the axes of a tensor, as the ties made so far have them."""
         if id(tensor) not in self._axes:
-            self.set_axes(tensor, tuple(fixed(size, "meets a tensor that is no parameter") for size in tensor.shape))
+            self.set_whole(tensor, "meets a tensor that is no parameter")
         return tuple(resolve(axis) for axis in self._axes[id(tensor)])
 
     def set_axes(self, tensor: torch.Tensor, axes: Axes) -> None:
         self._axes[id(tensor)] = axes
         self._alive.append(tensor)
+
+    def set_whole(self, tensors: Any, reason: str = "") -> None:
+        """Give tensors, also those in lists and mappings, axes that are whole."""
+        for tensor in tensors_in(tensors):
+            self.set_axes(tensor, tuple(fixed(size, reason) for size in tensor.shape))
+
+    def keep_whole(self, tensors: Any, reason: str) -> None:
+        """Keep the axes whole that tensors, also those in lists and mappings, have already."""
+        for tensor in tensors_in(tensors):
+            for axis in self.axes(tensor):
+                fix(axis, reason)
 
     def name_of(self, module: nn.Module) -> str:
         """Return the name of a module of the model that is traced."""
@@ -239,30 +251,23 @@ class Trace(TorchDispatchMode):
         if training:
             stop_tracking(subject)
         self._attach(subject)
-        self.set_axes(example, tuple(fixed(size) for size in example.shape))
+        self.set_whole(example)
         self.products.clear()
         self.runs.append(Run(training, []))
         self._module_names = {id(module): name for name, module in subject.named_modules()}
         watch_layers(subject, self._run_layer)
         for module_name, reason in self.whole.items():
-            self._keep_whole(subject.get_submodule(module_name), reason)
+            hook = partial(self._keep_module_whole, reason)
+            subject.get_submodule(module_name).register_forward_hook(hook, with_kwargs=True)
         buffers = _buffers_of(subject)
         with self:
-            output = subject(example)
-        for tensor in tensors_in(output):
-            for axis in self.axes(tensor):
-                fix(axis, "the model's output")
+            self.keep_whole(subject(example), "the model's output")
         self.caches.update(_filled_dictionaries(subject))
         after = _buffers_of(subject)
         self.written.update(key for key, buffer in buffers.items() if after.get(key) is not buffer)
 
-    def _keep_whole(self, module: nn.Module, reason: str) -> None:
-        def fix_all(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            for tensor in (*tensors_in((args, kwargs, output)), *module.parameters(recurse=False)):
-                for axis in self.axes(tensor):
-                    fix(axis, reason)
-
-        module.register_forward_hook(fix_all, with_kwargs=True)
+    def _keep_module_whole(self, reason: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.keep_whole((args, kwargs, output, list(module.parameters(recurse=False))), reason)
 
     def fix_unused(self) -> None:
         """Keep parameters whole that no operation was seen to use: nothing is known about their channels."""
@@ -308,11 +313,8 @@ class Trace(TorchDispatchMode):
     def _run_layer(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a layer that has a handler without looking into it."""
         axes_before = [self.axes(tensor) for tensor in tensors_in((args, kwargs))]
-        self._inside_layer = True
-        try:
+        with replaced(self, _inside_layer=True):
             out = forward(*args, **kwargs)
-        finally:
-            self._inside_layer = False
         name = self.name_of(module)
         call = Call(None, type(module).__name__, args, kwargs, out, name, module, [], axes_before)
         find_layer_handler(module)(self, module, *args, *kwargs.values(), out)
@@ -374,14 +376,11 @@ def _buffers_of(network: nn.Module) -> dict[tuple[str, str], torch.Tensor | None
 
 def _filled_dictionaries(network: nn.Module) -> Iterator[tuple[str, str]]:
     """Yield (module name, attribute) of the dictionaries, other than PyTorch's own, that hold tensors."""
-    own = vars(nn.Module())
+    inherited = vars(nn.Module())
     for module_name, module in network.named_modules():
         for name, value in vars(module).items():
-            if (
-                name not in own
-                and isinstance(value, dict)
-                and any(isinstance(v, torch.Tensor) for v in value.values())
-            ):
+            values = value.values() if isinstance(value, dict) and name not in inherited else ()
+            if any(isinstance(each, torch.Tensor) for each in values):
                 yield module_name, name
 
 
@@ -389,23 +388,16 @@ def constants_in(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> list[Any
     """Return the numbers that a pointwise operation is given (a softmax scale); they must not depend on the width."""
     if torch.Tag.pointwise not in func.tags:
         return []
-    scalars = [
-        arg.item() if isinstance(arg, torch.Tensor) and not arg.is_meta and not arg.ndim else arg for arg in args
-    ]
-    return [scalar for scalar in scalars if isinstance(scalar, (int, float))]
+    values = (arg.item() if isinstance(arg, torch.Tensor) and not (arg.is_meta or arg.ndim) else arg for arg in args)
+    return [value for value in values if isinstance(value, (int, float))]
 
 
 def refuse(trace: Trace, call: Call, reason: str) -> None:
     """Keep everything whole that goes into and comes out of a call."""
-    for tensor in call.tensors():
-        for axis in trace.axes(tensor):
-            fix(axis, reason)
-    for tensor in tensors_in(call.out):
-        trace.set_axes(tensor, tuple(fixed(size, reason) for size in tensor.shape))
+    trace.keep_whole(call.tensors(), reason)
+    trace.set_whole(call.out, reason)
 
 
 def to_meta(tree: Any) -> Any:
     """Move stray tensors (constants made on the CPU in forward) to the meta device."""
-    return torch.utils._pytree.tree_map(
-        lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) and not leaf.is_meta else leaf, tree
-    )
+    return tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf, tree)

@@ -57,6 +57,27 @@ def test_a_registered_handler_slices_through_a_layer_of_the_users_own(handled):
     assert torch.allclose(gradaug_hf.extract_subnet(model, 0.5)(x), expected, rtol=1e-5)
 
 
+class Twice(nn.Module):
+    """A layer of a user with such a layer inside, and a transform behind it that the tracer does not follow either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectral = Spectral(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.fft(self.spectral(x), dim=0).abs()
+
+
+def test_nothing_in_a_layer_with_a_handler_is_looked_into_behind_another_such_layer(handled):
+    @register_layer(Twice)
+    def tie_twice(trace, layer, x, out):
+        trace.set_axes(out, trace.axes(x)[:2])
+
+    model = gradaug_hf.make_slimmable(nn.Sequential(nn.Conv2d(3, 8, 3), Twice(), nn.Linear(8, 5)), input_size=8)
+    del LAYER_HANDLERS[Twice]
+    assert gradaug_hf.slicing_report(model).sliced_macs == 1
+
+
 def test_a_handler_that_is_wrong_is_caught_by_the_proof():
     @register_layer(Spectral)
     def forgets_the_gain(trace, layer, x, out):

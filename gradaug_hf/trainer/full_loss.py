@@ -1,7 +1,7 @@
-"""The loss of a batch that no sub-network sees: whether the Trainer computes it, or GradAug."""
+"""The full network's loss: whether the Trainer computes it, a user's function or GradAug."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,16 +9,19 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils.generic import find_labels
 
 from gradaug_hf.hub.configs import timm_network
+from gradaug_hf.objective.logits import logits_of
 from gradaug_hf.objective.losses import SUM_TOLERANCE
-from gradaug_hf.trainer.batches import IMAGES, LABELS
+from gradaug_hf.objective.objective import GradAug, Pass
+from gradaug_hf.objective.transforms import check_images
+from gradaug_hf.trainer.batches import IMAGES, LABELS, split_batch
+
+FullLoss = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, Any]]
 
 
 class PlainLoss:
     """Decide whose loss a batch has that no sub-network sees.
 
-    Args:
-        trainer: its arguments, its model, a user's `compute_loss_func`, and what its class overrides.
-        base: the class whose `full_loss` and `compute_loss` are no user's.
+    Methods that are not those of the base class, `full_loss` and `compute_loss`, are a user's.
     """
 
     def __init__(self, trainer: Trainer, base: type[Trainer]) -> None:
@@ -85,3 +88,32 @@ def learns_one_class(model: nn.Module, labels: Tensor) -> bool:
             stacklevel=5,
         )
     return stated == "single_label_classification"
+
+
+class OwnLossGradAug(GradAug):
+    """GradAug whose full pass is a function, `full_loss` of a GradAugTrainer, which runs the model as well."""
+
+    def __init__(self, model: nn.Module, *, full_loss: FullLoss, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self._full_loss = full_loss
+
+    def _full_pass(self, images: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Pass:
+        check_images(images)
+        batch = {IMAGES: images, LABELS: labels, **inputs}
+        loss, logits = loss_and_logits(self._full_loss, self.model, batch, self.num_classes)
+        return Pass(loss, logits.detach())
+
+
+def loss_and_logits(
+    full_loss: FullLoss, model: nn.Module, batch: dict[str, Any], num_classes: int | None
+) -> tuple[Tensor, Tensor]:
+    """Return the full network's loss of a batch and its logits (N, classes), or raise a ValueError if it has none."""
+    found = full_loss(model, batch)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        owner = type(getattr(full_loss, "__self__", full_loss)).__name__
+        raise ValueError(
+            f"{owner}.full_loss returned a {type(found).__name__}; expected a tuple of the loss and the output, whose "
+            "logits the sub-networks learn"
+        )
+    loss, output = found
+    return loss, logits_of(output, len(split_batch(batch)[1]), num_classes)
