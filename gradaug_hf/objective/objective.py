@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -15,7 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from gradaug_hf.objective.logits import logits_of, num_classes_of
 from gradaug_hf.objective.problems import PROBLEM_TYPES, Loss, ProblemType, criterion_of, problem_of
-from gradaug_hf.objective.resolutions import default_resolutions
+from gradaug_hf.objective.resolutions import ResolutionTrial, default_resolutions
 from gradaug_hf.objective.sampling import Subnet, SubnetSampler, SubnetSettings, drops_blocks, drops_channels
 from gradaug_hf.objective.teaching import check_teacher, taught
 from gradaug_hf.objective.transforms import ImageTransform, check_images, transform_for_subnet
@@ -24,6 +25,7 @@ from gradaug_hf.slimming.depth import make_droppable
 from gradaug_hf.slimming.sync_batchnorm import CpuSyncBatchNorm
 from gradaug_hf.slimming.tokens import find_tokens, tokens_kept
 from gradaug_hf.slimming.widths import is_slimmable, num_droppable_blocks
+from gradaug_hf.utils.randomness import random_states_kept
 from gradaug_hf.utils.settings import documented_by, spelled_by, taken_from
 
 SubnetTarget = Literal["soft", "label"]
@@ -336,9 +338,19 @@ class GradAug:
     def _sample(self, images: Tensor, step: int) -> list[Subnet]:
         if self._use_default_resolutions:
             check_images(images)
-            self.sampler.resolutions = tuple(default_resolutions(min(images.shape[2:])))
+            self.sampler.resolutions = tuple(self._default_resolutions(images.shape[2:]))
             self._use_default_resolutions = False
         return self.sampler.sample(step)
+
+    def _default_resolutions(self, shape: Sequence[int]) -> list[int]:
+        """Return the default resolutions for images of a shape, those that the model can take if it can be tried."""
+        side = min(shape)
+        if not _is_sharded(self.model):
+            with random_states_kept():
+                trial = ResolutionTrial(extract_model_from_parallel(self.model), shape=shape)
+                if trial.error_at(side) is None:
+                    return trial.default(side)
+        return default_resolutions(side)
 
 
 def _has_length(value: Any, length: int) -> bool:
@@ -377,7 +389,11 @@ def warn_of_lone_gradients(model: nn.Module) -> None:
 
 def _is_wrapped(model: nn.Module) -> bool:
     classes = {cls.__name__ for module in model.modules() for cls in type(module).__mro__}
-    return not classes.isdisjoint(WRAPPERS) or any(hasattr(each, "device_mesh") for each in model.parameters())
+    return not classes.isdisjoint(WRAPPERS) or _is_sharded(model)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(each, "device_mesh") for each in model.parameters())
 
 
 def _carries_gradients(model: nn.Module) -> bool:

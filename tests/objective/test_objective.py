@@ -1,4 +1,7 @@
+from collections.abc import Callable
+
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -202,6 +205,44 @@ def test_default_resolutions_follow_the_first_batch(images, labels):
     assert gradaug.sampler.resolutions == (14, 12, 10, 8)
     gradaug.loss(images, labels)
     assert gradaug.sampler.resolutions == (14, 12, 10, 8)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile], ids=["plain", "compiled"])
+def test_default_resolutions_are_those_near_that_the_model_takes(labels, wrap: Callable[[nn.Module], nn.Module]):
+    transformer = timm.create_model("test_vit", num_classes=5)  # in patches of 16 pixels
+    gradaug = GradAug(wrap(transformer), num_subnets=2)
+    state = torch.get_rng_state()
+    with torch.compiler.set_stance("force_eager"):
+        loss = gradaug.backward(torch.randn(len(labels), 3, 112, 112, generator=torch.Generator()), labels)
+    assert gradaug.sampler.resolutions == (112, 96, 80, 64)
+    assert loss.isfinite()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_takes_one_size_alone_warns_that_sub_networks_see_no_smaller_images(labels):
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 3}
+    gradaug = GradAug(timm.create_model("vit_tiny_patch16_224", num_classes=5, **shape), num_subnets=1)
+    with pytest.warns(UserWarning, match="takes images of 32 pixels alone, so its sub-networks see no smaller ones"):
+        gradaug.backward(torch.randn(len(labels), 3, 32, 32), labels)
+    assert gradaug.sampler.resolutions == (32,)
+
+
+def test_a_model_that_cannot_be_tried_keeps_the_papers_resolutions(images, labels):
+    class Measured(nn.Module):
+        """Reads values of its images, which the meta device does not have."""
+
+        num_classes = 5
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = make_network()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.network(x / max(x.abs().max().item(), 1.0))
+
+    gradaug = GradAug(Measured(), num_subnets=1)
+    gradaug.backward(images, labels)
+    assert gradaug.sampler.resolutions == (16, 14, 11, 9)
 
 
 def test_no_subnetworks_leave_the_plain_cross_entropy(images, labels):
