@@ -9,7 +9,7 @@ All models see the same pixels. Prints a table of top-1 errors, and writes `robu
 --output_dir. Started again, it goes on where it was interrupted. Tested on 2 CPU cores, with a few hundred images.
 """
 
-from gradaug_hf.experiments.evaluation.robustness_run import main
+from gradaug_hf.experiments.evaluation.robustness import main
 
 if __name__ == "__main__":
     main(__doc__)

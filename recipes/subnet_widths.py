@@ -11,7 +11,7 @@ writes `subnet_widths.json` and `subnet_widths.png` to --output_dir. Started aga
 Tested on 2 CPU cores, with a few hundred images.
 """
 
-from gradaug_hf.experiments.evaluation.width_run import main
+from gradaug_hf.experiments.evaluation.widths import main
 
 if __name__ == "__main__":
     main(__doc__)

@@ -12,7 +12,7 @@ import torch
 
 from gradaug_hf.experiments.evaluation.corruptions import CORRUPTIONS, SEVERITIES
 from gradaug_hf.experiments.evaluation.measurements import Measurements
-from gradaug_hf.experiments.evaluation.robustness_run import RobustnessArguments, main
+from gradaug_hf.experiments.evaluation.robustness import RobustnessArguments, main
 from gradaug_hf.models.cifar import CIFAR_MEAN, CIFAR_STD
 from tests.helpers.checkpoints import save_images, save_network
 

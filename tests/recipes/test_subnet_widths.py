@@ -10,16 +10,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradaug_hf import at_width, make_slimmable
-from gradaug_hf.experiments.evaluation import width_curves
+from gradaug_hf.experiments.evaluation import widths
 from gradaug_hf.experiments.evaluation.measurements import Measurements
 from gradaug_hf.experiments.evaluation.pixels import to_unit
-from gradaug_hf.experiments.evaluation.width_run import Evaluation, WidthArguments, main, subnet_at
+from gradaug_hf.experiments.evaluation.widths import Evaluation, WidthArguments, main, subnet_at
 from tests.helpers.checkpoints import save_images, save_network
 
 
 @pytest.fixture(autouse=True)
 def timed_shortly(monkeypatch) -> None:
-    monkeypatch.setattr(width_curves, "TIMED", 0.01)
+    monkeypatch.setattr(widths, "TIMED", 0.01)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from gradaug_hf.data.decoding import with_pixels
 from gradaug_hf.data.loading import check_one_class, class_names, load_image_data, take_images
-from gradaug_hf.experiments.arguments import DataArguments, RecipeParser
+from gradaug_hf.experiments.arguments import DataArguments
 from gradaug_hf.experiments.evaluation.measurements import Measurements
 from gradaug_hf.experiments.evaluation.pixels import (
     PixelNetwork,
@@ -33,7 +33,6 @@ from gradaug_hf.utils.launch import use_all_cores
 
 # Settings on which what is measured does not depend.
 WITHOUT_EFFECT = ("model", "output_dir", "batch_size", "num_workers")
-Arguments = TypeVar("Arguments", bound="EvaluationArguments")
 
 
 @dataclass(kw_only=True)
@@ -65,17 +64,6 @@ class EvaluationArguments(DataArguments):
             check_side("image_size", self.image_size)
         self._check_texts()
         self._check("model", len(set(self.model)) == len(self.model), "a list of different models")
-
-
-def parse_evaluation(kind: type[Arguments], description: str | None, argv: Sequence[str]) -> Arguments:
-    """Return the arguments of a run.
-
-    Raises:
-        ValueError: an argument is out of its range.
-        SystemExit: a flag is not known, or its value has a wrong type.
-    """
-    (args,) = RecipeParser(kind, description=description).parse_args_into_dataclasses(argv)
-    return args
 
 
 def join_processes() -> None:

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from gradaug_hf.experiments.arguments import RecipeParser
 from gradaug_hf.experiments.evaluation.comparison import (
     Evaluation,
     EvaluationArguments,
     check_plots,
-    parse_evaluation,
     short_names,
     topk_hits,
 )
@@ -26,7 +26,8 @@ def test_logits_that_are_nan_are_no_hits():
 
 def test_networks_may_be_given_in_one_flag_or_in_several():
     flags = ["--dataset_name", "photos", "--model", "a", "--model", "b", "c"]
-    assert parse_evaluation(EvaluationArguments, None, flags).model == ["a", "b", "c"]
+    (args,) = RecipeParser(EvaluationArguments).parse_args_into_dataclasses(flags)
+    assert args.model == ["a", "b", "c"]
 
 
 def test_folders_are_called_by_their_last_part_where_it_tells_them_apart(tmp_path):

@@ -5,8 +5,8 @@ import PIL.Image
 import torch
 from torch import nn
 
-from gradaug_hf.experiments.evaluation import width_curves
-from gradaug_hf.experiments.evaluation.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
+from gradaug_hf.experiments.evaluation import widths
+from gradaug_hf.experiments.evaluation.widths import WidthResult, cpu_latency, plot_widths, widths_side_by_side
 
 RESULTS = {
     "plain": {
@@ -32,7 +32,7 @@ class Waits(nn.Module):
 
 
 def test_latency_is_the_computing_time_of_one_image_on_one_thread_in_milliseconds(monkeypatch):
-    monkeypatch.setattr(width_curves, "TIMED", 0.1)
+    monkeypatch.setattr(widths, "TIMED", 0.1)
     latency, spread = cpu_latency(Waits().eval(), 8)
     assert 20 <= latency < 30
     assert spread >= 0

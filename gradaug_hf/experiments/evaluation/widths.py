@@ -1,38 +1,40 @@
 """Accuracy and cost of the sub-networks of trained models, against their width."""
 
 import copy
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import thread_time
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from transformers.hf_argparser import HfArg
 
 from gradaug_hf.data.decoding import UnreadableImageError, with_pixels
 from gradaug_hf.data.loading import take_images
-from gradaug_hf.experiments.evaluation.comparison import (
-    Evaluation,
-    EvaluationArguments,
-    join_processes,
-    parse_evaluation,
-    short_names,
-)
+from gradaug_hf.experiments.arguments import RecipeParser
+from gradaug_hf.experiments.evaluation.comparison import Evaluation, EvaluationArguments, join_processes, short_names
 from gradaug_hf.experiments.evaluation.measurements import Measurements
 from gradaug_hf.experiments.evaluation.pixels import PixelNetwork, pixel_transform, to_unit
-from gradaug_hf.experiments.evaluation.width_curves import WidthResult, cpu_latency, plot_widths, widths_side_by_side
+from gradaug_hf.experiments.results import percent
 from gradaug_hf.hub.folders import check_new
 from gradaug_hf.hub.networks import image_processor
 from gradaug_hf.hub.subnet_folder import save_subnet
+from gradaug_hf.reports.plots import DPI, line_style, new_figure
 from gradaug_hf.slimming import extract_subnet, make_slimmable, recalibrate_batchnorm, slicing_report
 from gradaug_hf.trainer.width_evaluation import CALIBRATION_IMAGES
 from gradaug_hf.utils.command_line import errors_as_messages
+from gradaug_hf.utils.tables import markdown_table
 
 JSON, PLOT = "subnet_widths.json", "subnet_widths.png"
 # The mean of the variances of batches depends on their size.
 CALIBRATION_BATCH = 128
+# Seconds for which a model is run to time it.
+TIMED = 1.0
 
 
 @dataclass(kw_only=True)
@@ -54,31 +56,47 @@ class WidthArguments(EvaluationArguments):
         self._check("width_divisor", self.width_divisor >= 1, "at least 1")
 
 
+@dataclass(frozen=True)
+class WidthResult:
+    """Accuracy and cost of a sub-network.
+
+    Args:
+        top1: Top-1 accuracy in 0..1.
+        top5: Top-5 accuracy in 0..1; None with five classes or fewer.
+        macs: Multiply-adds for one image.
+        params: Number of parameters.
+        latency: Median computing time of one image on one CPU thread, in milliseconds.
+        latency_spread: Interquartile range of these times, in milliseconds.
+    """
+
+    top1: float
+    top5: float | None
+    macs: int
+    params: int
+    latency: float
+    latency_spread: float
+
+
 def main(description: str | None = None) -> None:
     """Measure the sub-networks of trained models at several widths."""
     with errors_as_messages(OSError, ValueError):
         join_processes()
-        args = parse_evaluation(WidthArguments, description, sys.argv[1:])
+        (args,) = RecipeParser(WidthArguments, description=description).parse_args_into_dataclasses()
         check_exports(args)
         evaluation = Evaluation(args, args.model)
         measurements = evaluation.measurements(JSON, width_divisor=args.width_divisor)
         for name, model in evaluation.models.items():
             slice_model(name, model, evaluation.side, args.width_divisor)
     with errors_as_messages(UnreadableImageError):
-        measure_all(evaluation, measurements, args.widths)
+        for name, model in evaluation.models.items():
+            for width in args.widths:
+                if width_key(width) not in measurements.of(name):
+                    result = measure(evaluation, name, subnet_at(evaluation, model, width), width)
+                    measurements.add(width_key(width), {name: asdict(result)})
     if evaluation.accelerator.is_main_process:
         report(args, measurements)
         with errors_as_messages(ValueError):
             export(evaluation, args)
-
-
-def measure_all(evaluation: Evaluation, measurements: Measurements, widths: list[float]) -> None:
-    """Measure each model at each width at which that was not done yet."""
-    for name, model in evaluation.models.items():
-        for width in widths:
-            if width_key(width) not in measurements.of(name):
-                result = measure(evaluation, name, subnet_at(evaluation, model, width), width)
-                measurements.add(width_key(width), {name: asdict(result)})
 
 
 def check_exports(args: WidthArguments) -> None:
@@ -125,14 +143,11 @@ def subnet_at(evaluation: Evaluation, model: PixelNetwork, width: float) -> Pixe
         return extract_subnet(model, width)
 
 
-@contextmanager
-def recalibrated(evaluation: Evaluation, model: PixelNetwork, width: float) -> Iterator[None]:
-    """Give batch norm its own statistics at a narrower width, and keep those of the training at full width."""
+def recalibrated(evaluation: Evaluation, model: PixelNetwork, width: float) -> AbstractContextManager[Any]:
+    """Return the context in which batch norm has its own statistics at a narrower width; the full one keeps its."""
     if width == 1:
-        yield
-    else:
-        with recalibrate_batchnorm(model, width, calibration_batches(evaluation)):
-            yield
+        return nullcontext()
+    return recalibrate_batchnorm(model, width, calibration_batches(evaluation))
 
 
 def calibration_batches(evaluation: Evaluation) -> Iterator[Tensor]:
@@ -166,11 +181,7 @@ def report(args: WidthArguments, measurements: Measurements) -> None:
 
 
 def export(evaluation: Evaluation, args: WidthArguments) -> None:
-    """Write the sub-network of each model to a folder of its own.
-
-    Raises:
-        ValueError: a sub-network cannot be written.
-    """
+    """Write the sub-network of each model to a folder of its own."""
     if args.export is None:
         return
     for name, model in evaluation.models.items():
@@ -179,3 +190,62 @@ def export(evaluation: Evaluation, args: WidthArguments) -> None:
         with recalibrated(evaluation, model, args.export):
             save_subnet(model.network, args.export, folder, processor=processor, input_size=evaluation.side)
         print(f"wrote the sub-network of width {args.export:g} to {folder}, which torch.export loads")
+
+
+@torch.inference_mode()
+def cpu_latency(model: nn.Module, side: int) -> tuple[float, float]:
+    """Return median and interquartile range of the time of one image on one CPU thread, in milliseconds.
+
+    It is the time that the thread computes, which on an idle machine is the latency; other work does not add to it.
+    """
+    images = torch.rand(1, 3, side, side)
+    timer = Timer("model(images)", timer=thread_time, globals={"model": model, "images": images})
+    times = timer.blocked_autorange(min_run_time=TIMED)
+    return 1000 * times.median, 1000 * times.iqr
+
+
+def widths_side_by_side(results: Mapping[str, Mapping[float, WidthResult]]) -> str:
+    """Return results as a Markdown table, those of a width below each other."""
+    header = ("model", "width", "top-1 %", "top-5 %", "multiply-adds (M)", "parameters (k)", "ms per image")
+    rows = [
+        (
+            model,
+            f"{width:g}",
+            percent(own[width].top1),
+            percent(own[width].top5),
+            f"{own[width].macs / 1e6:.2f}",
+            f"{own[width].params / 1e3:.1f}",
+            f"{own[width].latency:.2f} ± {own[width].latency_spread:.2f}",
+        )
+        for width in next(iter(results.values()))
+        for model, own in results.items()
+    ]
+    return markdown_table(header, rows)
+
+
+def plot_widths(results: Mapping[str, Mapping[float, WidthResult]], file: Path, title: str) -> None:
+    """Plot top-1 accuracy against width, multiply-adds, parameters and latency, a curve for each model.
+
+    Curves differ in line style, marker and lightness, so that colour need not be seen.
+    """
+    figure = new_figure(figsize=(11, 7))
+    figure.suptitle(title)
+    panels = figure.subplots(2, 2, sharey=True)
+    for index, (model, own) in enumerate(results.items()):
+        found = own.values()
+        costs = {
+            "width": list(own),
+            "multiply-adds (M)": [result.macs / 1e6 for result in found],
+            "parameters (k)": [result.params / 1e3 for result in found],
+            "ms per image on one CPU thread": [result.latency for result in found],
+        }
+        top1, style = [100 * result.top1 for result in found], line_style(index, len(results))
+        for axes, (label, values) in zip(panels.flat, costs.items(), strict=True):
+            axes.plot(values, top1, label=model, **style)
+            axes.set(xlabel=label)
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    for axes in panels[:, 0]:
+        axes.set(ylabel="top-1 accuracy (%)")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center")
+    figure.savefig(file, dpi=DPI)
