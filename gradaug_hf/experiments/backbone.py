@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoConfig
 
-from gradaug_hf.hub.configs import timm_network
-from gradaug_hf.hub.networks import accepted_arguments, checkpoint_folder, load_checkpoint
+from gradaug_hf.hub.networks import accepted_arguments, checkpoint_folder, head_parameters, load_checkpoint
 
 # Deviation of the weights of a new classifier. timm's own is larger the fewer classes there are: 0.4 with two of an
 # EfficientNet, whose loss is then about 5 at first.
@@ -34,11 +33,7 @@ def load_backbone(source: str, class_names: Sequence[str], side: int | None = No
 
 
 def start_evenly(model: nn.Module) -> None:
-    """Give the classifier of a model small weights, so that no class is preferred at first.
-
-    Raises:
-        ValueError: as `head_parameters`.
-    """
+    """Give the classifier of a model small weights, so that no class is preferred at first."""
     heads = {id(dict(model.named_parameters())[name]) for name in head_parameters(model)}
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module.weight) in heads:
@@ -54,52 +49,32 @@ def size_arguments(source: str, side: int | None) -> dict[str, Any]:
     return arguments | ({"dynamic_img_size": True} if "dynamic_img_size" in accepted else {})
 
 
-def check_side(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-    """Make sure that a model takes images of a size, by one image.
-
-    Raises:
-        ValueError: it does not.
-    """
+def run_once(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Run a model on one image, as in evaluation."""
     was_training = model.training
     try:
         with torch.inference_mode():
             model.eval()(torch.zeros(1, *input_size))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"image_size is {input_size[-1]}, which {name} does not take: {error}; leave image_size out for its own"
-        ) from error
     finally:
         model.train(was_training)
 
 
-def head_parameters(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters of a model's classifier.
+def check_side(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
+    """Make sure that a model takes images of a size.
 
     Raises:
-        ValueError: it has none, or does not say which they are.
+        ValueError: it does not.
     """
-    network = timm_network(model)
-    if network is None:
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        names = [name for name, _ in model.named_parameters()]
-        found = [name for name in names if not name.startswith(prefix)]
-        if len(found) == len(names):
-            found = []
-    else:
-        heads = network.get_classifier()
-        own = {id(p) for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()}
-        found = [name for name, p in model.named_parameters() if id(p) in own]
-    if not found:
-        raise ValueError(f"{type(model).__name__} does not say which of its parameters are the classifier's")
-    return tuple(found)
+    try:
+        run_once(model, input_size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"image_size is {input_size[-1]}, which {name} does not take: {error}; leave image_size out for its own"
+        ) from error
 
 
 def freeze_backbone(model: nn.Module) -> None:
-    """Train the classifier of a model alone.
-
-    Raises:
-        ValueError: as `head_parameters`.
-    """
+    """Train the classifier of a model alone."""
     heads = head_parameters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name in heads

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
-from gradaug_hf.experiments.backbone import batch_norms, head_parameters
+from gradaug_hf.experiments.backbone import batch_norms
 from gradaug_hf.experiments.lora import adapted_state, has_adapters, merge_adapters, merged
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.hub.configs import plain_state, timm_network
+from gradaug_hf.hub.networks import head_parameters
 from gradaug_hf.objective.class_weights import weighted_cross_entropy
 from gradaug_hf.slimming import make_slimmable
 from gradaug_hf.trainer.batches import split_batch

@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradaug_hf.experiments.backbone import head_parameters
+from gradaug_hf.experiments.backbone import run_once
+from gradaug_hf.hub.networks import head_parameters
 
 ADAPTED = (nn.Linear, nn.Conv2d)
 # Norms are trained as well, so that those with statistics go on as in any training with sub-networks.
@@ -18,13 +18,8 @@ NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 def add_adapters(model: nn.Module, rank: int, input_size: tuple[int, int, int]) -> None:
     """Add an adapter to each linear and convolutional layer of a backbone, and train adapters, norms and classifier.
 
-    Args:
-        model: as for `head_parameters`.
-        rank: of the adapters.
-        input_size: channels, height and width of the images.
-
     Raises:
-        ValueError: peft is not installed, the model has no layer for an adapter, or as `head_parameters`.
+        ValueError: peft is not installed, or the model has no layer for an adapter or names no classifier.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -43,24 +38,15 @@ def add_adapters(model: nn.Module, rank: int, input_size: tuple[int, int, int]) 
 
 def _called_layers(model: nn.Module, input_size: tuple[int, int, int]) -> list[str]:
     """Return the names of plain layers whose forward runs; the weights of others are read, past any adapter."""
-    called: list[str] = []
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) in ADAPTED and getattr(module, "groups", 1) == 1
-    }
-    hooks = [
-        layer.register_forward_hook(lambda *given, name=name: called.append(name)) for name, layer in layers.items()
-    ]
-    was_training = model.training
+    called: set[nn.Module] = set()
+    named = [(name, m) for name, m in model.named_modules() if type(m) in ADAPTED and getattr(m, "groups", 1) == 1]
+    hooks = [layer.register_forward_hook(lambda layer, *given: called.add(layer)) for _, layer in named]
     try:
-        with torch.inference_mode():
-            model.eval()(torch.zeros(1, *input_size))
+        run_once(model, input_size)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return [name for name in layers if name in called]
+    return [name for name, layer in named if layer in called]
 
 
 def has_adapters(model: nn.Module) -> bool:

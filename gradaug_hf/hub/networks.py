@@ -26,11 +26,10 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     PreTrainedModel,
-    TimmWrapperForImageClassification,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from gradaug_hf.hub.configs import PREPROCESSOR, check_class_names, label_names
+from gradaug_hf.hub.configs import PREPROCESSOR, check_class_names, label_names, timm_network
 from gradaug_hf.hub.preprocessing import processor_data_config
 from gradaug_hf.hub.weights import CONFIG, WeightsError, check_finite, read_config, weight_shapes, weights_files
 from gradaug_hf.models.shake_drop import add_shake_drop, residual_blocks
@@ -90,7 +89,7 @@ def timm_name(model: str) -> str | None:
 
 
 def _is_timms(config: Mapping[str, Any]) -> bool:
-    """Return whether timm, rather than transformers, can read a configuration of one of its models."""
+    """Return whether a configuration of a timm model is one that timm can read, rather than transformers."""
     return isinstance(config.get("model_args", {}), dict) and "pretrained_cfg" in config
 
 
@@ -166,13 +165,7 @@ def _check_downloaded(model: str, folder: Path) -> None:
 def accepted_arguments(model: str) -> set[str]:
     """Return the arguments that a model can be built with: its constructor's, and ShakeDrop where its blocks take it.
 
-    A model of transformers has none.
-
-    Args:
-        model: as for `timm_name`.
-
-    Raises:
-        ValueError: as `timm_name`.
+    A model of transformers has none. Names and errors are those of `timm_name`.
     """
     name = timm_name(model)
     if name is None:
@@ -199,27 +192,24 @@ def _parameters(model: nn.Module) -> set[str]:
 
 
 def create_network(model: str, class_names: Sequence[str], arguments: Mapping[str, Any]) -> nn.Module:
-    """Return a model to train: from scratch if `model` names one of timm, else with the weights of the checkpoint.
+    """Return a model to train: from scratch if `model` names one of timm, else as `load_checkpoint` loads it.
 
     Args:
-        model: as for `timm_name`.
+        model: a name that `timm_name` takes.
         class_names: in the order of the labels; another classifier than the checkpoint's is made where they differ in
             number.
         arguments: of a timm model, by the names of `accepted_arguments`.
-
-    Raises:
-        ValueError: as `load_checkpoint`.
     """
     if is_checkpoint(model):
         return load_checkpoint(model, class_names, arguments)
-    return _create_timm_model(model, False, class_names, arguments)
+    return _create_timm_model(model, class_names, arguments)
 
 
 def network_to_train(model: str, *datasets: Any) -> nn.Module:
     """Return the model of a checkpoint with its own classes, or a new one of timm with those that a dataset names.
 
     Args:
-        model: as for `timm_name`.
+        model: a name that `timm_name` takes.
         datasets: asked for the names of their classes as by `label_names`.
 
     Raises:
@@ -242,12 +232,7 @@ def network_to_train(model: str, *datasets: Any) -> nn.Module:
 def load_checkpoint(
     model: str, class_names: Sequence[str] | None = None, arguments: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Return the model of a folder or of the Hub.
-
-    Args:
-        model: as for `checkpoint_folder`.
-        class_names: as for `create_network`; None keeps the classifier.
-        arguments: of a timm model, by the names of `accepted_arguments`.
+    """Return the model of a checkpoint, with another classifier where `class_names` differ in number from its own.
 
     Raises:
         ValueError: as `checkpoint_folder`; or its files are damaged, do not fit each other, or hold NaN. Only the
@@ -258,7 +243,7 @@ def load_checkpoint(
     weight_shapes(folder)
     with _loading_errors(folder):
         if _is_timms(config):
-            loaded = _load_timm_model(folder, class_names, arguments)
+            loaded = _create_timm_model(f"local-dir:{folder}", class_names, arguments)
         else:
             loaded = _load_classifier(folder, class_names)
     check_finite(loaded.state_dict(), folder)
@@ -288,20 +273,12 @@ def _loading_errors(source: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _load_timm_model(
-    folder: Path, class_names: Sequence[str] | None, arguments: Mapping[str, Any] | None
-) -> nn.Module:
-    name = f"local-dir:{folder}"
-    if class_names is not None:
+def _create_timm_model(name: str, class_names: Sequence[str] | None, arguments: Mapping[str, Any] | None) -> nn.Module:
+    """Return a timm model; the names of folders, `local-dir:FOLDER`, give it their weights."""
+    pretrained, arguments = name.startswith("local-dir:"), dict(arguments or {})
+    if pretrained and class_names is not None:
         with random_states_kept():
             timm.create_model(name, pretrained=True)  # timm misses no tensor once it makes a classifier of its own
-    return _create_timm_model(name, True, class_names, arguments)
-
-
-def _create_timm_model(
-    name: str, pretrained: bool, class_names: Sequence[str] | None, arguments: Mapping[str, Any] | None
-) -> nn.Module:
-    arguments = dict(arguments or {})
     shakes_itself = SHAKE_DROP not in arguments or SHAKE_DROP in _parameters(_meta_model(name))
     rate = 0.0 if shakes_itself else arguments.pop(SHAKE_DROP)
     classes = {} if class_names is None else {"num_classes": len(class_names)}
@@ -324,8 +301,8 @@ def _load_classifier(folder: Path, class_names: Sequence[str] | None) -> PreTrai
         folder, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **classes
     )
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
-    if class_names is not None:
-        lacking -= _classifier_tensors(model)
+    if lacking and class_names is not None:
+        lacking -= set(head_parameters(model))
     if lacking:
         raise WeightsError(
             f"the weights of {folder} are of another network than {type(model).__name__}: they lack "
@@ -334,21 +311,35 @@ def _load_classifier(folder: Path, class_names: Sequence[str] | None) -> PreTrai
     return model
 
 
-def _classifier_tensors(model: PreTrainedModel) -> set[str]:
-    """Return the names of the tensors of a classifier of transformers that are not its backbone's."""
-    if isinstance(model, TimmWrapperForImageClassification):  # its only child has both
-        heads = model.timm_model.pretrained_cfg.get("classifier") or ()
-        parts = [f"timm_model.{head}." for head in ([heads] if isinstance(heads, str) else heads)]
-        return {name for name in model.state_dict() if name.startswith(tuple(parts))}
-    backbone, _ = next(model.named_children())
-    return {name for name in model.state_dict() if not name.startswith(f"{backbone}.")}
+def head_parameters(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a model's classifier.
+
+    A classifier of transformers has its backbone under a name of the architecture; where it has no such part, its last
+    one with parameters is the classifier.
+
+    Raises:
+        ValueError: it has none, or does not say which they are.
+    """
+    found, parameters = [], dict(model.named_parameters())
+    if (network := timm_network(model)) is not None:
+        heads = network.get_classifier()
+        own = {id(p) for head in (heads if isinstance(heads, tuple) else (heads,)) for p in head.parameters()}
+        found = [name for name, parameter in parameters.items() if id(parameter) in own]
+    elif isinstance(model, PreTrainedModel):
+        parts = list(dict.fromkeys(name.partition(".")[0] for name in parameters))
+        backbone = model.base_model_prefix
+        heads = [part for part in parts if part != backbone] if backbone in parts else parts[-1:]
+        found = [name for name in parameters if name.partition(".")[0] in heads]
+    if not found:
+        raise ValueError(f"{type(model).__name__} does not say which of its parameters are the classifier's")
+    return tuple(found)
 
 
 def load_network(model: str, class_names: Sequence[str]) -> nn.Module:
     """Return a trained model to evaluate.
 
     Args:
-        model: as for `timm_name`; a name of timm, such as `resnet50.a1_in1k`, gives its pretrained weights.
+        model: a name that `timm_name` takes; one of timm, such as `resnet50.a1_in1k`, gives its pretrained weights.
         class_names: of the dataset, in the order of the labels; other names than the model's are warned of.
 
     Raises:
@@ -364,9 +355,6 @@ def load_network(model: str, class_names: Sequence[str]) -> nn.Module:
 
 def image_processor(model: str) -> BaseImageProcessor | None:
     """Return the image processor that comes with a checkpoint of transformers; None if none does.
-
-    Args:
-        model: as for `timm_name`.
 
     Raises:
         ValueError: its configuration is damaged, or needs code of its own.

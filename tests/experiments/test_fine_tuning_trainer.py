@@ -10,8 +10,9 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from gradaug_hf import GradAugConfig
-from gradaug_hf.experiments.backbone import freeze_backbone, head_parameters
+from gradaug_hf.experiments.backbone import freeze_backbone
 from gradaug_hf.experiments.fine_tuning_trainer import AVERAGE, FineTuningTrainer, parameter_groups
+from gradaug_hf.hub.networks import head_parameters
 from gradaug_hf.trainer.checkpoints import ResumeError
 
 STEPS = 4

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
 from gradaug_hf import make_slimmable, slicing_report
-from gradaug_hf.experiments.backbone import head_parameters
 from gradaug_hf.experiments.fine_tuning_trainer import ADAPTERS, FineTuningTrainer
 from gradaug_hf.experiments.lora import add_adapters, merge_adapters, merged
+from gradaug_hf.hub.networks import head_parameters
 from gradaug_hf.slimming import at_width
 from gradaug_hf.trainer.checkpoints import ResumeError
 from tests.experiments.test_fine_tuning_trainer import Images, trainer_of

@@ -7,6 +7,8 @@ import safetensors.torch
 import timm
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     TimmWrapperConfig,
@@ -18,6 +20,7 @@ from gradaug_hf.hub.networks import (
     accepted_arguments,
     checkpoint_folder,
     create_network,
+    head_parameters,
     image_processor,
     is_checkpoint,
     load_checkpoint,
@@ -224,6 +227,23 @@ def test_only_the_classifier_is_made_anew_for_other_classes(tmp_path, files_of):
     anew = {name for name, tensor in weights.items() if not torch.equal(found[name], tensor)}
     assert {name.rpartition(".")[0] for name in anew} <= {"fc", "classifier.1", "timm_model.fc"}
     assert len(anew) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("vit", {"classifier"}),
+        ("cvt", {"layernorm", "classifier"}),
+        ("siglip", {"classifier"}),
+        ("clip", {"classifier"}),
+        ("hgnet_v2", {"fc"}),
+        ("pp_lcnet", {"head"}),
+    ],
+)
+def test_the_classifier_of_a_transformers_model_is_told_from_its_backbone(kind: str, heads: set[str]):
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(CONFIG_MAPPING[kind]())
+    assert {name.partition(".")[0] for name in head_parameters(model)} == heads
 
 
 @pytest.mark.parametrize(("files_of", "value"), [(files_of_timm, float("nan")), (files_of_transformers, float("inf"))])
