@@ -18,7 +18,7 @@ MOST_IN_A_ROW = 100
 class SkippingDataset(DatasetWrapper, TorchDataset):
     """Replace images that cannot be decoded by the next one of the dataset, so that batches keep their size.
 
-    Each image that was skipped is warned of, and counted once, in whichever process.
+    Each image that was skipped is warned of, and is 1 in `skipped`, in this process and its workers.
 
     Args:
         dataset: raises `UnreadableImageError` for such an image.
@@ -26,12 +26,7 @@ class SkippingDataset(DatasetWrapper, TorchDataset):
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self._skipped = torch.zeros(len(dataset), dtype=torch.int64).share_memory_()
-
-    @property
-    def skipped(self) -> torch.Tensor:
-        """Return for each image 1 if this process or a worker of it skipped it, else 0."""
-        return self._skipped.clone()
+        self.skipped = torch.zeros(len(dataset), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -42,9 +37,9 @@ class SkippingDataset(DatasetWrapper, TorchDataset):
             try:
                 return self.dataset[row]
             except UnreadableImageError as error:
-                if not self._skipped[row]:
+                if not self.skipped[row]:
                     warnings.warn(f"skipped: {error}", stacklevel=2)
-                self._skipped[row] = 1
+                self.skipped[row] = 1
                 last = error
         raise ValueError(f"{len(rows)} images in a row cannot be decoded, the last since {last}")
 
@@ -52,18 +47,12 @@ class SkippingDataset(DatasetWrapper, TorchDataset):
         return [self[index] for index in indices]
 
 
-def readable_images(split: Dataset, num_processes: int | None = None) -> Dataset:
-    """Return a split without the images that cannot be decoded, with a warning of each.
-
-    Args:
-        split: data with the columns `image` and `row`, as `load_image_data` returns it.
-        num_processes: number of processes that decode; None: this one decodes.
-    """
+def readable_images(split: Dataset) -> Dataset:
+    """Return a split of `load_image_data` without the images that cannot be decoded, with a warning of each."""
     return split.filter(
         _is_readable,
         input_columns=["image", "row"],
         fn_kwargs={"split": str(split.split)},
-        num_proc=num_processes,
         desc="Looking for images that cannot be decoded",
     )
 

@@ -4,6 +4,7 @@ A label is one class, or a list of the classes that an image has.
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +35,8 @@ def is_multi_label(feature: object) -> bool:
     return isinstance(feature, (*LISTS, list))
 
 
-def _of_one_class(feature: object) -> object:
+def classes_of(feature: object) -> Any:
+    """Return the type of a single label of a column: its `ClassLabel` if `is_class_label` holds."""
     if isinstance(feature, list):
         return feature[0]
     return feature.feature if isinstance(feature, LISTS) else feature
@@ -42,12 +44,7 @@ def _of_one_class(feature: object) -> object:
 
 def is_class_label(feature: object) -> bool:
     """Return whether a column holds numbers of classes that have names, or lists of them."""
-    return isinstance(_of_one_class(feature), ClassLabel)
-
-
-def classes_of(feature: object) -> ClassLabel:
-    """Return the classes of a column for which `is_class_label` holds."""
-    return _of_one_class(feature)
+    return isinstance(classes_of(feature), ClassLabel)
 
 
 def multi_hot(labels: Iterable[Iterable[int]], num_classes: int) -> list[Tensor]:
@@ -63,7 +60,7 @@ def multi_hot(labels: Iterable[Iterable[int]], num_classes: int) -> list[Tensor]
 def _is_class(feature: object) -> bool:
     single = (*STRINGS, pa.types.is_integer)
     if is_multi_label(feature):
-        return _has_type(_of_one_class(feature), single)
+        return _has_type(classes_of(feature), single)
     return _has_type(feature, (*single, pa.types.is_boolean))
 
 
@@ -91,12 +88,13 @@ def _find_column(
     possible: Callable[[object], bool],
 ) -> str:
     found = ", ".join(f"{name} ({feature})" for name, feature in features.items())
+    usable = {name for name, feature in features.items() if certain(feature) or possible(feature)}
     if wanted is not None:
-        if wanted in features and (certain(features[wanted]) or possible(features[wanted])):
+        if wanted in usable:
             return wanted
         raise ValueError(f"{kind}_column={wanted!r} is not a column of {kind}s; columns found: {found}")
     for name in usual_names:
-        if name in features and (certain(features[name]) or possible(features[name])):
+        if name in usable:
             return name
     candidates = [name for name, feature in features.items() if certain(feature)]
     if len(candidates) == 1:

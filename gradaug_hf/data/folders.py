@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, DatasetInfo, Features, Image, NamedSplit
+from datasets import Dataset, DatasetDict, Image, NamedSplit
 from transformers.utils import logging
 
 from gradaug_hf.data.columns import LABEL_COLUMNS
@@ -87,7 +87,7 @@ def read_folder(folder: Path) -> FolderContent:
     """
     content = FolderContent(folder)
     suffixes = {suffix for suffix, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN}
-    for found in _files_below(folder, content.left_out):
+    for found in _files_below(os.path.abspath(folder), content.left_out):
         name = found.parts[-1]
         suffix = os.path.splitext(name)[1].lower()
         if name in METADATA:
@@ -132,26 +132,26 @@ def load_image_folder(content: FolderContent, label_column: str | None = None) -
     return DatasetDict({split: _dataset(rows[split], column, split) for split in order})
 
 
-def _files_below(folder: Path, left_out: Counter[str]) -> Iterator[ImageFile]:
-    def walk(folder: str, parts: tuple[str, ...], above: tuple[str, ...]) -> Iterator[ImageFile]:
-        target = os.path.realpath(folder)
-        if target in above:
-            raise ValueError(f"{folder} is a link to {target}, a folder that it lies in; remove the link")
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        for entry in entries:
-            below = (*parts, entry.name)
-            if entry.name.startswith("."):
-                left_out["hidden"] += 1
-            elif entry.is_dir():
-                yield from walk(entry.path, below, (*above, target))
-            elif entry.is_file():
-                file = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(target, entry.name)
-                yield ImageFile(below, entry.path, entry.path if file == entry.path else file)  # one text, not two
-            else:
-                left_out["a link to nothing"] += 1
-
-    return walk(os.path.abspath(folder), (), ())
+def _files_below(
+    folder: str, left_out: Counter[str], parts: tuple[str, ...] = (), above: tuple[str, ...] = ()
+) -> Iterator[ImageFile]:
+    """Yield the files below a folder, which lies at `parts` below the first one and, links followed, in `above`."""
+    target = os.path.realpath(folder)
+    if target in above:
+        raise ValueError(f"{folder} is a link to {target}, a folder that it lies in; remove the link")
+    with os.scandir(folder) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        below = (*parts, entry.name)
+        if entry.name.startswith("."):
+            left_out["hidden"] += 1
+        elif entry.is_dir():
+            yield from _files_below(entry.path, left_out, below, (*above, target))
+        elif entry.is_file():
+            file = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(target, entry.name)
+            yield ImageFile(below, entry.path, entry.path if file == entry.path else file)  # one text, not two
+        else:
+            left_out["a link to nothing"] += 1
 
 
 # ---- labels ----
@@ -258,12 +258,8 @@ def _refuse_shared_images(rows: Rows) -> None:
 
 
 def _dataset(rows: Sequence[tuple[ImageFile, Any]], column: str, split: str) -> Dataset:
-    paths = pa.array([image.file for image, _ in rows], pa.string())
-    encoded = pa.StructArray.from_arrays([pa.nulls(len(paths), pa.binary()), paths], names=["bytes", "path"])
-    labels = pa.array([label for _, label in rows])
-    features = Features.from_arrow_schema(pa.schema({column: labels.type})) | {"image": Image(decode=False)}
-    table = pa.table({column: labels, "image": encoded})
-    return Dataset(table, info=DatasetInfo(features=Features(features)), split=NamedSplit(split))
+    columns = {column: [label for _, label in rows], "image": [image.file for image, _ in rows]}
+    return Dataset.from_dict(columns, split=NamedSplit(split)).cast_column("image", Image(decode=False))
 
 
 # ---- messages ----

@@ -87,7 +87,7 @@ def load_image_data(
     images, labels = find_columns(chosen["train"].features, image_column, label_column)
     data = standard_columns(with_class_map(chosen, labels, class_map), images, labels)
     if "eval" not in data:
-        return _hold_out(data["train"], seed)
+        data = _hold_out(data["train"], seed)
     _warn_of_unseen_classes(data)
     return data
 
@@ -98,7 +98,7 @@ def load_two_folders(train_dir: str, validation_dir: str, *, label_column: str |
     Args:
         train_dir: Folder of images sorted by class.
         validation_dir: Folder of images sorted by class, with the same classes or some of them.
-        label_column: As for `load_image_data`.
+        label_column: Column of the classes in a file of metadata.
 
     Raises:
         OSError: A folder cannot be read.
@@ -130,14 +130,7 @@ def stream_image_data(
 ) -> IterableDatasetDict:
     """Load a dataset as `load_image_data` does, but read its images only when they are needed.
 
-    Args:
-        name: as for `load_image_data`.
-        config_name: as for `load_image_data`.
-        train_split: as for `load_image_data`.
-        eval_split: as for `load_image_data`, but nothing can be held out.
-        image_column: as for `load_image_data`.
-        label_column: as for `load_image_data`; its classes must have names.
-        class_map: as for `load_image_data`; gives the classes names.
+    Nothing can be held out of a stream, and its classes must have names, those of a `class_map` for example.
 
     Returns:
         Splits `train` and `eval` with the columns `image` (encoded) and `label` (a `ClassLabel`), in the stored order.
@@ -213,8 +206,10 @@ def number_of_images(split: Dataset | IterableDataset) -> int | None:
     return known.num_examples if known is not None and known.num_examples else None
 
 
-def take_images(split: Dataset | IterableDataset, number: int, seed: int) -> Dataset | IterableDataset:
-    """Return at most `number` images of a split, sampled from the seed; of a stream the first ones."""
+def take_images(split: Dataset | IterableDataset, number: int | None, seed: int) -> Dataset | IterableDataset:
+    """Return at most `number` images of a split, sampled by the seed, of a stream the first ones; None takes all."""
+    if number is None:
+        return split
     if isinstance(split, IterableDataset):
         return split.take(number)
     return split.shuffle(seed=seed).take(min(number, len(split)))
@@ -283,15 +278,13 @@ def _warn_of_unread_files(content: FolderContent, builder: DatasetBuilder) -> No
 
 
 def _stream(split: Dataset) -> IterableDataset:
-    parts = min(STREAM_SHARDS, len(split))
+    number = min(STREAM_SHARDS, len(split))
+    parts = [split.shard(number, part) for part in range(number)]
     stream = IterableDataset.from_generator(
-        _rows,
-        features=split.features,
-        gen_kwargs={"parts": [split.shard(parts, part) for part in range(parts)]},
-        split=split.split,
+        _rows, features=split.features, gen_kwargs={"parts": parts}, split=split.split
     )
-    lengths = [len(split.shard(parts, part)) for part in range(parts)]
-    know_lengths(IterableDatasetDict({str(split.split): stream}), {str(split.split): lengths})
+    name = str(split.split)
+    know_lengths(IterableDatasetDict({name: stream}), {name: [len(part) for part in parts]})
     return stream
 
 
@@ -357,9 +350,7 @@ def _hold_out(split: Dataset, seed: int) -> DatasetDict:
         if len(split) < 2:
             raise ValueError(f"split {split.split} is the only one and has a single image: none can be held out")
         parts = split.train_test_split(math.ceil(EVAL_SHARE * len(split)), seed=seed)
-        data = DatasetDict(train=parts["train"], eval=parts["test"])
-        _warn_of_unseen_classes(data)
-        return data
+        return DatasetDict(train=parts["train"], eval=parts["test"])
     labels, counts = np.unique(label_values(split), return_counts=True)
     if counts.min() < 2:
         name = split.features["label"].int2str(int(labels[counts.argmin()]))
