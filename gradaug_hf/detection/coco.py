@@ -54,10 +54,24 @@ class CocoImages(Dataset):
         self.image_ids = sorted(self.coco.imgs)
         self._labels = {category["id"]: label for label, category in enumerate(self.categories, start=1)}
         self._transform = v2.Compose([v2.RandomHorizontalFlip(flip), v2.ToDtype(torch.float32, scale=True)])
-        _check_files([self.folder / image["file_name"] for image in self.coco.imgs.values()], annotations)
+        files = [self.folder / image["file_name"] for image in self.coco.imgs.values()]
+        if missing := [file for file in files if not file.is_file()]:
+            raise ValueError(
+                f"{len(missing)} of the {len(files)} images of {annotations} are missing: {_some(missing)}"
+            )
+        objects = [a for a in self.coco.anns.values() if not a["iscrowd"]]
         if masks:
-            _check_masks(self.coco, annotations)
-        self._warn_of_degenerate_objects(annotations)
+            _refuse(
+                annotations,
+                "annotations have no segmentation, which Mask R-CNN learns masks from; use detector='faster_rcnn'",
+                (a["id"] for a in objects if not a.get("segmentation")),
+            )
+        if degenerate := [a["id"] for a in objects if not self._is_whole(a)]:
+            warnings.warn(
+                f"{annotations}: {len(degenerate)} objects have no area within their image and are not trained on; "
+                f"annotations {_some(degenerate)}",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -79,7 +93,8 @@ class CocoImages(Dataset):
     def _is_whole(self, annotation: Mapping[str, Any]) -> bool:
         if self.masks and not _polygons(annotation):
             return False
-        return _has_area(_corners(annotation, self.coco.imgs[annotation["image_id"]]))
+        left, top, right, bottom = _corners(annotation, self.coco.imgs[annotation["image_id"]])
+        return right > left and bottom > top
 
     def _read_image(self, image_id: int) -> tv_tensors.Image:
         described = self.coco.imgs[image_id]
@@ -112,15 +127,6 @@ class CocoImages(Dataset):
                 torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
             )
         return target
-
-    def _warn_of_degenerate_objects(self, annotations: str | Path) -> None:
-        degenerate = [a["id"] for a in self.coco.anns.values() if not a["iscrowd"] and not self._is_whole(a)]
-        if degenerate:
-            warnings.warn(
-                f"{annotations}: {len(degenerate)} objects have no area within their image and are not trained on; "
-                f"annotations {_some(degenerate)}",
-                stacklevel=3,
-            )
 
 
 def collate(items: Sequence[tuple[Tensor, dict[str, Any]]]) -> dict[str, list[Any]]:
@@ -207,20 +213,6 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "annotations": annotations}
 
 
-def _check_files(files: Sequence[Path], annotations: str | Path) -> None:
-    missing = [str(file) for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(f"{len(missing)} of the {len(files)} images of {annotations} are missing: {_some(missing)}")
-
-
-def _check_masks(coco: COCO, file: str | Path) -> None:
-    _refuse(
-        file,
-        "annotations have no segmentation, which Mask R-CNN learns masks from; use detector='faster_rcnn'",
-        (a["id"] for a in coco.anns.values() if not a["iscrowd"] and not a.get("segmentation")),
-    )
-
-
 def _refuse(file: str | Path, problem: str, annotation_ids: Iterable[int]) -> None:
     found = list(annotation_ids)
     if found:
@@ -250,8 +242,3 @@ def _polygons(annotation: Mapping[str, Any]) -> Any:
     """Return a segmentation without polygons of fewer than three corners, which COCO's tool takes for boxes."""
     segmentation = annotation["segmentation"]
     return [p for p in segmentation if len(p) >= 6] if isinstance(segmentation, list) else segmentation
-
-
-def _has_area(corners: tuple[float, float, float, float]) -> bool:
-    left, top, right, bottom = corners
-    return right > left and bottom > top

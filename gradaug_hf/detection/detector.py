@@ -26,7 +26,7 @@ from transformers.hf_argparser import HfArg
 from gradaug_hf.detection.pyramid import Pyramid
 from gradaug_hf.experiments.arguments import CheckedArguments
 from gradaug_hf.hub.configs import CONFIG, timm_network
-from gradaug_hf.hub.networks import pixel_statistics, timm_name
+from gradaug_hf.hub.networks import is_checkpoint, pixel_statistics, timm_name
 from gradaug_hf.hub.weights import read_json
 from gradaug_hf.slimming import make_slimmable, meta_copy
 from gradaug_hf.slimming.meta import example_images
@@ -58,8 +58,7 @@ class DetectorSettings(CheckedArguments):
 
     def __post_init__(self) -> None:
         self._check("detector", self.detector in DETECTORS, f"one of {', '.join(map(repr, DETECTORS))}")
-        for name in ("min_size", "channels", "box_head_size", "rois_per_image"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check_least(1, "min_size", "channels", "box_head_size", "rois_per_image")
         self._check("max_size", self.max_size >= self.min_size, f"at least min_size, {self.min_size}")
         self._check("anchor_scale", 0 < self.anchor_scale < math.inf, "above 0 and finite")
         check_side("max_size", self.max_size)
@@ -184,17 +183,13 @@ def create_detector(
         )
     )
     check_sizes(detector)
-    if timm_name(backbone) == backbone:
+    if not is_checkpoint(backbone):
         return detector, f"backbone {backbone}: new weights"
     return detector, load_backbone(detector, network.state_dict(), backbone)
 
 
 def check_sizes(detector: Detector) -> None:
-    """Make sure that the backbone takes images that are not square, of the detector's sides.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise a ValueError where the backbone does not take images of the detector's sides, which are not square."""
     settings = detector.settings
     sides = padded(settings.min_size), padded(settings.max_size)
     try:

@@ -19,7 +19,7 @@ from gradaug_hf.detection.trainer import DetectionTrainer
 from gradaug_hf.experiments.memory import PeakMemory
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.experiments.results import RESULTS, check_free, run_context
-from gradaug_hf.experiments.run import FAULTS, SETTINGS, check_batch, complete
+from gradaug_hf.experiments.run import FAULTS, SETTINGS, check_batch, complete, hide_token
 from gradaug_hf.hub.pushing import PushError
 from gradaug_hf.trainer.checkpoints import ResumeError
 from gradaug_hf.trainer.config import GradAugConfig
@@ -61,6 +61,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     with errors_as_messages(OSError, ValueError):
         argv = sys.argv[1:] if argv is None else argv
         args, settings, config = parse({**SETTINGS, **RECIPE}, DESCRIPTION, argv)
+        hide_token(config.hub_token)
         use_all_cores()
         complete(args, config)
         check_free(config.output_dir, config.resume_from_checkpoint, args.overwrite_output_dir)
@@ -80,10 +81,10 @@ def run(argv: Sequence[str] | None = None) -> None:
 def train(trainer: DetectionRecipeTrainer) -> dict[str, float]:
     """Train and save the detector, and return its steps, seconds and peak memory in MiB."""
     with PeakMemory(trainer.args.device) as peak:
-        output = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    seconds = trainer.training_seconds()
     trainer.save_model()
-    seconds = output.metrics["train_runtime"] - trainer.evaluation_seconds
-    return {"steps": output.global_step, "seconds": seconds, "peak_memory": peak.mebibytes}
+    return {"steps": trainer.state.global_step, "seconds": seconds, "peak_memory": peak.mebibytes}
 
 
 def evaluate(trainer: DetectionRecipeTrainer) -> dict[str, float]:
