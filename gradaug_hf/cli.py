@@ -7,6 +7,7 @@ flags in `make_parser`.
 import sys
 from argparse import REMAINDER, Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +196,8 @@ def sweep(args: Namespace) -> None:
         SystemExit: runs failed.
         ValueError: the plan cannot be read, or its folder holds other runs.
     """
-    from gradaug_hf.experiments.sweep import Plan, flag_settings, read_plan, train_and_report
+    from gradaug_hf.experiments.sweep import flag_settings, read_plan, train_and_report
 
     plan = read_plan(args.plan)
-    settings = {**plan.settings, **flag_settings(args.flags)}
-    plan = Plan(plan.recipe, plan.rows, plan.seeds, settings, plan.columns)
+    plan = replace(plan, settings={**plan.settings, **flag_settings(args.flags)})
     train_and_report(plan, args.output_dir or Path("outputs") / args.plan.stem, args.launch, args.seeds)

@@ -31,6 +31,11 @@ class CheckedArguments:
         if not valid:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
 
+    def _check_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._check(name, value is None or value >= least, f"at least {least}")
+
     def _check_texts(self) -> None:
         for name, value in vars(self).items():
             self._check(name, not (isinstance(value, str) and not value.strip()), "a text that is not empty")
@@ -50,7 +55,7 @@ class DataArguments(CheckedArguments):
     )
 
     def __post_init__(self) -> None:
-        self._check("max_eval_samples", self.max_eval_samples is None or self.max_eval_samples >= 1, "at least 1")
+        self._check_least(1, "max_eval_samples")
 
     def loading_options(self) -> dict[str, Any]:
         """Return the keyword arguments of `load_image_data` and `stream_image_data`."""
@@ -61,6 +66,22 @@ class DataArguments(CheckedArguments):
             "image_column": self.image_column,
             "label_column": self.label_column,
         }
+
+
+@dataclass
+class TrainingDataArguments(DataArguments):
+    """Images to train on, beside those to evaluate on."""
+
+    max_train_samples: int | None = HfArg(
+        default=None, help="Number of training images, sampled with the seed; default: all."
+    )
+    skip_bad_images: bool = HfArg(
+        default=False, help="Whether to leave out, and count, images that cannot be decoded instead of stopping."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(1, "max_train_samples")
 
 
 @dataclass
@@ -83,13 +104,13 @@ class ScheduleArguments(CheckedArguments):
     )
 
     def __post_init__(self) -> None:
-        self._check("batch_size", self.batch_size >= 1, "at least 1")
+        self._check_least(1, "batch_size")
         self._check("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0 and finite")
         self._check("lr_drops", all(0 < share < 1 for share in self.lr_drops), "a list of shares in (0, 1)")
 
 
 @dataclass
-class ExperimentArguments(ScheduleArguments, DataArguments):
+class ExperimentArguments(ScheduleArguments, TrainingDataArguments):
     """Arguments of a recipe that trains a classifier, beside those of GradAugConfig."""
 
     method: str = HfArg(
@@ -128,26 +149,18 @@ class ExperimentArguments(ScheduleArguments, DataArguments):
     labels_per_class: int | None = HfArg(
         default=None, help="Training images of each class, sampled with the seed; default: all."
     )
-    max_train_samples: int | None = HfArg(
-        default=None, help="Number of training images, sampled with the seed; default: all."
-    )
     streaming: bool = HfArg(
         default=False, help="Whether to read the images while training instead of downloading first."
-    )
-    skip_bad_images: bool = HfArg(
-        default=False, help="Whether to leave out, and count, images that cannot be decoded instead of stopping."
     )
     subnet_rotation: bool = HfArg(
         default=False, help="Whether each sub-network sees the images turned by 0, 90, 180 or 270 degrees."
     )
 
     def __post_init__(self) -> None:
-        DataArguments.__post_init__(self)
+        TrainingDataArguments.__post_init__(self)
         ScheduleArguments.__post_init__(self)
         self._check_texts()
-        for name in ("labels_per_class", "max_train_samples"):
-            value = getattr(self, name)
-            self._check(name, value is None or value >= 1, "at least 1")
+        self._check_least(1, "labels_per_class")
         for name in ("drop_path_rate", "drop_block_rate", "shake_drop_rate"):
             self._check(name, 0 <= (getattr(self, name) or 0) < 1, "in [0, 1)")
         self._check("skip_bad_images", not (self.skip_bad_images and self.streaming), "False with streaming")
@@ -260,11 +273,20 @@ def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(parsed).items() if value is not absent}
 
 
-def _read_settings(file: str, known: Sequence[str]) -> dict[str, Any]:
+def read_yaml(file: Path) -> Any:
+    """Return what a file holds as YAML or JSON, which is YAML as well.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML as well
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{file} cannot be read as YAML or JSON: {error}") from error
+
+
+def _read_settings(file: str, known: Sequence[str]) -> dict[str, Any]:
+    content = read_yaml(Path(file))
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}; expected settings by name, such as `seed: 1`")
     if unknown := sorted(str(name) for name in content if name not in known):
@@ -299,11 +321,6 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
     flags = []
     for name, value in settings.items():
         if not _is_empty(value):
-            flags += [f"--{name}", *_words(value)]
+            words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            flags += [f"--{name}", *map(str, words)]
     return flags
-
-
-def _words(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [str(item) for item in value]
-    return [json.dumps(value) if isinstance(value, dict) else str(value)]

@@ -12,10 +12,10 @@ from datasets import DatasetDict
 from transformers import set_seed
 
 from gradaug_hf.data.backbone_transforms import ProcessorTransform, augmenting_transform
-from gradaug_hf.data.bad_images import SkippingDataset, readable_images
+from gradaug_hf.data.bad_images import SkippingDataset
 from gradaug_hf.data.columns import label_values
 from gradaug_hf.data.decoding import decode, with_pixels
-from gradaug_hf.data.loading import check_one_class, class_names, load_image_data, load_two_folders, take_images
+from gradaug_hf.data.loading import check_one_class, class_names, load_image_data, load_two_folders
 from gradaug_hf.data.seeded import SeededDataset
 from gradaug_hf.experiments.backbone import check_side, freeze_backbone, load_backbone
 from gradaug_hf.experiments.comparison import Comparison, make_comparison
@@ -32,6 +32,7 @@ from gradaug_hf.experiments.run import (
     first_on_main_process,
     hide_token,
     push,
+    wanted_images,
 )
 from gradaug_hf.experiments.run import train as train_and_save
 from gradaug_hf.experiments.sweep import train_and_report
@@ -206,11 +207,7 @@ def load_data(args: FineTuningArguments, seed: int) -> DatasetDict:
         data = load_image_data(args.dataset_name or args.train_dir, seed=seed, **args.loading_options())
     check_one_class(data)
     held_out = args.validation_dir is None and data["eval"].split == data["train"].split
-    for split, number in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
-        if number is not None:
-            data[split] = take_images(data[split], number, seed)
-    if args.skip_bad_images:
-        data["eval"] = readable_images(data["eval"])
+    data = wanted_images(data, args, seed)
     if process_state().is_main_process:
         origin = f", held out: a fifth of each class, by seed {seed}" if held_out else ""
         print(

@@ -12,9 +12,9 @@ from gradaug_hf.data.backbone_transforms import AUGMENTATIONS
 from gradaug_hf.experiments.arguments import (
     USAGE,
     CheckedArguments,
-    DataArguments,
     RecipeParser,
     ScheduleArguments,
+    TrainingDataArguments,
     given_settings,
 )
 from gradaug_hf.experiments.run import SETTINGS
@@ -54,7 +54,7 @@ FINE_TUNING = SETTINGS | {
 
 
 @dataclass(kw_only=True)
-class FineTuningArguments(ScheduleArguments, DataArguments):
+class FineTuningArguments(ScheduleArguments, TrainingDataArguments):
     """Arguments of fine-tuning, beside those of GradAugConfig.
 
     Raises:
@@ -82,12 +82,6 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
     )
     label_column: str | None = HfArg(
         default=None, aliases=["--label_column_name"], help="Column of classes; found if not given."
-    )
-    max_train_samples: int | None = HfArg(
-        default=None, help="Number of training images, sampled with the seed; default: all."
-    )
-    skip_bad_images: bool = HfArg(
-        default=False, help="Whether to leave out, and count, images that cannot be decoded instead of stopping."
     )
     image_size: int | None = HfArg(
         default=None, help="Side in pixels of the images; default: that of the pretrained model."
@@ -139,13 +133,11 @@ class FineTuningArguments(ScheduleArguments, DataArguments):
     method: str = field(default="gradaug", init=False)  # the run's name in tables of results
 
     def __post_init__(self) -> None:
-        DataArguments.__post_init__(self)
+        TrainingDataArguments.__post_init__(self)
         ScheduleArguments.__post_init__(self)
         self._check_texts()
         self._check_source()
-        for name in ("max_train_samples", "image_size", "lora_rank"):
-            value = getattr(self, name)
-            self._check(name, value is None or value >= 1, "at least 1")
+        self._check_least(1, "image_size", "lora_rank")
         self._check("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]")
         self._check("crop_pct", self.crop_pct is None or 0 < self.crop_pct <= 1, "in (0, 1]")
         self._check("ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1)")
@@ -192,7 +184,7 @@ class ComparisonArguments(CheckedArguments):
 
     def __post_init__(self) -> None:
         self._check_texts()
-        self._check("seeds", self.seeds >= 1, "at least 1")
+        self._check_least(1, "seeds")
         self._check("labels", all(labels >= 1 for labels in self.labels), "a list of numbers of at least 1")
 
 

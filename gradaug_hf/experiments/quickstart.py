@@ -24,20 +24,19 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gradaug_hf.data.decoding import with_pixels
 from gradaug_hf.data.digits import load_digits_data
-from gradaug_hf.data.loading import balanced_subset, class_names, load_image_data
+from gradaug_hf.data.loading import balanced_subset, class_names, load_image_data, take_images
 from gradaug_hf.data.transforms import Transform, cifar_transform
 from gradaug_hf.experiments.arguments import CheckedArguments, RecipeParser
 from gradaug_hf.experiments.comparison import Comparison, make_comparison
-from gradaug_hf.experiments.memory import PeakMemory
+from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.experiments.results import RESULTS, load_runs, save_results
-from gradaug_hf.experiments.run import check_batch, first_on_main_process
+from gradaug_hf.experiments.run import check_batch, first_on_main_process, measured_training
 from gradaug_hf.experiments.sweep import PlannedRun, record_settings, remove_checkpoints, report, unfinished_runs
 from gradaug_hf.hub.networks import accepted_arguments
 from gradaug_hf.hub.preprocessing import image_processor_of
 from gradaug_hf.reports.runs import Result
 from gradaug_hf.trainer.config import GradAugConfig
 from gradaug_hf.trainer.metrics import topk_accuracy
-from gradaug_hf.trainer.trainer import GradAugTrainer
 from gradaug_hf.utils.command_line import errors_as_messages
 from gradaug_hf.utils.launch import use_all_cores
 
@@ -46,8 +45,8 @@ EVAL_BATCH_SIZE = 100
 SMALL = 16  # side of images in pixels with which a second thread waits longer than it helps
 
 
-class QuickstartTrainer(GradAugTrainer):
-    """Train as GradAugTrainer does; started again after an interruption, the quickstart itself resumes."""
+class QuickstartTrainer(RecipeTrainer):
+    """Train as RecipeTrainer does; started again after an interruption, the quickstart itself resumes."""
 
     _to_go_on = "the same command"
 
@@ -78,9 +77,9 @@ class QuickstartArguments(CheckedArguments):
 
     def __post_init__(self) -> None:
         self._check_texts()
-        for name in ("labels_per_class", "image_size", "epochs", "batch_size", "num_subnets"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("max_eval_samples", self.max_eval_samples is None or self.max_eval_samples >= 1, "at least 1")
+        self._check_least(
+            1, "labels_per_class", "image_size", "epochs", "batch_size", "num_subnets", "max_eval_samples"
+        )
         self._check("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
         self._check("seeds", bool(self.seeds) and min(self.seeds) >= 0, "a list of numbers of at least 0")
 
@@ -123,18 +122,12 @@ def load_data(args: QuickstartArguments) -> DatasetDict:
         data = load_digits_data(args.image_size)
     else:
         data = load_image_data(args.dataset_name, image_column=args.image_column, label_column=args.label_column)
-    if args.max_eval_samples is not None:
-        data["eval"] = data["eval"].shuffle(seed=0).take(min(args.max_eval_samples, len(data["eval"])))
+    data["eval"] = take_images(data["eval"], args.max_eval_samples, seed=0)
     return data
 
 
 def make_plan(args: QuickstartArguments, images: int) -> Comparison:
-    """Return the runs: plain training, plain training at equal compute, and GradAug, with each seed.
-
-    Args:
-        args: of the command.
-        images: number of the images that each run is evaluated on.
-    """
+    """Return the runs: plain training, plain training at equal compute, and GradAug, with each seed."""
     settings = {name: value for name, value in asdict(args).items() if name not in ("seeds", "output_dir", "epochs")}
     config = GradAugConfig(num_subnets=args.num_subnets, min_width=args.min_width, num_train_epochs=args.epochs)
     return make_comparison(
@@ -183,12 +176,15 @@ def train(args: QuickstartArguments, run: PlannedRun, data: DatasetDict) -> Resu
     model = timm.create_model(args.model, num_classes=len(class_names(data)), pretrained_cfg_overlay=size)
     config = GradAugConfig(
         str(folder),
+        resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None,
         num_subnets=run.settings["num_subnets"],
         min_width=args.min_width,
         num_train_epochs=run.settings["num_train_epochs"],
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=EVAL_BATCH_SIZE,
+        optim="sgd",
         learning_rate=args.learning_rate,
+        weight_decay=5e-4,
         lr_scheduler_type="cosine",
         logging_steps=0.1,
         save_strategy="no",
@@ -199,10 +195,6 @@ def train(args: QuickstartArguments, run: PlannedRun, data: DatasetDict) -> Resu
     )
     if config.should_save:
         record_settings(run, folder)
-    model.to(config.device)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.learning_rate, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
     flip = args.dataset_name is not None  # a mirrored digit is no digit
     trainer = QuickstartTrainer(
         model,
@@ -211,26 +203,12 @@ def train(args: QuickstartArguments, run: PlannedRun, data: DatasetDict) -> Resu
         eval_dataset=with_pixels(data["eval"], transform_for(model, train=False)),
         processing_class=image_processor_of(transform_for(model, train=False), model),
         compute_metrics=topk_accuracy,
-        optimizers=(optimizer, None),
         card_metadata={"dataset": args.dataset_name or "handwritten digits of scikit-learn"},
     )
     trainer.remove_callback(PrinterCallback)
-    interrupted = get_last_checkpoint(folder) if folder.is_dir() else None
-    with PeakMemory(config.device) as peak:
-        trainer.train(resume_from_checkpoint=interrupted)
-    seconds = trainer.training_seconds()
-    final, steps = trainer.evaluate(), trainer.state.global_step
+    result = measured_training(trainer, PLAIN if config.num_subnets == 0 else GRADAUG)
     if (run.row, seed) == (GRADAUG, args.seeds[0]):
         trainer.save_model()
-    result = Result(
-        method=PLAIN if config.num_subnets == 0 else GRADAUG,
-        top1=final["eval_top1"],
-        top5=final.get("eval_top5"),
-        steps=steps,
-        seconds=seconds,
-        peak_memory=peak.mebibytes,
-        curve=[(steps, final["eval_top1"])],
-    )
     if config.should_save:
         save_results([result], folder / RESULTS, dict(run.settings), config.device)
         remove_checkpoints(folder)

@@ -31,7 +31,7 @@ from gradaug_hf.data.seeded import SeededDataset, SeededStream
 from gradaug_hf.data.shards import shard_lengths
 from gradaug_hf.data.streaming import ShardedStream
 from gradaug_hf.data.transforms import Transform
-from gradaug_hf.experiments.arguments import ExperimentArguments, ScheduleArguments, parse
+from gradaug_hf.experiments.arguments import ExperimentArguments, ScheduleArguments, TrainingDataArguments, parse
 from gradaug_hf.experiments.memory import PeakMemory, check_memory
 from gradaug_hf.experiments.methods import NETWORK_ARGUMENTS, check_method
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
@@ -278,9 +278,15 @@ def load_data(args: ExperimentArguments, seed: int) -> DatasetDict | IterableDat
         if args.streaming:
             raise ValueError("labels_per_class needs to see all labels first; leave out streaming")
         data["train"] = balanced_subset(data["train"], args.labels_per_class, seed)
-    for split, number in (("train", args.max_train_samples), ("eval", args.max_eval_samples)):
-        if number is not None:
-            data[split] = take_images(data[split], number, seed)
+    return wanted_images(data, args, seed)
+
+
+def wanted_images(
+    data: DatasetDict | IterableDatasetDict, args: TrainingDataArguments, seed: int
+) -> DatasetDict | IterableDatasetDict:
+    """Return as many images as are asked for, those to evaluate on without bad ones where these are skipped."""
+    data["train"] = take_images(data["train"], args.max_train_samples, seed)
+    data["eval"] = take_images(data["eval"], args.max_eval_samples, seed)
     if args.skip_bad_images:
         data["eval"] = readable_images(data["eval"])
     return data
@@ -316,25 +322,9 @@ def settle_steps(args: ExperimentArguments, config: GradAugConfig, images: int |
 def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
     """Train, evaluate after the final epoch, and save the model and `results.json`."""
     config = trainer.args
-    with PeakMemory(config.device) as peak:
-        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    seconds = trainer.training_seconds()
-    skipped = images_skipped(trainer) if args.skip_bad_images else 0
-    state = trainer.state
-    if not any("eval_top1" in entry and entry["step"] == state.global_step for entry in state.log_history):
-        trainer.evaluate()
+    result = measured_training(trainer, args.method)
     trainer.save_model(_internal_call=True)  # pushed once the results are there too
-    final = {k: v for entry in state.log_history if entry["step"] == state.global_step for k, v in entry.items()}
-    result = Result(
-        method=args.method,
-        top1=final["eval_top1"],
-        top5=final.get("eval_top5"),
-        steps=state.global_step,
-        seconds=seconds,
-        peak_memory=peak.mebibytes,
-        curve=[(entry["step"], entry["eval_top1"]) for entry in state.log_history if "eval_top1" in entry],
-        widths=accuracies(final, config.eval_widths),
-    )
+    skipped = images_skipped(trainer) if args.skip_bad_images else 0
     if config.should_save:
         file = Path(config.output_dir) / RESULTS
         save_results([result], file, asdict(args) | config.to_dict(), config.device)
@@ -344,6 +334,27 @@ def train(trainer: RecipeTrainer, args: ExperimentArguments) -> None:
         if args.skip_bad_images:
             print(f"skipped {skipped} training images that cannot be decoded")
         print(f"wrote the model and {RESULTS} to {config.output_dir}")
+
+
+def measured_training(trainer: RecipeTrainer, method: str) -> Result:
+    """Train, evaluate after the final epoch unless that was done, and return accuracy and cost."""
+    config = trainer.args
+    with PeakMemory(config.device) as peak:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    seconds, state = trainer.training_seconds(), trainer.state
+    if not any("eval_top1" in entry and entry["step"] == state.global_step for entry in state.log_history):
+        trainer.evaluate()
+    final = {k: v for entry in state.log_history if entry["step"] == state.global_step for k, v in entry.items()}
+    return Result(
+        method=method,
+        top1=final["eval_top1"],
+        top5=final.get("eval_top5"),
+        steps=state.global_step,
+        seconds=seconds,
+        peak_memory=peak.mebibytes,
+        curve=[(entry["step"], entry["eval_top1"]) for entry in state.log_history if "eval_top1" in entry],
+        widths=accuracies(final, config.eval_widths),
+    )
 
 
 def images_skipped(trainer: RecipeTrainer) -> int:

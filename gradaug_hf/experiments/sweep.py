@@ -12,15 +12,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from gradaug_hf.experiments.arguments import as_flags
+from gradaug_hf.experiments.arguments import as_flags, read_yaml
 from gradaug_hf.experiments.methods import METHODS, concerns_subnets, trains_plainly
 from gradaug_hf.experiments.results import RESULTS, load_runs, spread
-from gradaug_hf.reports.differences import interval, paired_differences
+from gradaug_hf.reports.differences import Record, interval, paired_differences
 from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, can_plot, plot_spreads
 from gradaug_hf.reports.runs import Result
 from gradaug_hf.utils.command_line import is_first_process
@@ -101,12 +101,8 @@ class Plan:
             for row, own in self.rows.items()
         ]
 
-    def conclusion(self, records: Sequence[Mapping[str, Any]]) -> str:
-        """Return what follows from the finished runs, to print and write below their table.
-
-        Args:
-            records: of `summarise`.
-        """
+    def conclusion(self, records: Sequence[Record]) -> str:
+        """Return what follows from the records of the finished runs, to print and write below their table."""
         return ""
 
 
@@ -124,10 +120,7 @@ def read_plan(file: Path) -> Plan:
     Raises:
         ValueError: the file cannot be read, or is not a plan.
     """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} cannot be read as YAML or JSON: {error}") from error
+    content = read_yaml(file)
     if not isinstance(content, dict) or not {"recipe", "rows", "seeds"} <= content.keys() <= set(KEYS):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{file} holds {found}; a plan has recipe, rows and seeds, and may have settings and columns")
@@ -176,16 +169,7 @@ def train_all(plan: Plan, folder: Path, launch: str = LAUNCH, seeds: Sequence[in
 
 
 def unfinished_runs(plan: Plan, folder: Path, seeds: Sequence[int] | None = None) -> list[PlannedRun]:
-    """Return the runs of a plan that are still to be trained, and print how many are.
-
-    Args:
-        plan: as for `train_all`.
-        folder: as for `train_all`.
-        seeds: as for `train_all`.
-
-    Raises:
-        ValueError: as `train_all`.
-    """
+    """Return the runs of a plan that are still to be trained, which `train_all` trains, and print how many are."""
     if unknown := sorted(set(seeds or ()) - set(plan.seeds)):
         raise ValueError(
             f"seeds holds {unknown[0]}; it must be of those of the plan: {', '.join(map(str, plan.seeds))}"
@@ -255,9 +239,10 @@ def _result(run: PlannedRun, folder: Path) -> Result:
 
 def summarise(plan: Plan, folder: Path) -> list[dict[str, Any]]:
     """Return a record of each finished run of a plan."""
-    finished = [run for run in plan.runs() if (folder / run.name / RESULTS).exists()]
     records = []
-    for run in finished:
+    for run in plan.runs():
+        if not (folder / run.name / RESULTS).exists():
+            continue
         result = _result(run, folder)
         records.append(
             {
@@ -275,58 +260,54 @@ def summarise(plan: Plan, folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def summary_table(records: Sequence[Mapping[str, Any]]) -> str:
+def _cells(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
+    """Return the records of each row in each column."""
+    rows, columns = (dict.fromkeys(record[key] for record in records) for key in ("row", "column"))
+    cells = {row: {column: [] for column in columns} for row in rows}
+    for record in records:
+        cells[record["row"]][record["column"]].append(record)
+    return cells
+
+
+def summary_table(records: Sequence[Record]) -> str:
     """Return top-1 accuracy in %, mean and sample deviation over the seeds, as a Markdown table.
 
     With a single column the other measures are beside it, and the gain over the first row in runs of the same seed,
     with its 95 % interval.
-
-    Args:
-        records: of `summarise`.
     """
-    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for record in records:
-        cells.setdefault((record["row"], record["column"]), []).append(record)
-    rows, columns = (list(dict.fromkeys(r[key] for r in records)) for key in ("row", "column"))
-    if len(columns) > 1:
-        body = [[row, *(_accuracy(cells.get((row, column), [])) for column in columns)] for row in rows]
-        return markdown_table(["top-1 %", *columns], body)
-    first = {record["seed"]: record for record in cells[rows[0], columns[0]]}
+    cells = _cells(records)
+    first_row, (column, *others) = next(iter(cells.items()))
+    if others:
+        body = [[row, *map(_accuracy, own.values())] for row, own in cells.items()]
+        return markdown_table(["top-1 %", column, *others], body)
+    first = {record["seed"]: record for record in cells[first_row][column]}
     body = []
-    for row in rows:
-        own = cells[row, columns[0]]
-        paired = [record for record in own if record["seed"] in first]
-        gains = paired_differences(records, row, rows[0])
-        times = [record["seconds"] / first[record["seed"]]["seconds"] for record in paired]
+    for row, by_column in cells.items():
+        own = by_column[column]
+        gains = paired_differences(records, row, first_row)
+        times = [r["seconds"] / first[r["seed"]]["seconds"] for r in own if r["seed"] in first]
         body.append(
             [
                 row,
                 str(len(own)),
                 _accuracy(own),
-                interval(gains) if gains and row != rows[0] else "",
+                interval(gains) if gains and row != first_row else "",
                 str(own[0]["steps"]),
-                f"{sum(times) / len(times):.2f}" if times else "",
+                f"{fmean(times):.2f}" if times else "",
             ]
         )
     return markdown_table(["", "seeds", "top-1 %", "gain, 95 %", "steps", "time"], body)
 
 
-def _accuracy(records: Sequence[Mapping[str, Any]]) -> str:
+def _accuracy(records: Sequence[Record]) -> str:
     return spread([100 * record["top1"] for record in records], 2) if records else ""
 
 
 def train_and_report(plan: Plan, folder: Path, launch: str, seeds: Sequence[int] | None = None) -> None:
-    """Train a plan, and write and print its results so far, also after an interruption.
-
-    Args:
-        plan: as for `train_all`.
-        folder: as for `train_all`.
-        launch: as for `train_all`.
-        seeds: as for `train_all`.
+    """Train a plan by `train_all`, and write and print its results so far, also after an interruption.
 
     Raises:
         SystemExit: runs failed.
-        ValueError: the folder holds a run of the same name with other settings.
     """
     try:
         failed = train_all(plan, folder, launch, seeds)
@@ -346,25 +327,14 @@ def report(plan: Plan, folder: Path) -> None:
     (folder / TABLE).write_text(text + "\n")
     written = [TABLE, SUMMARY]
     if can_plot():
-        plot_summary(records, folder / PLOT)
+        cells = _cells(records)
+        columns = dict.fromkeys(record["column"] for record in records)
+        panels = {c: [[record["top1"] for record in own[c]] for own in cells.values()] for c in columns}
+        plot_spreads(list(cells), panels, folder / PLOT)
         written.append(PLOT)
     else:
         print(f"\n{PLOT} is not written: {NEEDS_MATPLOTLIB}")
     print(f"\n{text}\n\nwrote {', '.join(written)} to {folder}")
-
-
-def plot_summary(records: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Plot top-1 accuracy of each row, a panel for each column: every seed, their mean and sample deviation.
-
-    Args:
-        records: of `summarise`.
-        file: PNG file to write.
-    """
-    rows, columns = (list(dict.fromkeys(r[key] for r in records)) for key in ("row", "column"))
-    found: dict[tuple[str, str], list[float]] = {}
-    for record in records:
-        found.setdefault((record["row"], record["column"]), []).append(record["top1"])
-    plot_spreads(rows, {column: [found.get((row, column), []) for row in rows] for column in columns}, file)
 
 
 def flag_settings(flags: Sequence[str]) -> dict[str, Any]:
@@ -373,15 +343,12 @@ def flag_settings(flags: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: a word does not follow a flag.
     """
-    settings: dict[str, Any] = {}
-    name = None
+    settings: dict[str, list[str]] = {}
     for word in flags:
         if word.startswith("--"):
-            name = word.removeprefix("--")
-            settings[name] = []
-        elif name is None:
+            words = settings[word.removeprefix("--")] = []
+        elif not settings:
             raise ValueError(f"{word!r} follows no flag")
         else:
-            settings[name].append(word)
-    single = {name: words[0] if len(words) == 1 else words for name, words in settings.items()}
-    return {name: "true" if value == [] else value for name, value in single.items()}
+            words.append(word)
+    return {name: words if len(words) > 1 else (words or ["true"])[0] for name, words in settings.items()}

@@ -55,11 +55,8 @@ class EvaluationArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "image_size"):
-            value = getattr(self, name)
-            self._check(name, value is None or value >= 1, "at least 1")
-        for name in ("num_workers", "seed"):
-            self._check(name, getattr(self, name) >= 0, "at least 0")
+        self._check_least(1, "batch_size", "image_size")
+        self._check_least(0, "num_workers", "seed")
         if self.image_size is not None:
             check_side("image_size", self.image_size)
         self._check_texts()
@@ -163,8 +160,7 @@ def check_plots() -> None:
 def _load_data(args: EvaluationArguments) -> DatasetDict:
     data = load_image_data(args.dataset_name, **args.loading_options(), seed=args.seed)
     check_one_class(data)
-    if args.max_eval_samples is not None:
-        data["eval"] = take_images(data["eval"], args.max_eval_samples, args.seed)
+    data["eval"] = take_images(data["eval"], args.max_eval_samples, args.seed)
     return data
 
 

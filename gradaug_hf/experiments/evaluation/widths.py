@@ -53,7 +53,7 @@ class WidthArguments(EvaluationArguments):
         super().__post_init__()
         self._check("widths", all(0 < width <= 1 for width in self.widths), "a list of widths in (0, 1]")
         self._check("export", self.export is None or 0 < self.export <= 1, "in (0, 1]")
-        self._check("width_divisor", self.width_divisor >= 1, "at least 1")
+        self._check_least(1, "width_divisor")
 
 
 @dataclass(frozen=True)
