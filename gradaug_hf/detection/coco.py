@@ -156,9 +156,7 @@ def read_coco(file: str | Path) -> COCO:
 def find_images(coco_dir: str | Path, annotations: str | Path) -> Path:
     """Return the folder of a file's images: that of its split's name, in COCO's own layout or below `images`.
 
-    Args:
-        coco_dir: such as `coco`.
-        annotations: such as `instances_train2017.json`; `coco/train2017` and `coco/images/train2017` are looked for.
+    For `coco` and `instances_train2017.json` these are `coco/train2017` and `coco/images/train2017`.
 
     Raises:
         ValueError: there is none.

@@ -51,12 +51,9 @@ class DetectionRecipeTrainer(RecipeTrainer, DetectionTrainer):
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """Train, or only evaluate, a detector as the command line says.
+    """Train, or only evaluate, a detector by flags; None: those of this process.
 
     Prints average precision, and writes `results.json` and `detections.json`, COCO's result file.
-
-    Args:
-        argv: flags, after the name of a YAML or JSON file if there is one; None: those of this process.
     """
     with errors_as_messages(OSError, ValueError):
         argv = sys.argv[1:] if argv is None else argv
@@ -98,11 +95,7 @@ def evaluate(trainer: DetectionRecipeTrainer) -> dict[str, float]:
 def make_trainer(
     args: DetectionArguments, settings: DetectorSettings, config: GradAugConfig
 ) -> DetectionRecipeTrainer:
-    """Make the detector, the data and the trainer of a run.
-
-    Raises:
-        ValueError: the arguments do not fit each other, or a file of theirs is missing or not what it should be.
-    """
+    """Make the detector, the data and the trainer of a run."""
     if config.do_train and args.model is not None:
         raise ValueError(
             f"model is {args.model!r}, a detector to evaluate; set do_train=False, or name a backbone to train"

@@ -61,7 +61,7 @@ class DetectionGradAug(GradAug):
         super().__init__(model, resolutions=resolutions, **settings)
 
     def _full_pass(self, images: Sequence[Tensor], targets: Sequence[dict[str, Any]], inputs: dict[str, Any]) -> Pass:
-        return Pass(total_loss(self.model(images, targets, **inputs)))
+        return Pass(sum(self.model(images, targets, **inputs).values()))
 
     def _subnet_pass(
         self,
@@ -71,13 +71,7 @@ class DetectionGradAug(GradAug):
         subnet: Subnet,
         inputs: dict[str, Any],
     ) -> Pass:
-        losses = self.model(images, targets, resolution=subnet.resolution, **inputs)
-        return Pass(total_loss(losses))
-
-
-def total_loss(losses: dict[str, Tensor]) -> Tensor:
-    """Return the sum of a detector's losses."""
-    return sum(losses.values())
+        return Pass(sum(self.model(images, targets, resolution=subnet.resolution, **inputs).values()))
 
 
 class DetectionSubnets(TrainingSubnets):
@@ -179,7 +173,7 @@ class DetectionTrainer(GradAugTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
     ) -> Tensor | tuple[Tensor, Any]:
         losses = model(inputs[IMAGES], inputs[LABELS])
-        loss = total_loss(losses)
+        loss = sum(losses.values())
         return (loss, losses) if return_outputs else loss
 
     # ---- evaluation ----
