@@ -18,11 +18,8 @@ AUGMENTATIONS = "'rand-m9-mstd0.5-inc1', 'augmix-m3', 'original' or '3a', for ex
 class ProcessorTransform:
     """Prepare an image as an image processor does, so that evaluation sees what the model's pipeline sees.
 
-        transform = ProcessorTransform(AutoImageProcessor.from_pretrained(folder))
-        pixels = transform(PIL.Image.open("photo.jpg"))  # (3, H, W)
-
-    Args:
-        processor: of timm or transformers.
+    transform = ProcessorTransform(AutoImageProcessor.from_pretrained(folder))
+    pixels = transform(PIL.Image.open("photo.jpg"))  # (3, H, W)
     """
 
     def __init__(self, processor: BaseImageProcessor) -> None:

@@ -18,10 +18,8 @@ MOST_IN_A_ROW = 100
 class SkippingDataset(DatasetWrapper, TorchDataset):
     """Replace images that cannot be decoded by the next one of the dataset, so that batches keep their size.
 
-    Each image that was skipped is warned of, and is 1 in `skipped`, in this process and its workers.
-
-    Args:
-        dataset: raises `UnreadableImageError` for such an image.
+    The dataset raises `UnreadableImageError` for them. Each is warned of, and is 1 in `skipped`, where this process or
+    one of its workers skipped it.
     """
 
     def __init__(self, dataset: Any) -> None:

@@ -12,14 +12,9 @@ from gradaug_hf.data.columns import is_multi_label
 def with_class_map(
     splits: DatasetDict | IterableDatasetDict, label_column: str, class_map: str | None
 ) -> DatasetDict | IterableDatasetDict:
-    """Return splits whose labels, numbers or names of classes, are a `ClassLabel` with the names of a file.
+    """Return splits whose labels, numbers or names of classes, are a `ClassLabel` with the names of a file, if any.
 
     A label that the file does not name is an error when its row is read.
-
-    Args:
-        splits: of a dataset.
-        label_column: of the classes, or of lists of them.
-        class_map: the file, as `read_class_map` takes it; None leaves the splits as they are.
     """
     if class_map is None:
         return splits

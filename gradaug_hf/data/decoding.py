@@ -48,12 +48,7 @@ def with_pixels(split: Dataset | IterableDataset, transform: Transform) -> Datas
 def batch_reader(
     split: Dataset | IterableDataset, transform: Transform
 ) -> Callable[[dict[str, list]], dict[str, list]]:
-    """Return the function with which `with_pixels` decodes and transforms a batch of rows.
-
-    Args:
-        split: as for `with_pixels`.
-        transform: as for `with_pixels`.
-    """
+    """Return the function with which `with_pixels` decodes and transforms a batch of rows."""
     feature = (split.features or {}).get("label")
     num_classes = classes_of(feature).num_classes if is_multi_label(feature) and is_class_label(feature) else None
     return partial(_read_batch, transform=transform, split=str(split.split), num_classes=num_classes)
@@ -93,11 +88,7 @@ def decode(encoded: dict | None, row: int | None, split: str) -> PIL.Image.Image
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return an image in RGB, scaled as `decode` says.
-
-    Raises:
-        ValueError: its values are in none of the ranges that `decode` names.
-    """
+    """Return an image in RGB, scaled as `decode` says; raise a ValueError for values in none of its ranges."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # which Pillow clips to 0..255
         image = PIL.Image.fromarray(_to_8_bits(image))
     if image.mode == "P":  # Pillow warns when it drops the transparency of a palette in one go

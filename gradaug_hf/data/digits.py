@@ -27,16 +27,14 @@ def load_digits_data(size: int = 32) -> DatasetDict:
 
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-    images = [PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BICUBIC) for image in pixels]
+    images = [
+        PIL.Image.fromarray(image).resize((size, size), PIL.Image.Resampling.BICUBIC).convert("RGB")
+        for image in pixels
+    ]
     features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
     half = len(images) // 2
-    splits = {"train": slice(None, half), "eval": slice(half, None)}
-    chosen = {
-        split: Dataset.from_dict(
-            {"image": [image.convert("RGB") for image in images[rows]], "label": digits.target[rows]},
-            features=features,
-            split=split,
-        )
-        for split, rows in splits.items()
+    splits = {
+        split: Dataset.from_dict({"image": images[rows], "label": digits.target[rows]}, features, split=split)
+        for split, rows in (("train", slice(half)), ("eval", slice(half, None)))
     }
-    return standard_columns(DatasetDict(chosen), "image", "label")
+    return standard_columns(DatasetDict(splits), "image", "label")

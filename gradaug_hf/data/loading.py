@@ -95,10 +95,7 @@ def load_image_data(
 def load_two_folders(train_dir: str, validation_dir: str, *, label_column: str | None = None) -> DatasetDict:
     """Load a folder of images to train on and another to evaluate on, in the form of `load_image_data`.
 
-    Args:
-        train_dir: Folder of images sorted by class.
-        validation_dir: Folder of images sorted by class, with the same classes or some of them.
-        label_column: Column of the classes in a file of metadata.
+    Both are sorted by class, or have metadata with the column of labels.
 
     Raises:
         OSError: A folder cannot be read.

@@ -37,21 +37,10 @@ class DatasetWrapper:
     """Pass on the classes and the split of a dataset, `dataset`, that another one wraps."""
 
     dataset: Any
-
-    @property
-    def features(self) -> Any:
-        """Return the features of a dataset of the `datasets` library, else None."""
-        return getattr(self.dataset, "features", None)
-
-    @property
-    def classes(self) -> Any:
-        """Return the names of the classes, of a dataset of torchvision for example, else None."""
-        return getattr(self.dataset, "classes", None)
-
-    @property
-    def split(self) -> Any:
-        """Return the name of the split, of a dataset of the `datasets` library, else None."""
-        return getattr(self.dataset, "split", None)
+    # Of a dataset of the `datasets` library, of one of torchvision, for example, or None.
+    features = property(lambda self: getattr(self.dataset, "features", None))
+    classes = property(lambda self: getattr(self.dataset, "classes", None))
+    split = property(lambda self: getattr(self.dataset, "split", None))
 
 
 class _SeededWrapper(DatasetWrapper):

@@ -20,11 +20,7 @@ COUNTED_AT_ONCE = 16
 
 
 def shard_lengths(split: IterableDataset) -> list[int] | None:
-    """Return the number of images in each shard of a stream, or None where it is not known.
-
-    Args:
-        split: of `stream_image_data`.
-    """
+    """Return the number of images in each shard of a stream of `stream_image_data`, or None where it is not known."""
     known = (split.info.splits or {}).get(str(split.split))
     lengths = None if known is None else known.shard_lengths
     return lengths if lengths and len(lengths) == split.num_shards else None
@@ -42,14 +38,10 @@ def know_lengths(splits: IterableDatasetDict, lengths: Mapping[str, Sequence[int
 
 
 def count_images(builder: DatasetBuilder, splits: Sequence[str]) -> dict[str, list[int]]:
-    """Return the numbers of images in the files of a dataset, by the names of the splits.
+    """Return the numbers of images in the files of some splits of a dataset, by the names of the splits.
 
     Those of parquet files are in their footers. Those of tar archives are in a file `_info.json` beside them; without
     one, archives on this machine are counted, and splits of others are left out. What was counted is remembered.
-
-    Args:
-        builder: of the dataset.
-        splits: names of the splits that are counted.
     """
     found = {}
     for split in splits:

@@ -81,12 +81,7 @@ class ShardedStream(DatasetWrapper, IterableDataset):
         self._seeds.set_epoch(epoch)
 
     def skip(self, epoch: int, batches: int) -> None:
-        """Give `SEEN` for each image of the first batches of an epoch, without reading it.
-
-        Args:
-            epoch: the one in which a training is resumed.
-            batches: that this process has been trained on in it.
-        """
+        """Give `SEEN` for each image of the first batches of an epoch, those before a resume, without reading it."""
         self._skipped.copy_(torch.tensor([epoch, batches]))
 
     def undivided(self) -> "ShardedStream":
@@ -150,12 +145,9 @@ def _share(batches: int, index: int, workers: int) -> int:
 
 
 def buffered_order(count: int, size: int, generator: random.Random) -> list[int]:
-    """Return the order in which a buffer that is filled from a sequence gives its elements at random.
+    """Return the order in which a buffer of a size, filled from a sequence of so many, gives its elements at random.
 
-    Args:
-        count: length of the sequence.
-        size: of the buffer; 1 or less gives the sequence as it is.
-        generator: of the choices.
+    A buffer of one element gives the sequence as it is.
 
     Examples:
         >>> sorted(buffered_order(5, 3, random.Random(0)))

@@ -18,20 +18,12 @@ LONGEST = 16
 
 
 class LimitAspectRatio(v2.Transform):
-    """Cut the ends off an image that is very long or very high, which to resize by its short side would take minutes.
-
-    Args:
-        longest: Ratio of the long side to the short one that is left.
-    """
-
-    def __init__(self, longest: int = LONGEST) -> None:
-        super().__init__()
-        self.longest = longest
+    """Cut the ends off a very long or very high image, which would take minutes to resize by its short side."""
 
     def forward(self, image: PIL.Image.Image | Tensor) -> PIL.Image.Image | Tensor:
         """Return the centre of the image, or the image itself where it is not too long."""
         height, width = v2.functional.get_size(image)
-        longest = self.longest * min(height, width)
+        longest = LONGEST * min(height, width)
         if max(height, width) <= longest:
             return image
         longest -= (max(height, width) - longest) % 2  # the centre stays where it is

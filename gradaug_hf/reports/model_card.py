@@ -120,11 +120,7 @@ class ModelFacts:
 
 
 def as_metadata(metadata: Mapping[str, Any]) -> CardMetadata:
-    """Return the statements of an author, given by name, as `CardMetadata`.
-
-    Raises:
-        ValueError: a name is not one of its fields.
-    """
+    """Return the statements of an author as `CardMetadata`; raise a ValueError for a name that is none of its."""
     accepted = [f.name for f in fields(CardMetadata)]
     if unknown := [name for name in metadata if name not in accepted]:
         raise ValueError(f"card_metadata holds {unknown[0]!r}; accepted are {', '.join(accepted)}")
@@ -222,14 +218,16 @@ def _loading(folder: Path, hub_id: str | None) -> dict[str, Any]:
         "processor": (folder / PREPROCESSOR).exists(),
         "rgb": shape[0] == 3,
         "shape": ", ".join(map(str, [1, *shape])),
-        "register": _package_of(config["architecture"]) if by_timm else None,
+        "register": _registration(config["architecture"]) if by_timm else "",
     }
 
 
-def _package_of(architecture: str) -> str | None:
-    """Return the package whose import registers an architecture in timm; None for timm itself and for a script."""
+def _registration(architecture: str) -> str:
+    """Return the line that imports the package which registers an architecture; none for timm's own and a script's."""
     package = timm.model_entrypoint(architecture).__module__.partition(".")[0]
-    return None if package in ("timm", "__main__") else package
+    if package in ("timm", "__main__"):
+        return ""
+    return f"import {package}  # noqa: F401 (registers the architecture in timm)\n"
 
 
 # ---- data ----
@@ -241,10 +239,10 @@ def _named(known: DataName, metadata: CardMetadata) -> DataName | None:
         _first(value) for value in (metadata.dataset, metadata.dataset_tags, metadata.dataset_args)
     )
     hub_id = hub_id or (None if name else known.hub_id)
-    if name and not hub_id and "/" in name and not Path(name).exists() and _is_hub_id(name):
-        hub_id = name
     if name and Path(name).exists():
         name = Path(name).absolute().name
+    elif name and not hub_id and "/" in name and _is_hub_id(name):
+        hub_id = name
     if not (name or hub_id):
         return None
     return replace(known, name=name or hub_id, hub_id=hub_id, config=config or (known.config if hub_id else None))

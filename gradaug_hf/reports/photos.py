@@ -71,13 +71,7 @@ def mistake_caption(predictions: Predictions, index: int, file: str | None) -> s
 
 
 def as_photo(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Return a normalised image (3, H, W) as a photo (H, W, 3) in 0..1.
-
-    Args:
-        pixels: as a model sees them.
-        mean: that was subtracted from each channel, in 0..1.
-        std: that each channel was divided by.
-    """
+    """Return a normalised image (3, H, W) as a photo (H, W, 3) in 0..1, from mean and deviation of its channels."""
     return (pixels.permute(1, 2, 0).numpy() * np.asarray(std) + np.asarray(mean)).clip(0, 1)
 
 

@@ -70,9 +70,6 @@ def plot_training(
 
     Returns:
         The files that were written.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
     """
     figures = {}
     if training_log(history) or measured:
@@ -138,8 +135,7 @@ def widths_figure(measured: Sequence[Evaluation]) -> Figure:
 def batch_figure(batch: SeenBatch) -> Figure:
     """Plot images as the full network and each sub-network see them, a row each and all pixels of one size.
 
-    Args:
-        batch: its first eight images are plotted, their values stretched to the range of the full images.
+    The first eight images are plotted, their values stretched to the range of the full images.
     """
     images = batch.images[:IMAGES_SHOWN].float().cpu()
     rows = [(f"full network: width 1, {_size(images)}", images)]
@@ -179,10 +175,7 @@ def plot_comparison(groups: Sequence[Sequence[Run]], file: Path) -> None:
 def plot_spreads(labels: Sequence[str], panels: Mapping[str, Sequence[Sequence[float]]], file: Path) -> None:
     """Plot top-1 accuracies of several seeds, a row for each label, with mean and sample deviation.
 
-    Args:
-        labels: Of the rows.
-        panels: Title of a panel -> the accuracies of each row, in 0..1; none where a row has no result.
-        file: PNG file to write.
+    Each panel has the accuracies of each row, in 0..1; none where a row has no result.
     """
     figure = new_figure(figsize=(3.5 + 3.5 * len(panels), 1 + 0.4 * len(labels)))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -201,11 +194,7 @@ def plot_spreads(labels: Sequence[str], panels: Mapping[str, Sequence[Sequence[f
 
 
 def new_figure(**settings: Any) -> Figure:
-    """Return an empty figure.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
+    """Return an empty figure; raise a ModuleNotFoundError where matplotlib is not installed."""
     if not can_plot():
         raise ModuleNotFoundError(NEEDS_MATPLOTLIB, name="matplotlib")
     from matplotlib.figure import Figure
