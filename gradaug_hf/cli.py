@@ -117,11 +117,7 @@ def fine_tune(args: Namespace) -> None:
 
 
 def predict(args: Namespace) -> None:
-    """Write predictions of photos, and say how many there are.
-
-    Raises:
-        ValueError: the model or the photos cannot be read, or an argument is out of its range.
-    """
+    """Write predictions of photos, and say how many there are."""
     from gradaug_hf.experiments.prediction import predict as predict_photos
 
     predicted, skipped = predict_photos(
@@ -138,11 +134,7 @@ def predict(args: Namespace) -> None:
 
 
 def report(args: Namespace) -> None:
-    """Print the slicing report of a timm model, and its costs at a width.
-
-    Raises:
-        ValueError: there is no such model, or an argument is out of its range.
-    """
+    """Print the slicing report of a timm model, and its costs at a width."""
     import timm
     import torch
 
@@ -166,11 +158,7 @@ def report(args: Namespace) -> None:
 
 
 def convert(args: Namespace) -> None:
-    """Write the folder of a checkpoint of the paper's code.
-
-    Raises:
-        ValueError: the file cannot be read or does not fit, or the folder is taken or cannot be written.
-    """
+    """Write the folder of a checkpoint of the paper's code."""
     from gradaug_hf.hub.official import convert_file
 
     model = convert_file(args.file, args.arch, args.output)
@@ -179,23 +167,14 @@ def convert(args: Namespace) -> None:
 
 
 def results(args: Namespace) -> None:
-    """Print a table of finished runs, and plot them.
-
-    Raises:
-        ValueError: a folder does not hold the results of a run, or the plot cannot be made.
-    """
+    """Print a table of finished runs, and plot them."""
     from gradaug_hf.experiments.results import compare
 
     print(f"{compare(args.folders, args.plot)}\n\nwrote {args.plot}")
 
 
 def sweep(args: Namespace) -> None:
-    """Train and compare what a plan lists.
-
-    Raises:
-        SystemExit: runs failed.
-        ValueError: the plan cannot be read, or its folder holds other runs.
-    """
+    """Train and compare what a plan lists."""
     from gradaug_hf.experiments.sweep import flag_settings, read_plan, train_and_report
 
     plan = read_plan(args.plan)

@@ -19,6 +19,7 @@ from gradaug_hf.utils.command_line import BriefParser
 
 USAGE = "[SETTINGS.yaml] [--FLAG VALUE ...]"
 FILE_ENDINGS = (".yaml", ".yml", ".json")
+EMPTY = (None, [])
 TRAINER_FIELDS = {f.name for f in fields(TrainingArguments)}
 # A given setting, on the left, takes the place of one of recipe, method or preset that says the same in another way.
 GIVES_WAY = {"warmup_steps": ("warmup_epochs", 0.0), "lr_scheduler_type": ("lr_drops", []), "fp16": ("bf16", False)}
@@ -167,12 +168,7 @@ class ExperimentArguments(ScheduleArguments, TrainingDataArguments):
 
 
 class RecipeParser(BriefParser, HfArgumentParser):
-    """Parser of the flags of a recipe, whose help has the recipe's, then GradAug's, then the Trainer's.
-
-    Args:
-        kinds: dataclasses of the arguments.
-        kwargs: keyword arguments of `argparse.ArgumentParser`.
-    """
+    """Parser of the flags of a recipe, whose help has the recipe's, then GradAug's, then the Trainer's."""
 
     def __init__(self, kinds: Any, **kwargs: Any) -> None:
         super().__init__(kinds, allow_abbrev=False, **kwargs)
@@ -180,11 +176,7 @@ class RecipeParser(BriefParser, HfArgumentParser):
     def parse_args_into_dataclasses(
         self, args: Sequence[str] | None = None, return_remaining_strings: bool = False, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """Parse flags as HfArgumentParser does, and refuse in one line those that are not known.
-
-        Raises:
-            SystemExit: a flag is not known, or its value has a wrong type.
-        """
+        """Parse flags as HfArgumentParser does, and refuse in one line those that are not known."""
         *found, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True, **kwargs)
         if return_remaining_strings:
             return *found, unknown
@@ -246,10 +238,6 @@ def given_settings(parser: HfArgumentParser, settings: Mapping[str, Any], argv: 
         parser: knows the fields.
         settings: what the recipe sets, for --help.
         argv: flags, after the name of a YAML or JSON file if there is one.
-
-    Raises:
-        ValueError: a setting is not for the user to set, or the file is not one of settings.
-        SystemExit: a flag is not known, or its value has a wrong type.
     """
     parser.set_defaults(**settings)
     from_file = {}
@@ -274,11 +262,7 @@ def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def read_yaml(file: Path) -> Any:
-    """Return what a file holds as YAML or JSON, which is YAML as well.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
+    """Return what a file holds as YAML or JSON, which is YAML as well; raise a ValueError if it cannot be read."""
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -295,22 +279,14 @@ def _read_settings(file: str, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _empty_settings(parser: HfArgumentParser, from_file: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file that are null or an empty list, which a flag cannot say.
-
-    Raises:
-        ValueError: one of them has to have a value.
-    """
-    empty = {name: value for name, value in from_file.items() if _is_empty(value)}
+    """Return a file's settings that are null or [], which no flag can say; raise a ValueError if one needs a value."""
+    empty = {name: value for name, value in from_file.items() if value in EMPTY}
     types = {name: hint for kind in parser.dataclass_types for name, hint in get_type_hints(kind).items()}
     for name, value in empty.items():
         wanted = (types[name], *get_args(types[name]))
         if (type(None) if value is None else list) not in (*wanted, *map(get_origin, wanted)):
             raise ValueError(f"{name} is {'null' if value is None else '[]'} in the file; it must have a value")
     return empty
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or value == []
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
@@ -320,7 +296,7 @@ def as_flags(settings: Mapping[str, Any]) -> list[str]:
     """
     flags = []
     for name, value in settings.items():
-        if not _is_empty(value):
+        if value not in EMPTY:
             words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             flags += [f"--{name}", *map(str, words)]
     return flags

@@ -16,16 +16,7 @@ HEAD_DEVIATION = 0.01
 
 
 def load_backbone(source: str, class_names: Sequence[str], side: int | None = None) -> nn.Module:
-    """Return a pretrained model for the classes of a dataset; where they are as many, it keeps its classifier.
-
-    Args:
-        source: folder or Hub id of a checkpoint of timm or transformers.
-        class_names: in the order of the labels.
-        side: of the images in pixels; None: that of the model.
-
-    Raises:
-        ValueError: the model cannot be loaded.
-    """
+    """Return a pretrained model for the classes of a dataset; where they are as many, it keeps its classifier."""
     model = load_checkpoint(source, class_names, size_arguments(source, side))
     if AutoConfig.from_pretrained(checkpoint_folder(source)).num_labels != len(class_names):
         start_evenly(model)
@@ -60,11 +51,7 @@ def run_once(model: nn.Module, input_size: tuple[int, int, int]) -> None:
 
 
 def check_side(model: nn.Module, name: str, input_size: tuple[int, int, int]) -> None:
-    """Make sure that a model takes images of a size.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise a ValueError where a model does not take images of a size."""
     try:
         run_once(model, input_size)
     except (AssertionError, RuntimeError, ValueError) as error:

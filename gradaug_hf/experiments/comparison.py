@@ -50,17 +50,14 @@ def make_comparison(
     """Return a comparison of rows with plain training of the same length and of as many multiply-adds as GradAug.
 
     Args:
-        recipe: as for `Plan`.
+        recipe: Script or module of a `Plan`.
         rows: name of a row -> its settings, beside those of plain training.
         plain: name of the row of plain training.
         plain_settings: its settings.
-        gradaug: name of the row of GradAug.
-        config: settings of GradAug.
+        gradaug: name of the row of GradAug, of which `config` has the settings.
+        config: from which the cost of a step follows.
         side: of the images in pixels.
         plan: further arguments of `Comparison`.
-
-    Raises:
-        ValueError: as `Plan`.
     """
     length, word = ("max_steps", "steps") if config.max_steps > 0 else ("num_train_epochs", "epochs")
     more = max(1, round(relative_cost(config, side) * getattr(config, length)))

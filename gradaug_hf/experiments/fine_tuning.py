@@ -104,12 +104,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 
 
 def make_plan(args: FineTuningArguments, config: GradAugConfig, comparison: ComparisonArguments) -> Comparison:
-    """Return the runs of a comparison, checked before the first of them is trained.
-
-    Raises:
-        OSError: as `trainer_arguments`.
-        ValueError: as `trainer_arguments`; or there are fewer images than labels, or several processes.
-    """
+    """Return the runs of a comparison, checked before the first of them is trained."""
     if config.world_size > 1:
         raise ValueError(
             f"compare is True in {config.world_size} processes, but it starts those of each run; start it in one, and "
@@ -139,12 +134,7 @@ def make_plan(args: FineTuningArguments, config: GradAugConfig, comparison: Comp
 
 
 def make_trainer(args: FineTuningArguments, config: GradAugConfig) -> FineTuningTrainer:
-    """Make the model, the data and the trainer of a run.
-
-    Raises:
-        OSError: as `trainer_arguments`.
-        ValueError: as `trainer_arguments`, or as the trainer.
-    """
+    """Make the model, the data and the trainer of a run."""
     return FineTuningTrainer(args=config, **trainer_arguments(args, config))
 
 

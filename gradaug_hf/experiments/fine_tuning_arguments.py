@@ -55,11 +55,7 @@ FINE_TUNING = SETTINGS | {
 
 @dataclass(kw_only=True)
 class FineTuningArguments(ScheduleArguments, TrainingDataArguments):
-    """Arguments of fine-tuning, beside those of GradAugConfig.
-
-    Raises:
-        ValueError: a field is out of its range, or fields contradict each other.
-    """
+    """Arguments of fine-tuning, beside those of GradAugConfig."""
 
     model: str = HfArg(
         aliases=["--model_name_or_path"],
@@ -161,11 +157,7 @@ class FineTuningArguments(ScheduleArguments, TrainingDataArguments):
 
 @dataclass
 class ComparisonArguments(CheckedArguments):
-    """Arguments of a comparison of GradAug with plain training.
-
-    Raises:
-        ValueError: a field is out of its range.
-    """
+    """Arguments of a comparison of GradAug with plain training."""
 
     title = "a comparison"  # above them in --help
 

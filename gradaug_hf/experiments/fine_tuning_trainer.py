@@ -75,14 +75,10 @@ class FineTuningTrainer(RecipeTrainer):
             raise ValueError(f"{asked}, which neither FSDP nor DeepSpeed can do; leave it out")
         if ema_decay is not None:
             self._average = ModelEmaV3(self.model, ema_decay, use_warmup=True)
-            self.add_callback(_Averaging(self))
+            self.add_callback(_Averaging(self._average))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Return the optimiser that `args.optim` names, with a learning rate for each layer.
-
-        Raises:
-            ValueError: it chooses its parameters itself.
-        """
+        """Return the optimiser of `args.optim` with a rate for each layer, unless it chooses its parameters itself."""
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             if any(name in settings for name in OWN_PARAMETERS):
@@ -144,10 +140,6 @@ class FineTuningTrainer(RecipeTrainer):
         """Return the loss of the full network, in training with the weights of the classes, and its logits.
 
         Frozen batch norms are as in evaluation, also in the passes of sub-networks that follow.
-
-        Args:
-            model: as for `GradAugTrainer.full_loss`.
-            inputs: as for `GradAugTrainer.full_loss`.
         """
         if not model.training:
             return super().full_loss(model, inputs)
@@ -160,10 +152,6 @@ class FineTuningTrainer(RecipeTrainer):
         return loss, logits
 
     # ---- averaged weights ----
-
-    def average(self) -> None:
-        """Add the weights of this step to the averaged ones."""
-        self._average.update(self.model, self.state.global_step)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """`GradAugTrainer.evaluate`, of the averaged weights where there are any."""
@@ -204,14 +192,14 @@ class FineTuningTrainer(RecipeTrainer):
 class _Averaging(TrainerCallback):
     """Average the weights after each step of the optimiser."""
 
-    def __init__(self, trainer: FineTuningTrainer) -> None:
-        self._trainer = trainer
+    def __init__(self, average: ModelEmaV3) -> None:
+        self._average = average
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         """Add the weights of the step."""
-        self._trainer.average()
+        self._average.update(model, state.global_step)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

@@ -41,11 +41,7 @@ class LowDataArguments(CheckedArguments):
 
 
 def main(description: str | None = None) -> None:
-    """Train every method with several numbers of labels and seeds, and compare them.
-
-    Args:
-        description: shown by `--help`, above the flags.
-    """
+    """Train every method with several numbers of labels and seeds, and compare them."""
     with errors_as_messages(OSError, ValueError):
         parser = RecipeParser(LowDataArguments, description=description)
         args, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
@@ -53,12 +49,7 @@ def main(description: str | None = None) -> None:
 
 
 def make_plan(args: LowDataArguments, settings: dict[str, Any]) -> Comparison:
-    """Return every method with every number of labels and seed, checked before the first of them is trained.
-
-    Raises:
-        OSError: the dataset cannot be found, reached or read.
-        ValueError: the arguments do not fit the model or the data.
-    """
+    """Return every method with every number of labels and seed, checked before the first of them is trained."""
     if not Path(args.recipe).is_file():
         raise ValueError(f"recipe is {args.recipe!r}, and there is no such file")
     recipe = runpy.run_path(args.recipe)["RECIPE"]

@@ -21,7 +21,7 @@ START_PEAK_ANEW = "5"
 
 
 class PeakMemory:
-    """Measure the peak memory of the work inside a context.
+    """Measure the peak memory of the work on a device inside a context.
 
     On a GPU it is the memory of torch's allocator, on the CPU the resident memory of the process by Linux' record;
     elsewhere that since the process started. The Trainer's own `skip_memory_metrics=False` has a thread read the
@@ -30,9 +30,6 @@ class PeakMemory:
         with PeakMemory(device) as peak:
             train()
         print(peak.mebibytes)
-
-    Args:
-        device: Device on which the work runs.
     """
 
     def __init__(self, device: torch.device):
@@ -94,12 +91,9 @@ def memory_of_step(model: nn.Module, batch: int, side: int) -> int:
 
 
 def check_memory(model: nn.Module, batch: int, side: int, config: GradAugConfig) -> None:
-    """Make sure that a training step on the CPU does not end the process for want of memory.
+    """Raise a ValueError where a training step on the CPU would end the process for want of memory.
 
     An accelerator raises an error instead, and the batch that it can hold depends on its kernels.
-
-    Raises:
-        ValueError: it takes more memory than is available.
     """
     if config.device.type != "cpu":
         return

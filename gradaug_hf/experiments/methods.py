@@ -29,8 +29,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 # Arguments that are passed to the constructor of the model.
 NETWORK_ARGUMENTS = ("drop_path_rate", "drop_block_rate", "shake_drop_rate", "zero_init_last")
-
-
 # Settings of mixing and of the model that a method may turn on.
 MIXING = ("mixup_alpha", "cutmix_alpha")
 # Settings that concern sub-networks alone, beside those whose names begin with `subnet_` or `kl_`.
@@ -38,11 +36,7 @@ OF_SUBNETS = ("num_subnets", "min_width", "max_width", "width_levels", "resoluti
 
 
 def methods_with(**changes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the methods with the settings that a recipe has for some of them.
-
-    Args:
-        changes: name of a method -> what it sets beside or instead of its own.
-    """
+    """Return the methods by name, some of them with settings that a recipe has beside or instead of their own."""
     return {name: {**settings, **changes.get(name, {})} for name, settings in METHODS.items()}
 
 
@@ -96,34 +90,20 @@ def check_method(
     model: str,
     accepted: set[str],
 ) -> None:
-    """Make sure that a model has the parts that a method regularises.
-
-    Args:
-        method: name of the method.
-        methods: what each method sets.
-        network_arguments: the settings of the run that are for the model's constructor.
-        model: name of the model.
-        accepted: parameters of its constructor.
+    """Make sure that a model, which has `accepted` arguments, has the parts that a method regularises.
 
     Raises:
-        ValueError: the constructor lacks a parameter that is on; names the methods that the model can be trained by.
+        ValueError: it lacks one that is on in `network_arguments`; names the methods that it can be trained by.
     """
-    missing = _missing(network_arguments, accepted)
-    if missing:
-        possible = methods_for(methods, accepted)
+    if missing := _missing(network_arguments, accepted):
         raise ValueError(
             f"{model} cannot be trained with method {method!r}: it has no {', '.join(missing)}. "
-            f"Methods for it: {', '.join(possible)}"
+            f"Methods for it: {', '.join(methods_for(methods, accepted))}"
         )
 
 
 def methods_for(methods: Mapping[str, Mapping[str, Any]], accepted: set[str]) -> list[str]:
-    """Return the names of the methods that a model can be trained by.
-
-    Args:
-        methods: what each method sets.
-        accepted: parameters of the model's constructor.
-    """
+    """Return the names of the methods that a model can be trained by, from the arguments that it accepts."""
     return [name for name, settings in methods.items() if not _missing(settings, accepted)]
 
 

@@ -78,11 +78,7 @@ def predict(
 
 
 def find_photos(paths: Sequence[str | Path]) -> list[str]:
-    """Return the photos among some paths, those in folders sorted by their names.
-
-    Raises:
-        ValueError: a path does not exist, or a folder holds no photos.
-    """
+    """Return the photos that paths name, those in folders by their names; raise a ValueError where there are none."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -111,11 +107,7 @@ def at_calibrated_width(
     transform: ProcessorTransform,
     batch_size: int,
 ) -> AbstractContextManager[Any]:
-    """Return the context in which a model is its sub-network of a width, with batch norm recalibrated on photos.
-
-    Raises:
-        ValueError: the model has batch norm and no photos are given, or they are not of use.
-    """
+    """Return the context in which a model is its sub-network of a width, with batch norm recalibrated on photos."""
     if width is None:
         return nullcontext()
     make_slimmable(model)
@@ -130,7 +122,8 @@ def at_calibrated_width(
     files = find_photos([photos])
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:CALIBRATION_PHOTOS]
     chosen = [files[index] for index in order.tolist()]
-    return recalibrate_batchnorm(model, width, _pixels(chosen, transform, batch_size))
+    batches = (pixels for _, pixels, _ in _batches(chosen, transform, batch_size) if pixels is not None)
+    return recalibrate_batchnorm(model, width, batches)
 
 
 def _check(batch_size: int, width: float | None, calibration_images: str | Path | None, output: Path) -> None:
@@ -167,14 +160,9 @@ def _batches(
     """Yield the names and pixels (N, 3, H, W) of the photos of a batch, and those that cannot be read with why."""
     workers = min(8, os.cpu_count() or 1) if len(files) > batch_size else 0
     for batch in DataLoader(_Photos(files, transform), batch_size, num_workers=workers, collate_fn=list):
-        read = [(file, found) for file, found in batch if isinstance(found, Tensor)]
-        unread = [(file, found) for file, found in batch if not isinstance(found, Tensor)]
-        pixels = torch.stack([found for _, found in read]).to(_device()) if read else None
-        yield [file for file, _ in read], pixels, unread
-
-
-def _pixels(files: Sequence[str], transform: ProcessorTransform, batch_size: int) -> Iterator[Tensor]:
-    return (pixels for _, pixels, _ in _batches(files, transform, batch_size) if pixels is not None)
+        read = {file: found for file, found in batch if isinstance(found, Tensor)}
+        unread = [(file, found) for file, found in batch if file not in read]
+        yield list(read), torch.stack([*read.values()]).to(_device()) if read else None, unread
 
 
 def _device() -> torch.device:

@@ -47,11 +47,7 @@ def preset_settings(preset: str, use_cpu: bool = False) -> dict[str, Any]:
 
 
 def computes_bfloat16(use_cpu: bool) -> bool:
-    """Return whether a device has instructions for bfloat16, rather than converting it to float32 and back.
-
-    Args:
-        use_cpu: the CPU; else the accelerator.
-    """
+    """Return whether CPU or accelerator compute bfloat16, rather than converting it to float32 and back."""
     if use_cpu:
         capabilities = cpu_capabilities()
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

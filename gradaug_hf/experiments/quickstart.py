@@ -88,9 +88,6 @@ def main(description: str | None = None) -> None:
     """Train a model by each method with each seed, and compare them.
 
     Started again after an interruption, the command goes on where it was.
-
-    Args:
-        description: shown by `--help`, above the flags.
     """
     with errors_as_messages(OSError, ValueError):
         (args,) = RecipeParser(QuickstartArguments, description=description).parse_args_into_dataclasses()

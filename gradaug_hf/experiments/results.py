@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gradaug_hf.reports.plots import NEEDS_MATPLOTLIB, plot_comparison
+from gradaug_hf.reports.plots import plot_comparison
 from gradaug_hf.reports.runs import Result, Run
 from gradaug_hf.utils.environment import device_name, public_command, public_settings, versions
 from gradaug_hf.utils.tables import markdown_table
@@ -19,16 +19,7 @@ RESULTS = "results.json"
 
 
 def check_free(output_dir: str, checkpoint: str | None, overwrite: bool) -> None:
-    """Make sure that a run does not write over the results of another one.
-
-    Args:
-        output_dir: folder of the run.
-        checkpoint: the one that the run goes on from, if any.
-        overwrite: whether results may be written over.
-
-    Raises:
-        ValueError: the folder holds results, which are not those of the run that goes on.
-    """
+    """Raise a ValueError where a run would write over the results of another, whose checkpoint it does not resume."""
     file = Path(output_dir) / RESULTS
     goes_on = checkpoint is not None and Path(output_dir).resolve() in Path(checkpoint).resolve().parents
     if file.exists() and not (overwrite or goes_on):
@@ -60,25 +51,13 @@ def widths_table(widths: Sequence[tuple[float, float, float | None]]) -> str:
 
 
 def save_results(results: Sequence[Result], file: Path, settings: dict[str, Any], device: torch.device) -> None:
-    """Write results as JSON, with what is needed to get them again.
-
-    Args:
-        results: Results of the runs.
-        file: JSON file to write.
-        settings: Settings that the runs shared, the seed among them.
-        device: Device on which they ran.
-    """
+    """Write the results of runs that shared their settings, as JSON, with what is needed to get them again."""
     content = {**run_context(settings, device), "runs": [asdict(result) for result in results]}
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def run_context(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return what is needed to get results again: command, settings, device, threads and versions.
-
-    Args:
-        settings: of the run, the seed among them.
-        device: on which it runs.
-    """
+    """Return what is needed to get results again: command, settings, device, threads and versions."""
     return {
         "command": public_command(sys.argv),
         "settings": public_settings(settings),
@@ -89,11 +68,7 @@ def run_context(settings: dict[str, Any], device: torch.device) -> dict[str, Any
 
 
 def load_runs(folder: Path) -> list[Run]:
-    """Read the runs in `results.json` of a folder.
-
-    Raises:
-        ValueError: there is no such file, or it does not hold results.
-    """
+    """Read the runs in `results.json` of a folder; raise a ValueError where it holds no results."""
     file = folder / RESULTS
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -110,11 +85,7 @@ def load_runs(folder: Path) -> list[Run]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group runs that differ in their seed alone, by model, data, method and number of steps, in their order.
-
-    Raises:
-        ValueError: two runs of a group have the same seed.
-    """
+    """Group runs that differ in their seed alone, by model, data, method and number of steps, in their order."""
     groups: dict[tuple, dict[int, Run]] = {}
     for run in runs:
         group = groups.setdefault((run.model, run.data, run.result.method, run.result.steps), {})
@@ -154,21 +125,16 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def compare(folders: Sequence[Path], plot: Path) -> str:
-    """Plot the top-1 accuracies of finished runs, and return a table of them.
-
-    Args:
-        folders: output folders of the runs.
-        plot: PNG file to write.
+    """Plot the top-1 accuracies of finished runs into a PNG file, and return a table of them.
 
     Raises:
-        ValueError: a folder does not hold the results of a run, two runs are the same but for their folder,
-            matplotlib is not installed, or the plot cannot be written.
+        ValueError: a folder does not hold the results of a run, two runs are the same but for their folder, or the
+            plot cannot be written.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     groups = group_runs([run for folder in folders for run in load_runs(folder)])
     try:
         plot_comparison(groups, plot)
-    except ModuleNotFoundError as error:
-        raise ValueError(NEEDS_MATPLOTLIB) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"plot {plot} cannot be written: {error}") from error
     return comparison_table(groups)

@@ -104,12 +104,7 @@ class Recipe:
 
 
 def run(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
-    """Train, or only evaluate, as the command line says, print accuracies and write `results.json`.
-
-    Args:
-        recipe: the experiment.
-        argv: flags, after the name of a YAML or JSON file if there is one; None: those of this process.
-    """
+    """Train, or only evaluate, by flags (None: this process's), print accuracies and write `results.json`."""
     with errors_as_messages(OSError, ValueError):
         argv = sys.argv[1:] if argv is None else argv
         args, config = parse({**SETTINGS, **recipe.settings}, recipe.methods, recipe.description, argv)
@@ -172,11 +167,7 @@ def complete(args: ScheduleArguments, config: GradAugConfig) -> None:
 
 
 def check_batch(batch_size: int, images: int | None) -> None:
-    """Make sure that a step's images are not more than there are.
-
-    Raises:
-        ValueError: the batch is larger than the training set.
-    """
+    """Raise a ValueError where a step takes more images than there are to train on."""
     if images is not None and batch_size > images:
         raise ValueError(
             f"batch_size is {batch_size}, but there are {images} images to train on; it must be at most as many, with "
@@ -304,11 +295,7 @@ def images_to_train_on(args: ExperimentArguments, split: Dataset | IterableDatas
 
 
 def settle_steps(args: ExperimentArguments, config: GradAugConfig, images: int | None) -> None:
-    """Set the number of steps of a stream, which the Trainer has to know.
-
-    Raises:
-        ValueError: neither the dataset nor the arguments say how many images or steps there are.
-    """
+    """Set the number of steps of a stream, which the Trainer has to know; raise a ValueError if nothing says it."""
     if not args.streaming or config.max_steps > 0:
         return
     if images is None:

@@ -114,8 +114,7 @@ def _shared_settings(shared: Mapping[str, Any], own: Mapping[str, Any]) -> Mappi
 def read_plan(file: Path) -> Plan:
     """Read a plan: YAML or JSON with `recipe`, `rows` and `seeds`, and `settings` and `columns` if there are any.
 
-    Args:
-        file: `recipe` is a path from its folder; rows and columns map names to settings.
+    `recipe` is a path from the file's folder; rows and columns map names to settings.
 
     Raises:
         ValueError: the file cannot be read, or is not a plan.
@@ -136,11 +135,11 @@ def read_plan(file: Path) -> Plan:
 
 
 def train_all(plan: Plan, folder: Path, launch: str = LAUNCH, seeds: Sequence[int] | None = None) -> list[PlannedRun]:
-    """Train what is not trained yet, one run after the other.
+    """Train what is not trained yet, one run after the other, each in a folder of its own.
 
     Args:
-        plan: The runs.
-        folder: Where each has a folder of its own.
+        plan: The runs, all of them or those of some seeds.
+        folder: Of their folders.
         launch: Command that starts a recipe.
         seeds: Seeds of the runs to train; None: all.
 
@@ -338,11 +337,7 @@ def report(plan: Plan, folder: Path) -> None:
 
 
 def flag_settings(flags: Sequence[str]) -> dict[str, Any]:
-    """Return further flags of the recipe, such as `--dataset_name DIR --use_cpu`, as settings.
-
-    Raises:
-        ValueError: a word does not follow a flag.
-    """
+    """Return further flags of the recipe, such as `--dataset_name DIR --use_cpu`, as settings."""
     settings: dict[str, list[str]] = {}
     for word in flags:
         if word.startswith("--"):

@@ -27,22 +27,14 @@ CLASSES = ("num_classes", "label_names", "label_descriptions", "label_offset")
 
 
 def timm_network(model: nn.Module) -> nn.Module | None:
-    """Return the model built by `timm.create_model` that a model is or wraps; None for others.
-
-    Args:
-        model: a timm model, a `TimmWrapperForImageClassification`, or any module.
-    """
+    """Return the model of `timm.create_model` that a model is or, as `TimmWrapper...`, wraps; None for others."""
     network = model.timm_model if isinstance(model, TimmWrapperForImageClassification) else model
     built_by_timm = isinstance(getattr(network, "pretrained_cfg", None), dict) and hasattr(network, "num_features")
     return network if built_by_timm else None
 
 
 def why_not_rebuilt(network: nn.Module) -> str | None:
-    """Return the reason why `timm.create_model` cannot build a timm model again from `config.json`, or None.
-
-    Args:
-        network: one for which `timm_network` is not None; changed since it was built, perhaps.
-    """
+    """Return the reason why `timm.create_model` cannot build a timm model again from `config.json`, or None."""
     arguments = get_model_args(network)
     for name, value in arguments.items():
         try:

@@ -7,11 +7,7 @@ from pathlib import Path
 
 
 def check_new(output: Path) -> None:
-    """Make sure that a folder is still to be written.
-
-    Raises:
-        ValueError: it exists already and is not empty, or is a file.
-    """
+    """Raise a ValueError where a folder to be written is there and not empty, or is a file."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} exists already; a new or an empty folder is accepted")
 
@@ -20,11 +16,8 @@ def check_new(output: Path) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """Yield a folder to write in, which becomes `output` at the end; nothing is left of it after an error.
 
-    Args:
-        output: must not exist, or be an empty folder.
-
     Raises:
-        ValueError: it is taken, or cannot be written.
+        ValueError: `output` is neither new nor empty, or cannot be written.
     """
     check_new(output)
     parent = output.resolve().parent

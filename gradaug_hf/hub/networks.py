@@ -144,11 +144,7 @@ def _download_errors(model: str, name: str, revision: str) -> Iterator[None]:
 
 
 def _check_downloaded(model: str, folder: Path) -> None:
-    """Make sure that a download from the Hub is complete, in safetensors, and needs no code of its own.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Raise a ValueError where a download from the Hub is incomplete, not in safetensors, or needs code of its own."""
     if not (folder / CONFIG).is_file():
         raise ValueError(f"model {model!r} has no {CONFIG} on the Hub")
     config = read_config(folder)
@@ -208,10 +204,6 @@ def create_network(model: str, class_names: Sequence[str], arguments: Mapping[st
 def network_to_train(model: str, *datasets: Any) -> nn.Module:
     """Return the model of a checkpoint with its own classes, or a new one of timm with those that a dataset names.
 
-    Args:
-        model: a name that `timm_name` takes.
-        datasets: asked for the names of their classes as by `label_names`.
-
     Raises:
         ValueError: there is no such model, it cannot be loaded, the dataset has its classes in another order, or no
             dataset names the classes of a new one.
@@ -254,11 +246,7 @@ def load_checkpoint(
 
 @contextmanager
 def _loading_errors(source: str | Path) -> Iterator[None]:
-    """Say in one message why timm or transformers cannot build a model from its files.
-
-    Raises:
-        WeightsError: they cannot.
-    """
+    """Say in one message, a `WeightsError`, why timm or transformers cannot build a model from its files."""
     try:
         yield
     except WeightsError:
@@ -375,10 +363,6 @@ def pixel_statistics(model: nn.Module, processor: BaseImageProcessor | None) -> 
     """Return `mean` and `std` of the images that a model expects, of each channel in 0..1; nothing if it has none.
 
     A processor that does not normalise leaves pixels in 0..1, with a mean of 0 and a deviation of 1.
-
-    Args:
-        model: of timm or transformers.
-        processor: of a model of transformers.
     """
     if hasattr(model, "pretrained_cfg"):
         config = timm.data.resolve_model_data_config(model)

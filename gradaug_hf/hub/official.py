@@ -133,15 +133,7 @@ def _empty_model(arch: str, num_classes: int | None) -> nn.Module:
 
 
 def convert_file(file: Path, arch: str, output: Path) -> nn.Module:
-    """Write the folder of a checkpoint of the paper's code, whole or not at all.
-
-    Args:
-        file: the checkpoint.
-        arch: name of the model in timm, one of `OFFICIAL_NAMES`.
-        output: folder to write, which must not exist or be empty.
-
-    Returns:
-        The model on the meta device.
+    """Write the folder of a checkpoint of the paper's code, whole or not at all; return its model, on meta tensors.
 
     Raises:
         ValueError: the file cannot be read or does not fit, or the folder is taken or cannot be written.

@@ -62,11 +62,6 @@ def push_errors(
 def make_branch(trainer: Trainer, revision: str | None, token: str | None = None) -> None:
     """Make the branch that a revision names, from one process, unless it is there or names a pull request.
 
-    Args:
-        trainer: whose repository it is of.
-        revision: name of the branch; None makes nothing.
-        token: with the right to write; None: `args.hub_token`.
-
     Raises:
         PushError: the Hub refuses, or cannot be reached.
     """

@@ -34,11 +34,7 @@ class WeightsError(ValueError):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the values by name that a JSON file of a checkpoint holds.
-
-    Raises:
-        WeightsError: it cannot be read, or holds something else.
-    """
+    """Return the values by name that a JSON file of a checkpoint holds; raise a `WeightsError` if it does not."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -90,10 +86,6 @@ def has_types(value: Any, template: Any) -> bool:
 
 def read_pickle(file: Path, **options: Any) -> Any:
     """Return the tensors and plain values that `torch.save` wrote; no code in the file is run.
-
-    Args:
-        file: to read.
-        options: of `torch.load`.
 
     Raises:
         WeightsError: it cannot be read, or needs more than tensors and plain values.
@@ -167,7 +159,11 @@ def check_weights(folder: Path, model: nn.Module, prefix: str = "") -> None:
     state = model.state_dict()
     expected = {name.removeprefix(prefix): state[own] for name, own in saved_names(model).items()}
     stored = {tensor.data_ptr() for name, tensor in expected.items() if name in found}
-    differences = [f"{name} is missing" for name, t in expected.items() if name not in found and _needed(t, stored)]
+    differences = [
+        f"{name} is missing"
+        for name, tensor in expected.items()
+        if name not in found and tensor.numel() > 0 and tensor.data_ptr() not in stored
+    ]
     differences += [f"{name} is left over" for name in found if name not in expected]
     differences += [
         f"{name} is {found[name]} and not {tuple(tensor.shape)}"
@@ -207,15 +203,7 @@ def _rename(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest:
 
 
 def check_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """Make sure that the weights of a checkpoint are numbers.
-
-    Args:
-        weights: tensors by name.
-        source: name of the checkpoint in the message.
-
-    Raises:
-        WeightsError: a tensor holds NaN or an infinite value; names the first.
-    """
+    """Raise a `WeightsError` that names the first tensor of a checkpoint with NaN or an infinite value."""
     wrong = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
@@ -223,7 +211,3 @@ def check_finite(weights: Mapping[str, Tensor], source: str | Path) -> None:
             f"the weights of {source} hold NaN or infinite values in {wrong[0]}{more}; give a checkpoint from before "
             "its training diverged"
         )
-
-
-def _needed(tensor: Tensor, stored: set[int]) -> bool:
-    return tensor.numel() > 0 and tensor.data_ptr() not in stored

@@ -70,11 +70,7 @@ def join_processes() -> None:
 
 
 class Evaluation:
-    """Models and the images to evaluate them on.
-
-    Args:
-        args: the arguments.
-        models: the models, as for `gradaug_hf.hub.networks.load_network`.
+    """Models, by names that `load_network` takes, and the images to evaluate them on.
 
     Raises:
         OSError: the dataset cannot be found, reached or read.
@@ -98,11 +94,7 @@ class Evaluation:
         return with_pixels(self.data[split], pixel_transform(self.side))
 
     def measurements(self, name: str, **settings: Any) -> Measurements:
-        """Return the measurements kept in a file of the output folder.
-
-        Raises:
-            ValueError: the file holds measurements with other settings.
-        """
+        """Return the measurements kept in a file of the output folder, which must have the same settings."""
         shared = {f.name for f in fields(EvaluationArguments)}.difference(WITHOUT_EFFECT)
         settings = {key: getattr(self.args, key) for key in sorted(shared)} | {"image_size": self.side} | settings
         return Measurements(
@@ -139,12 +131,7 @@ class Evaluation:
 
 
 def topk_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return whether each label has the highest logit, and one of the five highest, as booleans (N, 2).
-
-    Args:
-        logits: (N, classes).
-        labels: (N,).
-    """
+    """Return whether each label (N,) has the highest logit, and one of the five highest, as booleans (N, 2)."""
     if logits.isnan().any():
         raise ValueError("logits are NaN, so that no class is the largest: the images or the activations overflow")
     hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]

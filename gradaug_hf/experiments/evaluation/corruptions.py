@@ -23,7 +23,7 @@ WITH_SEED = ("impulse_noise", "glass_blur")
 
 
 def check_corruptions(side: int) -> None:
-    """Make sure that images can be corrupted, and compile what the library compiles, before workers are forked.
+    """Compile what the library compiles, before workers are forked.
 
     Raises:
         ValueError: the library is not there, or the images are too small for it.
@@ -48,9 +48,6 @@ def corrupt_image(pixels: Tensor, name: str, severity: int, seed: int) -> Tensor
         name: one of `CORRUPTIONS`.
         severity: 1 to 5.
         seed: of the random numbers of the corruption.
-
-    Returns:
-        uint8 (3, H, W).
     """
     from imagecorruptions import corrupt
 
@@ -63,11 +60,7 @@ def corrupt_image(pixels: Tensor, name: str, severity: int, seed: int) -> Tensor
 class CorruptedImages(Dataset):
     """A dataset under one corruption, whose random numbers follow from the seed, the index and the corruption.
 
-    Args:
-        images: examples of `pixel_values`, uint8 (3, H, W), and `labels`.
-        name: one of `CORRUPTIONS`.
-        severity: 1 to 5.
-        seed: at least 0.
+    Its images have `pixel_values`, uint8 (3, H, W), and `labels`.
     """
 
     def __init__(self, images: Sequence[Mapping[str, Any]], name: str, severity: int, seed: int):

@@ -18,13 +18,7 @@ SMALL_SIDE = 96
 
 
 class PixelNetwork(nn.Module):
-    """A model behind the normalisation of its images.
-
-    Args:
-        model: of timm or transformers.
-        mean: of each channel, in 0..1.
-        std: of each channel, in 0..1.
-    """
+    """A model of timm or transformers behind the normalisation of its images."""
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -41,8 +35,7 @@ def load_pixel_network(model: str, class_names: Sequence[str]) -> PixelNetwork:
     """Load a trained model to evaluate: on pixels, in eval mode and float32, without gradients of its parameters.
 
     Raises:
-        ValueError: there is no such model, it has another number or order of classes, or does not say how its images
-            are normalised.
+        ValueError: as `load_network`, or the model does not say how its images are normalised.
     """
     loaded = load_network(model, class_names)
     statistics = pixel_statistics(loaded, image_processor(model))

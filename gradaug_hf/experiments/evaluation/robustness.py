@@ -131,12 +131,9 @@ def fgsm(model: nn.Module, pixels: Tensor, labels: Tensor, epsilons: Sequence[fl
 
     Args:
         model: of pixels in 0..1, in eval mode.
-        pixels: (N, C, H, W) in 0..1.
+        pixels: (N, C, H, W) in 0..1, as those that are yielded.
         labels: (N,), the true classes.
         epsilons: in 0..1, as the pixels.
-
-    Yields:
-        Pixels (N, C, H, W), clipped to 0..1.
 
     Raises:
         ValueError: the model is not in eval mode.

@@ -100,11 +100,7 @@ def main(description: str | None = None) -> None:
 
 
 def check_exports(args: WidthArguments) -> None:
-    """Make sure that the folders of the sub-networks can be made.
-
-    Raises:
-        ValueError: one of them is there, or two models have the same.
-    """
+    """Raise a ValueError where the folder of a sub-network is there, or two models have the same one."""
     if args.export is None:
         return
     folders = [export_folder(args, model) for model in args.model]
@@ -120,11 +116,7 @@ def export_folder(args: WidthArguments, model: str) -> Path:
 
 
 def slice_model(name: str, model: PixelNetwork, side: int, width_divisor: int) -> None:
-    """Make a model slimmable.
-
-    Raises:
-        ValueError: nothing of it can be sliced.
-    """
+    """Make a model slimmable; raise a ValueError where nothing of it can be sliced."""
     make_slimmable(model.network, input_size=side, width_divisor=width_divisor)
     found = slicing_report(model)
     if found.sliced_macs == 0:
