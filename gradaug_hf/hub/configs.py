@@ -46,7 +46,9 @@ def why_not_rebuilt(network: nn.Module) -> str | None:
             again = timm.create_model(network.pretrained_cfg["architecture"], **arguments)
     except Exception as error:  # timm's constructors raise errors of many kinds
         return f"timm.create_model fails with {arguments}: {error}"
-    expected, found = tensor_shapes(network), tensor_shapes(again)
+    expected, found = (
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} for model in (network, again)
+    )
     different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if not different:
         return None
@@ -64,11 +66,6 @@ def warn_of_weights_alone(model: nn.Module) -> None:
     if reason is not None:
         name = type(network).__name__
         warnings.warn(f"the folder of this {name} will have its weights alone: {reason}", stacklevel=3)
-
-
-def tensor_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors of a state dict."""
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def save_configs(

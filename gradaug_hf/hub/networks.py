@@ -38,7 +38,7 @@ from gradaug_hf.utils.randomness import random_states_kept
 # Characters of a library's error that are shown, and of a list of tensors.
 MESSAGE_LENGTH = 400
 SHAKE_DROP = "shake_drop_rate"
-# Files of a repository on the Hub that are read: no pickle, no code, nothing in or above its folder's folders.
+# Files of a repository on the Hub that are downloaded: JSON and safetensors at its top, so neither pickles nor code.
 READ, NOT_READ = ["*.json", "*.safetensors"], ["*/*"]
 ACCEPTED = "a timm model, a folder with a config.json and a Hub id (user/name or user/name@revision) are accepted"
 

@@ -108,7 +108,9 @@ def convert(weights: dict[str, Tensor], arch: str) -> tuple[nn.Module, dict[str,
     official_name = OFFICIAL_NAMES[arch]
     classifier = weights.get(official_name("fc.weight"))
     num_classes = len(classifier) if classifier is not None and classifier.ndim == 2 else 0
-    model = _empty_model(arch, num_classes or None)
+    cfg = {"pretrained_cfg": IMAGENET_CFG} if arch == "resnet50" else {}
+    with torch.device("meta"):
+        model = timm.create_model(arch, num_classes=num_classes or None, **cfg)
     expected = model.state_dict()
     official = {official_name(name): name for name in expected}
     problems = [f"missing: {name}" for name in official if name not in weights]
@@ -124,12 +126,6 @@ def convert(weights: dict[str, Tensor], arch: str) -> tuple[nn.Module, dict[str,
         for name, own_name in official.items()
     }
     return model, state
-
-
-def _empty_model(arch: str, num_classes: int | None) -> nn.Module:
-    cfg = {"pretrained_cfg": IMAGENET_CFG} if arch == "resnet50" else {}
-    with torch.device("meta"):
-        return timm.create_model(arch, num_classes=num_classes, **cfg)
 
 
 def convert_file(file: Path, arch: str, output: Path) -> nn.Module:

@@ -72,10 +72,11 @@ def save_subnet(
     """
     check_new(Path(folder))
     subnet = extract_subnet(model, width).cpu().eval().requires_grad_(False)
-    size = _image_size(model, processor, input_size)
-    config = {"subnet": {"width": float(width), "of": _name_of(model)}}
-    config |= _program_config(model, label_names or stated_names(model), processor, size)
-    card = CARD.format(width=width, name=_name_of(model), shape=", ".join(map(str, size)))
+    if input_size is None and processor is not None:
+        input_size = processor_data_config(processor).get("input_size", (None,))[1:] or None
+    size = next(example_sizes(model, input_size))
+    config = _program_config(model, width, label_names or stated_names(model), processor, size)
+    card = CARD.format(width=width, name=config["subnet"]["of"], shape=", ".join(map(str, size)))
     with new_folder(Path(folder)) as scratch:
         torch.export.save(export_program(subnet, size), scratch / PROGRAM)
         save_file(plain_state(subnet.state_dict()), scratch / WEIGHTS, metadata={"format": "pt"})
@@ -90,14 +91,15 @@ def export_program(subnet: nn.Module, size: tuple[int, int, int]) -> torch.expor
         ValueError: torch.export cannot write it, or it computes something else.
     """
     model = _Logits(subnet)
-    images = torch.randn(2, *size, dtype=_dtype(subnet))
+    dtype = next(p.dtype for p in subnet.parameters() if p.is_floating_point())
+    images = torch.randn(2, *size, dtype=dtype)
     try:
         with torch.no_grad():
             program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # torch.export and the model raise errors of many kinds
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"torch.export cannot write a sub-network of {type(subnet).__name__}: {reason}") from error
-    images = torch.randn(3, *size, dtype=_dtype(subnet))
+    images = torch.randn(3, *size, dtype=dtype)
     with torch.no_grad():
         if not torch.allclose(program.module()(images), model(images), rtol=1e-4, atol=1e-5):
             raise ValueError(f"torch.export writes a program that differs from {type(subnet).__name__}")
@@ -117,36 +119,24 @@ class _Logits(nn.Module):
         return logits[0] if isinstance(logits, (tuple, list)) else logits
 
 
-def _image_size(
-    model: nn.Module, processor: BaseImageProcessor | None, input_size: int | Sequence[int] | None
-) -> tuple[int, int, int]:
-    if input_size is None and processor is not None:
-        input_size = processor_data_config(processor).get("input_size", (None,))[1:] or None
-    return next(example_sizes(model, input_size))
-
-
 def _program_config(
-    model: nn.Module, names: Sequence[str] | None, processor: BaseImageProcessor | None, size: tuple[int, int, int]
+    model: nn.Module,
+    width: float,
+    names: Sequence[str] | None,
+    processor: BaseImageProcessor | None,
+    size: tuple[int, int, int],
 ) -> dict[str, Any]:
     """Return the configuration of a program, which no library takes for that of a model it could build."""
-    timm_model = timm_network(model)
-    data_config = {}
-    if timm_model is not None:
+    name, data_config = type(model).__name__, {}
+    if (timm_model := timm_network(model)) is not None:
+        name = timm_model.pretrained_cfg["architecture"]
         data_config = timm.data.resolve_data_config({}, {**timm_model.pretrained_cfg, **wrapper_cfg(model)})
     if processor is not None:
         data_config |= processor_data_config(processor)
     return {
+        "subnet": {"width": float(width), "of": name},
         "program": PROGRAM,
         "input_size": size,
         **({"label_names": list(names)} if names else {}),
         **({"data_config": data_config} if data_config else {}),
     }
-
-
-def _name_of(model: nn.Module) -> str:
-    timm_model = timm_network(model)
-    return type(model).__name__ if timm_model is None else timm_model.pretrained_cfg["architecture"]
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
