@@ -33,7 +33,7 @@ def photos(tmp_path_factory) -> str:
 @pytest.fixture
 def run(photos: str, monkeypatch) -> Callable[..., None]:
     """Runs the recipe as its command line does, on one thread: the tests share the cores."""
-    monkeypatch.setattr("gradaug_hf.experiments.evaluation.comparison.use_all_cores", lambda: None)
+    monkeypatch.setattr("gradaug_hf.experiments.evaluation.evaluation.use_all_cores", lambda: None)
 
     def run_with(*flags: object) -> None:
         shared = ["--dataset_name", photos, "--num_workers", 0, "--epsilon", *EPSILONS]

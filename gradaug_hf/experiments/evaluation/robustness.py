@@ -12,14 +12,14 @@ from transformers.hf_argparser import HfArg
 
 from gradaug_hf.data.decoding import UnreadableImageError
 from gradaug_hf.experiments.arguments import RecipeParser
-from gradaug_hf.experiments.evaluation.comparison import (
+from gradaug_hf.experiments.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, check_corruptions
+from gradaug_hf.experiments.evaluation.evaluation import (
     Evaluation,
     EvaluationArguments,
     join_processes,
     short_names,
     topk_hits,
 )
-from gradaug_hf.experiments.evaluation.corruptions import CORRUPTIONS, SEVERITIES, CorruptedImages, check_corruptions
 from gradaug_hf.experiments.evaluation.measurements import Measurements
 from gradaug_hf.reports.plots import DPI, line_style, new_figure
 from gradaug_hf.utils.command_line import errors_as_messages

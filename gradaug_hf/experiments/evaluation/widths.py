@@ -17,7 +17,7 @@ from transformers.hf_argparser import HfArg
 from gradaug_hf.data.decoding import UnreadableImageError, with_pixels
 from gradaug_hf.data.loading import take_images
 from gradaug_hf.experiments.arguments import RecipeParser
-from gradaug_hf.experiments.evaluation.comparison import Evaluation, EvaluationArguments, join_processes, short_names
+from gradaug_hf.experiments.evaluation.evaluation import Evaluation, EvaluationArguments, join_processes, short_names
 from gradaug_hf.experiments.evaluation.measurements import Measurements
 from gradaug_hf.experiments.evaluation.pixels import PixelNetwork, pixel_transform, to_unit
 from gradaug_hf.experiments.results import percent

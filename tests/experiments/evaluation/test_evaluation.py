@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gradaug_hf.experiments.arguments import RecipeParser
-from gradaug_hf.experiments.evaluation.comparison import (
+from gradaug_hf.experiments.evaluation.evaluation import (
     Evaluation,
     EvaluationArguments,
     check_plots,
@@ -55,6 +55,6 @@ def test_accuracy_counts_each_image_once_whatever_the_batches(tmp_path):
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("gradaug_hf.experiments.evaluation.comparison.can_plot", lambda: False)
+    monkeypatch.setattr("gradaug_hf.experiments.evaluation.evaluation.can_plot", lambda: False)
     with pytest.raises(ValueError, match="pip install matplotlib"):
         check_plots()
