@@ -92,14 +92,15 @@ def export_program(subnet: nn.Module, size: tuple[int, int, int]) -> torch.expor
     """
     model = _Logits(subnet)
     dtype = next(p.dtype for p in subnet.parameters() if p.is_floating_point())
-    images = torch.randn(2, *size, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)  # so that a training goes on as if nothing had been written
+    images = torch.randn(2, *size, dtype=dtype, generator=generator)
     try:
         with torch.no_grad():
             program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # torch.export and the model raise errors of many kinds
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"torch.export cannot write a sub-network of {type(subnet).__name__}: {reason}") from error
-    images = torch.randn(3, *size, dtype=dtype)
+    images = torch.randn(3, *size, dtype=dtype, generator=generator)
     with torch.no_grad():
         if not torch.allclose(program.module()(images), model(images), rtol=1e-4, atol=1e-5):
             raise ValueError(f"torch.export writes a program that differs from {type(subnet).__name__}")

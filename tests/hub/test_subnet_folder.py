@@ -101,6 +101,13 @@ def test_a_program_says_what_images_it_takes(tmp_path):
         AutoModelForImageClassification.from_pretrained(tmp_path / "program")
 
 
+def test_a_training_goes_on_with_the_random_numbers_that_it_would_have_had(tmp_path):
+    model = slimmable(timm.create_model("test_resnet", num_classes=7))
+    state = torch.get_rng_state()
+    save_subnet(model, 0.5, tmp_path / "narrow", input_size=64)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_folder_that_is_taken_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="exists already; a new or an empty folder is accepted"):
