@@ -186,7 +186,7 @@ def start_ranks(function: Callable[[], None], *, count: int = 2) -> list[int]:
     where = {"MASTER_ADDR": HOST, "MASTER_PORT": str(_meetings[-1].port), "WORLD_SIZE": str(count)}
     where |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     # accelerate would choose a number of threads, and those of OpenMP, if there were any before, are lost in a fork.
-    where |= {"OMP_NUM_THREADS": "1"}
+    where |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(count)}
 
     def run(rank: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **where}
