@@ -36,15 +36,13 @@ class Panel(NamedTuple):
 
 PANELS = (
     Panel("split_scratch", "", "from scratch: 250 labels"),
-    Panel("split_networks", "1000 labels", "from scratch: 1,000 labels"),
-    Panel("split_networks", "wrn16_2", "from scratch: 250 labels, wrn16_2"),
-    Panel("vit_scratch", "", "from scratch: 1,000 labels, ViT"),
+    Panel("split_labels", "", "from scratch: 1,000 labels"),
+    Panel("vit_scratch", "", "from scratch: 1,000 labels, vision transformer"),
     Panel("split_fine_tuning", "ants and bees", "fine-tuned: ants and bees"),
     Panel("split_fine_tuning", "100 labels", "fine-tuned: 100 labels"),
-    Panel("split_fine_tuning", "250 labels", "fine-tuned: 250 labels"),
     Panel("split_fine_tuning", "1000 labels", "fine-tuned: 1,000 labels"),
 )
-COLUMNS = 4
+COLUMNS = 3
 
 
 class Point(NamedTuple):
@@ -58,7 +56,7 @@ class Point(NamedTuple):
 
 def main() -> None:
     """Plot all panels."""
-    figure = Figure(figsize=(18, 9), layout="constrained")
+    figure = Figure(figsize=(15, 12), layout="constrained")
     for axes, panel in zip(figure.subplots(len(PANELS) // COLUMNS, COLUMNS).flat, PANELS, strict=True):
         plot(axes, panel.title, points(records_of(panel)))
     figure.savefig(RESULTS / "cost.png", dpi=110)
@@ -95,15 +93,13 @@ def plot(axes: Axes, title: str, found: Sequence[Point]) -> None:
     axes.plot(1, 0, "o", color="0.3")
     frontier = [(1.0, 0.0)]
     for point in found:
-        colour = "0.3" if point.row.startswith(PLAIN) else "C0"
-        axes.errorbar(point.cost, point.gain, point.half_interval, fmt="o", color=colour, capsize=3)
-        axes.annotate(point.row, (point.cost, point.gain), (4, 4), textcoords="offset points", fontsize=8)
+        marker = "s" if point.row.startswith(PLAIN) else "o"
+        axes.errorbar(point.cost, point.gain, point.half_interval, fmt=marker, capsize=3, label=point.row)
         if point.gain > frontier[-1][1]:
             frontier.append((point.cost, point.gain))
-    axes.plot(*zip(*frontier, strict=True), "--", color="C1", zorder=0, drawstyle="steps-post", label="frontier")
+    axes.plot(*zip(*frontier, strict=True), "k--", zorder=0, drawstyle="steps-post", label="frontier")
     axes.set(title=title, xlabel="multiply-adds of the training, plain = 1", ylabel="gain over plain, points")
-    axes.set_xlim(0.9, 3.9)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, fontsize=8)
 
 
 if __name__ == "__main__":
