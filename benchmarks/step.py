@@ -43,14 +43,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import gradaug_hf
 from gradaug_hf.experiments.presets import PRESETS, preset_settings
 from gradaug_hf.objective.losses import soft_target_divergence
+from gradaug_hf.objective.resolutions import default_resolutions
 from gradaug_hf.objective.sampling import drops_blocks
 from gradaug_hf.objective.transforms import resize
 from gradaug_hf.slimming.widths import num_droppable_blocks, subnet_pass
 
-NETWORKS = ["resnet50:224:8", "wrn28_10:32:16", "vit_small_patch16_224:224:8", "convnext_tiny:224:8"]
+NETWORKS = [("resnet50", 224, 8), ("wrn28_10", 32, 16), ("vit_small_patch16_224", 224, 8), ("convnext_tiny", 224, 8)]
 SETTINGS = ["float32", "channels_last", "bfloat16", "fast"]
 METHODS = ["paper", "plain", "sequential", "split", "light", "joint", "dense"]
-RESOLUTIONS = {224: [224, 192, 160, 128], 32: [32, 28, 24]}
+CIFAR_SIDE, CIFAR_RESOLUTIONS = 32, [32, 28, 24]
 HEADER = (
     "| network | batch | settings | step | seconds | images/s | over plain | bound | counted | over bound "
     "| peak MiB | over plain | over the paper's loop |"
@@ -120,7 +121,9 @@ class Autocast(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="name:side in pixels:batch size")
+    parser.add_argument(
+        "--networks", nargs="+", default=NETWORKS, type=parse_network, help="name:side in pixels:batch size"
+    )
     parser.add_argument("--settings", nargs="+", default=SETTINGS, type=parse_settings)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--steps", type=int, default=12, help="measured steps of each row, best a multiple of 4")
@@ -140,16 +143,22 @@ def main() -> None:
     print(f"lowest of {args.repeats}{' of CPU time' if args.cpu_time else ''}\n")
     print(f"{HEADER}\n{'|---' * HEADER.count(' | ')}|---|")
     loaders = {}
-    for network in args.networks:
-        name, side, batch = network.split(":")
-        rows = make_rows(name, int(side), int(batch), settings, args.methods, device)
+    for name, side, batch in args.networks:
+        rows = make_rows(name, side, batch, settings, args.methods, device)
         measure(rows, args.steps, args.repeats, device, time.process_time if args.cpu_time else time.perf_counter)
-        print_rows(name, int(batch), rows)
+        print_rows(name, batch, rows)
         if args.workers:
-            loaders[int(side)] = images_per_second(int(side), int(batch), args.workers)
+            loaders[side] = images_per_second(side, batch, args.workers)
     for side, rate in loaders.items():
         print(f"\ndata loader alone, {side} pixels, {args.workers} workers: {rate:.0f} images/s", end="")
     print()
+
+
+def parse_network(text: str) -> tuple[str, int, int]:
+    name, *numbers = text.split(":")
+    if len(numbers) != 2 or not all(number.isdigit() and int(number) > 0 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} must be name:side:batch, for example resnet50:224:8")
+    return name, int(numbers[0]), int(numbers[1])
 
 
 def parse_settings(text: str) -> Settings:
@@ -198,8 +207,8 @@ def rows_of(
         network = network.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
     model = prepared(network, settings, device)
-    min_width = 0.8 if side == 32 else 0.9
-    sampler = BalancedSampler(3, min_width, 1.0, RESOLUTIONS[side], settings.width_levels)
+    min_width, resolutions = (0.8, CIFAR_RESOLUTIONS) if side == CIFAR_SIDE else (0.9, default_resolutions(side))
+    sampler = BalancedSampler(3, min_width, 1.0, resolutions, settings.width_levels)
     gradaug = gradaug_hf.GradAug(model, sampler=sampler)
     on_parts = gradaug_hf.GradAug(model, sampler=replace(sampler, subnet_images="split"))
     lightly = gradaug_hf.GradAug(model, sampler=replace(sampler, **PRESETS["light"]))
