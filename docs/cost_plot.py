@@ -46,7 +46,7 @@ COLUMNS = 3
 
 
 class Point(NamedTuple):
-    """What one row costs and gains over plain training, in points of accuracy."""
+    """Cost of a row, and its gain over plain training in points of accuracy."""
 
     row: str
     cost: float

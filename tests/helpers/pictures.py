@@ -1,6 +1,7 @@
-"""Small images, and datasets of them."""
+"""Small images, datasets of them, and what a plot is drawn with."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -27,3 +28,11 @@ def dataset(labels: list, label=None, image_column: str = "img", label_column: s
     images = [picture(10 * index) for index in range(len(labels))]
     features = Features({image_column: Image(), label_column: label})
     return Dataset.from_dict({image_column: images, label_column: labels}, features=features)
+
+
+def pixels_of_each_grey(plot: Path) -> dict[int, int]:
+    """Number of pixels of each shade in a plot, which has no colours."""
+    with PIL.Image.open(plot) as image:
+        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
+    assert np.array_equal(red, green) and np.array_equal(red, blue)
+    return dict(zip(*(each.tolist() for each in np.unique(red, return_counts=True)), strict=True))

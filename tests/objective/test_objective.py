@@ -225,38 +225,31 @@ def test_a_model_that_takes_one_size_alone_warns_that_sub_networks_see_no_smalle
     assert gradaug.sampler.resolutions == (32,)
 
 
+class Changing(nn.Module):
+    """A network behind a change of its images."""
+
+    num_classes = 5
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.network, self.change = make_network(), change
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.network(self.change(x))
+
+
 def test_trying_a_model_leaves_the_random_numbers_of_its_training_as_they_are(images, labels):
-    class Noisy(nn.Module):
-        num_classes = 5
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = make_network()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.network(x * (1 + torch.rand(())))
-
     losses = []
     for resolutions in (None, [16, 14, 11, 9]):
         torch.manual_seed(0)
-        losses.append(GradAug(Noisy(), num_subnets=2, resolutions=resolutions).loss(images, labels))
+        noisy = Changing(lambda x: x * (1 + torch.rand(())))
+        losses.append(GradAug(noisy, num_subnets=2, resolutions=resolutions).loss(images, labels))
     assert losses[0] == losses[1]
 
 
 def test_a_model_that_cannot_be_tried_keeps_the_papers_resolutions(images, labels):
-    class Measured(nn.Module):
-        """Reads values of its images, which the meta device does not have."""
-
-        num_classes = 5
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = make_network()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.network(x / max(x.abs().max().item(), 1.0))
-
-    gradaug = GradAug(Measured(), num_subnets=1)
+    # The meta device has no values that could be read.
+    gradaug = GradAug(Changing(lambda x: x / max(x.abs().max().item(), 1.0)), num_subnets=1)
     gradaug.backward(images, labels)
     assert gradaug.sampler.resolutions == (16, 14, 11, 9)
 

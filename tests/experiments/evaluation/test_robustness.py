@@ -1,7 +1,5 @@
 import math
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 from torch import nn
@@ -19,6 +17,7 @@ from gradaug_hf.experiments.evaluation.robustness import (
     plot_robustness,
     robustness_table,
 )
+from tests.helpers.pictures import pixels_of_each_grey
 
 EPSILONS = [0.01, 0.1]
 
@@ -140,10 +139,5 @@ def test_table_without_baseline_has_the_unnormalised_mean_alone():
 def test_plot_needs_no_colour(tmp_path, corruptions: bool):
     errors = {name: errors_of(0.1 * index, 0.2 * index) for index, name in enumerate("ab", start=1)}
     plot_robustness(errors, EPSILONS, corruptions, tmp_path / "plot.png", "two networks")
-    with PIL.Image.open(tmp_path / "plot.png") as image:
-        pixels = np.asarray(image.convert("RGB"))
-    assert np.array_equal(pixels[..., 0], pixels[..., 1])
-    assert np.array_equal(pixels[..., 0], pixels[..., 2])
-    shades, counts = np.unique(pixels[..., 0], return_counts=True)
-    strokes = dict(zip(shades.tolist(), counts.tolist(), strict=True))
+    strokes = pixels_of_each_grey(tmp_path / "plot.png")
     assert min(strokes[0], strokes[153]) > 200

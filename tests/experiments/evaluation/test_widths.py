@@ -1,12 +1,11 @@
 import time
 
-import numpy as np
-import PIL.Image
 import torch
 from torch import nn
 
 from gradaug_hf.experiments.evaluation import widths
 from gradaug_hf.experiments.evaluation.widths import WidthResult, cpu_latency, plot_widths, widths_side_by_side
+from tests.helpers.pictures import pixels_of_each_grey
 
 RESULTS = {
     "plain": {
@@ -51,12 +50,7 @@ def test_table_has_the_models_of_a_width_below_each_other():
 
 def test_plot_needs_no_colour(tmp_path):
     plot_widths(RESULTS, tmp_path / "plot.png", "two networks")
-    with PIL.Image.open(tmp_path / "plot.png") as image:
-        pixels = np.asarray(image.convert("RGB"))
-    assert np.array_equal(pixels[..., 0], pixels[..., 1])
-    assert np.array_equal(pixels[..., 0], pixels[..., 2])
-    shades, counts = np.unique(pixels[..., 0], return_counts=True)
-    strokes = dict(zip(shades.tolist(), counts.tolist(), strict=True))
+    strokes = pixels_of_each_grey(tmp_path / "plot.png")
     assert min(strokes[0], strokes[153]) > 1000
 
 
