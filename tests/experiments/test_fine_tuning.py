@@ -74,7 +74,9 @@ def test_one_command_ends_with_a_model_and_what_to_look_at(monkeypatch, capsys, 
     for name in ("examples.png", "confusion.png", "mistakes.png", "curves.png"):
         assert (out / "plots" / name).is_file() and f"(plots/{name})" in card
     assert timm.create_model(f"local-dir:{out}", pretrained=True).num_classes == 3
-    assert json.loads((out / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    pretrained_cfg = json.loads((out / "config.json").read_text())["pretrained_cfg"]
+    assert pretrained_cfg["input_size"] == [3, 32, 32]
+    assert pretrained_cfg["crop_pct"] == 0.8  # of images smaller than the model's own
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -202,7 +204,11 @@ def test_a_vision_transformer_is_fine_tuned_and_predicts_as_its_pipeline(monkeyp
         model, side = str(tmp_path / "vit"), 32
         ViTForImageClassification(ViTConfig(**SMALL, image_size=32, patch_size=8)).save_pretrained(model)
         ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(model)
-    out = fine_tune(monkeypatch, tmp_path, model, f"--dataset_name {photos} --image_size {side} --max_eval_samples 3")
+    crop = "--crop_pct 0.75" if kind == "timm" else ""
+    flags = f"--dataset_name {photos} --image_size {side} --max_eval_samples 3 {crop}"
+    out = fine_tune(monkeypatch, tmp_path, model, flags)
+    if crop:
+        assert json.loads((out / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == 0.75
     main(["predict", str(out), photos, "--output", str(tmp_path / "found.csv"), "--batch_size", "7"])
     with (tmp_path / "found.csv").open(newline="") as stream:
         found = list(csv.DictReader(stream))

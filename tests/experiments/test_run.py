@@ -4,17 +4,19 @@ import signal
 import PIL.Image
 import pytest
 import torch
+from datasets import DatasetDict
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from gradaug_hf import GradAugConfig
-from gradaug_hf.experiments.arguments import ExperimentArguments, parse
+from gradaug_hf.experiments.arguments import ExperimentArguments, TrainingDataArguments, parse
 from gradaug_hf.experiments.recipe_trainer import RecipeTrainer
 from gradaug_hf.experiments.recipes import CIFAR_WIDERESNET, RECIPES, start_as_in_the_paper
-from gradaug_hf.experiments.run import SETTINGS, check_batch, complete, make_trainer, run
+from gradaug_hf.experiments.run import SETTINGS, check_batch, complete, make_trainer, run, wanted_images
 from gradaug_hf.hub.networks import create_network
+from tests.data.test_bad_images import with_bad_images
 from tests.helpers.checkpoints import save_images
-from tests.helpers.small_training import Sends, seeded_images
+from tests.helpers.small_training import Sends, images, seeded_images
 
 
 def trainer_of(tmp_path, lr_drops: list[float] = (), **settings) -> RecipeTrainer:
@@ -186,3 +188,16 @@ def test_evaluation_sees_the_pixels_that_the_folder_s_processor_prepares(tmp_pat
     with PIL.Image.open(tmp_path / "photos/test/class0/0.png") as photo:
         expected = trainer.processing_class(photo, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(trainer.eval_dataset[0]["pixel_values"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+@pytest.mark.parametrize("skip", [False, True])
+def test_as_many_images_as_wanted_are_sampled_by_the_seed_and_bad_ones_are_not_evaluated_on(skip: bool):
+    args = TrainingDataArguments(max_train_samples=5, max_eval_samples=4, skip_bad_images=skip)
+    splits = DatasetDict(train=images(12, 1), eval=with_bad_images(list(range(0, 12, 2))))
+    found, again, other = (wanted_images(DatasetDict(splits), args, seed) for seed in (0, 0, 1))
+    assert len(found["train"]) == 5
+    assert found["train"]["row"] == again["train"]["row"] != other["train"]["row"]
+    evaluated = wanted_images(DatasetDict(splits), TrainingDataArguments(max_eval_samples=4), 0)["eval"]["row"]
+    assert len(evaluated) == 4
+    assert found["eval"]["row"] == [row for row in evaluated if row % 2 or not skip]
