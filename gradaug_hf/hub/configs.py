@@ -14,12 +14,9 @@ from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TimmWrapperForImageClassification
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import logging
 
 from gradaug_hf.hub.preprocessing import processor_data_config
 from gradaug_hf.hub.weights import CONFIG
-
-logger = logging.get_logger(__name__)
 
 PREPROCESSOR = "preprocessor_config.json"
 # Fields about classes, which are written from the model and the names of its classes instead.
@@ -169,11 +166,12 @@ def warn_of_other_size(model: nn.Module, processor: BaseImageProcessor | None, s
 
 
 def warn_of_no_processor(model: nn.Module, processor: BaseImageProcessor | None) -> None:
-    """Warn once if a model of transformers is saved without an image processor."""
+    """Warn if a model of transformers is saved without an image processor."""
     if isinstance(model, PreTrainedModel) and processor is None:
-        logger.warning_once(
+        warnings.warn(
             f"no {PREPROCESSOR} is written, which a pipeline needs: give GradAugTrainer the image processor as "
-            "processing_class"
+            "processing_class",
+            stacklevel=2,
         )
 
 

@@ -410,13 +410,12 @@ def test_an_argument_that_is_no_json_is_named():
     assert why_not_rebuilt(timm.create_model("test_resnet", act_layer="silu")) is None
 
 
-def test_a_network_of_transformers_without_an_image_processor_is_said_to_lack_it(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr("gradaug_hf.hub.configs.logger.warning_once", said.append)
+def test_a_network_of_transformers_without_an_image_processor_is_said_to_lack_it(tmp_path, recwarn):
+    lacking = "give GradAugTrainer the image processor as processing_class"
     trained(resnet(), tmp_path / "with", processing_class=ViTImageProcessor())
-    assert not said
-    trained(resnet(), tmp_path / "without")
-    assert "give GradAugTrainer the image processor as processing_class" in said[0]
+    assert not [warning for warning in recwarn if lacking in str(warning.message)]
+    with pytest.warns(UserWarning, match=lacking):
+        trained(resnet(), tmp_path / "without")
 
 
 def test_tensors_that_share_memory_or_are_not_contiguous_are_stored_one_by_one(tmp_path):
