@@ -256,12 +256,6 @@ def test_file_that_cannot_be_read_is_named(tmp_path):
         read_plan(tmp_path / "plan.yaml")
 
 
-def test_the_ablation_of_the_recipes_is_a_plan():
-    plan = read_plan(ROOT / "recipes" / "ablation.yaml")
-    assert len(plan.runs()) == len(plan.rows) * len(plan.seeds)
-    assert next(iter(plan.rows)) == "baseline"
-
-
 def test_further_flags_are_settings_of_every_run():
     assert flag_settings(["--bf16", "--resolutions", "32", "24", "--seed", "1"]) == {
         "bf16": "true",
