@@ -6,12 +6,14 @@ arithmetic of one step (`relative_cost`). A gain is the mean difference to plain
 """
 
 import json
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -37,12 +39,14 @@ class Panel(NamedTuple):
 PANELS = (
     Panel("split_scratch", "", "from scratch: 250 labels"),
     Panel("split_labels", "", "from scratch: 1,000 labels"),
+    Panel("wrn_scratch", "", "from scratch: 250 labels, wide network"),
     Panel("vit_scratch", "", "from scratch: 1,000 labels, vision transformer"),
     Panel("split_fine_tuning", "ants and bees", "fine-tuned: ants and bees"),
     Panel("split_fine_tuning", "100 labels", "fine-tuned: 100 labels"),
+    Panel("split_fine_tuning", "250 labels", "fine-tuned: 250 labels"),
     Panel("split_fine_tuning", "1000 labels", "fine-tuned: 1,000 labels"),
 )
-COLUMNS = 3
+COLUMNS = 4
 
 
 class Point(NamedTuple):
@@ -56,9 +60,13 @@ class Point(NamedTuple):
 
 def main() -> None:
     """Plot all panels."""
-    figure = Figure(figsize=(15, 12), layout="constrained")
-    for axes, panel in zip(figure.subplots(len(PANELS) // COLUMNS, COLUMNS).flat, PANELS, strict=True):
-        plot(axes, panel.title, points(records_of(panel)))
+    figure = Figure(figsize=(20, 12), layout="constrained")
+    found = [points(records_of(panel)) for panel in PANELS]
+    kinds = dict.fromkeys(kind(point.row) for own in found for point in own)
+    colours = dict(zip(kinds, colormaps["tab20"].colors, strict=False))
+    subplots = figure.subplots(len(PANELS) // COLUMNS, COLUMNS).flat
+    for axes, panel, own in zip(subplots, PANELS, found, strict=True):
+        plot(axes, panel.title, own, [colours[kind(point.row)] for point in own])
     figure.savefig(RESULTS / "cost.png", dpi=110)
 
 
@@ -87,14 +95,20 @@ def cost(record: Mapping[str, Any], plain: Mapping[str, Any]) -> float:
     return step * record["steps"] / plain["steps"]
 
 
-def plot(axes: Axes, title: str, found: Sequence[Point]) -> None:
+def kind(row: str) -> str:
+    """Return the name that a row has in common with those of other tasks, for a colour of its own in all of them."""
+    return re.sub(r"\d+ epochs", "longer", row)
+
+
+def plot(axes: Axes, title: str, found: Sequence[Point], colours: Sequence[Any]) -> None:
     """Plot the points of one task, plain training at the origin, and the frontier of those that gain most so far."""
     axes.axhline(0, color="0.8", zorder=0)
     axes.plot(1, 0, "o", color="0.3")
     frontier = [(1.0, 0.0)]
-    for point in found:
-        marker = "s" if point.row.startswith(PLAIN) else "o"
-        axes.errorbar(point.cost, point.gain, point.half_interval, fmt=marker, capsize=3, label=point.row)
+    for point, colour in zip(found, colours, strict=True):
+        marker = "s" if point.row.startswith(PLAIN) else "^" if "CutMix" in point.row else "o"
+        interval = point.half_interval
+        axes.errorbar(point.cost, point.gain, interval, fmt=marker, color=colour, capsize=3, label=point.row)
         if point.gain > frontier[-1][1]:
             frontier.append((point.cost, point.gain))
     axes.plot(*zip(*frontier, strict=True), "k--", zorder=0, drawstyle="steps-post", label="frontier")

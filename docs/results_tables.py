@@ -33,6 +33,13 @@ TABLES = (
         with_cutmix=True,
     ),
     Table("split_labels", "", ("plain", "plain, 64 epochs", "GradAug")),
+    Table(
+        "split_labels", "", ("plain, 64 epochs", "CutMix, 64 epochs", "GradAug, depth on a quarter"), with_cutmix=True
+    ),
+    Table("wrn_scratch", "", ("plain", "plain, 96 epochs", "GradAug")),
+    Table(
+        "wrn_scratch", "", ("plain, 96 epochs", "CutMix, 96 epochs", "GradAug, depth on a quarter"), with_cutmix=True
+    ),
     Table("vit_scratch", "", ("plain", "plain, 64 epochs")),
     *(
         Table("split_fine_tuning", column, PARTS)
