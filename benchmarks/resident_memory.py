@@ -69,16 +69,8 @@ def in_own_process(
     name: str, network: tuple[str, int, int], steps: int, environment: Mapping[str, str]
 ) -> tuple[float, float]:
     """Return the peak in MiB and the CPU seconds of a step, of a process with some environment variables."""
-    command = [
-        sys.executable,
-        __file__,
-        "--row",
-        name,
-        "--network",
-        ":".join(map(str, network)),
-        "--steps",
-        str(steps),
-    ]
+    flags = f"--row {name} --network {':'.join(map(str, network))} --steps {steps}"
+    command = [sys.executable, __file__, *flags.split()]
     done = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
     peak, seconds = json.loads(done.stdout)
     return peak, seconds

@@ -61,7 +61,7 @@ class Point(NamedTuple):
 def main() -> None:
     """Plot all panels."""
     figure = Figure(figsize=(20, 12), layout="constrained")
-    found = [points(records_of(panel)) for panel in PANELS]
+    found = [points(records_of(panel.file, panel.column)) for panel in PANELS]
     kinds = dict.fromkeys(kind(point.row) for own in found for point in own)
     colours = dict(zip(kinds, colormaps["tab20"].colors, strict=False))
     subplots = figure.subplots(len(PANELS) // COLUMNS, COLUMNS).flat
@@ -70,10 +70,9 @@ def main() -> None:
     figure.savefig(RESULTS / "cost.png", dpi=110)
 
 
-def records_of(panel: Panel) -> list[Mapping[str, Any]]:
+def records_of(file: str, column: str) -> list[Mapping[str, Any]]:
     """Return the records of one task."""
-    records = json.loads((RESULTS / f"{panel.file}.json").read_text(encoding="utf-8"))
-    return by_column(records)[panel.column]
+    return by_column(json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8")))[column]
 
 
 def points(records: Sequence[Mapping[str, Any]]) -> list[Point]:

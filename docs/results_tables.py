@@ -7,7 +7,7 @@ the paired differences to other rows with their 95 % intervals.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cost_plot import Panel, cost, records_of
+from cost_plot import cost, records_of
 
 from gradaug_hf.experiments.results import spread
 from gradaug_hf.reports.differences import Record, interval, paired_differences
@@ -56,7 +56,7 @@ def main() -> None:
 
 def table(chosen: Table) -> str:
     """Return a table in Markdown."""
-    return rows_table(records_of(Panel(chosen.file, chosen.column, "")), chosen.others, chosen.with_cutmix)
+    return rows_table(records_of(chosen.file, chosen.column), chosen.others, chosen.with_cutmix)
 
 
 def rows_table(records: Sequence[Record], others: Sequence[str], with_cutmix: bool = False) -> str:

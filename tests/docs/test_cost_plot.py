@@ -32,4 +32,4 @@ def test_points_have_the_arithmetic_of_the_training_and_the_mean_gain_of_common_
 
 def test_each_plot_has_records_of_plain_training_and_of_others():
     for panel in cost_plot.PANELS:
-        assert cost_plot.points(cost_plot.records_of(panel))
+        assert cost_plot.points(cost_plot.records_of(panel.file, panel.column))
